@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin import backbones, classifier, reporting, runtime, sam, views
+from flatmin import backbones, cache, classifier, reporting, runtime, sam, views
 from flatmin.augment import Augmenter
 from flatmin.classifier import Classifier, Tail
 from flatmin.params import Cosine, EarlyStopping, Params, Plateau, Sam, Training
@@ -91,13 +92,14 @@ class Job:
             "records": records.digest,
             **(self.depends_on or {}),
         }
-        return runtime.state_folder(self.name, sections, self.files)
+        return cache.folder() / "state" / f"{self.name.replace('/', '-')}-{cache.key(sections, self.files)}"
 
 
 def _run(job: Job) -> None:
     """Train, then write weights, metrics and plot; the resume state goes when they are there.
 
-    Of several workers each trains, and keeps a resume state of its own; the first alone writes.
+    Of several workers each trains, and keeps a resume state of its own; the first alone writes, or every one where
+    `$FLATMIN_WRITERS` is `all`: then each needs a checkout of its own, in which `dvc repro` finds the outputs.
     """
     strategy = runtime.strategy(job.params.runtime)
     runtime.configure(job.params.runtime, job.params.seed)
@@ -108,7 +110,7 @@ def _run(job: Job) -> None:
         model = job.start(records)
         trainer = Trainer(job, model, records, strategy)
     history = trainer.train(state)
-    if worker == 0:
+    if worker == 0 or os.environ.get("FLATMIN_WRITERS") == "all":
         _write(job, model, records, history)
     state.remove()
 
