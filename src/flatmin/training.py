@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin import backbones, cache, classifier, reporting, runtime, sam, views
+from flatmin import backbones, classifier, reporting, runtime, sam, views
 from flatmin.augment import Augmenter
 from flatmin.classifier import Classifier, Tail
 from flatmin.params import Cosine, EarlyStopping, Params, Plateau, Sam, Training
@@ -92,7 +92,7 @@ class Job:
             "records": records.digest,
             **(self.depends_on or {}),
         }
-        return cache.folder() / "state" / f"{self.name.replace('/', '-')}-{cache.key(sections, self.files)}"
+        return runtime.state_folder(self.name, sections, self.files)
 
 
 def _run(job: Job) -> None:
