@@ -15,6 +15,10 @@ if name=$(git -C "$checkout" config user.name) && email=$(git -C "$checkout" con
     set -- --env "GIT_AUTHOR_NAME=$name" --env "GIT_AUTHOR_EMAIL=$email" \
         --env "GIT_COMMITTER_NAME=$name" --env "GIT_COMMITTER_EMAIL=$email" "$@"
 fi
+# By name, which passes those that are set, so that no command line has a value.
+for name in AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_DEFAULT_REGION; do
+    set -- --env "$name" "$@"
+done
 # shellcheck disable=SC2086  # OPTIONS are several words
 exec "$engine" run --rm --user "$(id -u):$(id -g)" --stop-timeout 60 --volume "$checkout:/workspace" \
     --volume "$volumes-dvc:/cache/dvc" --volume "$volumes-cache:/cache/flatmin" ${OPTIONS-} "$@"

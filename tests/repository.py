@@ -54,6 +54,7 @@ class Repository:
     def __init__(self, folder: Path, params: dict[str, Any] | None = None) -> None:
         self.folder = folder / "checkout"
         self.cache = folder / "cache"
+        self.variables: dict[str, str] = {}  # more environment for every command
         files = subprocess.run(
             ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT,
@@ -88,6 +89,7 @@ class Repository:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "FLATMIN_CACHE": str(self.cache),
             "PYTHONPATH": "src",
+            **self.variables,
         }
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:

@@ -128,7 +128,9 @@ def test_the_default_lock_is_the_one_for_gpus() -> None:
     assert [name for name, _ in LINES[LINES.index(("ARG", "BASE")) :]] == ["ARG", "ARG", "LABEL"]
 
 
-@pytest.mark.parametrize("path", [".git/config", ".venv/bin/python", "data/records/dataset.json", "params.yaml"])
+@pytest.mark.parametrize(
+    "path", [".git/config", ".dvc/config.local", ".venv/bin/python", "data/records/dataset.json", "params.yaml"]
+)
 def test_the_context_holds_locks_alone(path: str) -> None:
     assert ignored(path, IGNORE)
 
@@ -241,6 +243,13 @@ def test_names_and_options_come_from_the_environment(engine: Path) -> None:
     assert words[-2:] == ["flatmin", "true"]
 
 
+def test_credentials_of_the_environment_are_passed_by_name_alone(engine: Path) -> None:
+    secret = "a-secret-that-nobody-else-says"  # noqa: S105
+    words = container(engine, "true", AWS_SECRET_ACCESS_KEY=secret)
+    assert "AWS_SECRET_ACCESS_KEY" in values(words, "--env")
+    assert not [word for word in words if secret in word]
+
+
 def test_compose_runs_what_the_script_runs(engine: Path) -> None:
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
     words = container(engine, "true")
@@ -253,6 +262,7 @@ def test_compose_runs_what_the_script_runs(engine: Path) -> None:
             source, target = volume.split(":")
             source = str(ROOT) if source == "." else compose["volumes"][source]["name"]
             assert f"{source}:{target}" in words
+        assert sorted(service["environment"]) == sorted(name for name in values(words, "--env") if "=" not in name)
     (device,) = compose["services"]["gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
     assert "deploy" not in compose["services"]["cpu"]
