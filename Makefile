@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH=src
 
-.PHONY: repro test setup check-params study lock image image-test docker-repro docker-shell
+.PHONY: repro test setup check-params study sweep study-sweep lock image image-test docker-repro docker-shell
 .DELETE_ON_ERROR:
 
 repro: setup check-params  ## run the study in params.yaml: only what changed
@@ -33,6 +33,13 @@ $(VENV)/dev.done: requirements/dev.txt $(VENV)/cpu.done
 # A study runs in a clone, so that the checkout's own params, metrics and plots stay as they are.
 study: setup  ## run studies/NAME/params.yaml: make study NAME=digits
 	@$(RUN) sh scripts/study.sh "$(NAME)"
+
+# docs/sweeps.md tells more. JOBS is how many run at a time.
+sweep: setup check-params  ## run the grid of the default study: table and picture in studies/digits
+	@$(RUN) python scripts/sweep.py studies/digits/sweep.yaml $(if $(JOBS),--jobs $(JOBS))
+
+study-sweep: setup  ## run the grid of a study in its clone: make study-sweep NAME=digits
+	@$(RUN) sh scripts/study.sh "$(NAME)" sweep $(if $(JOBS),--jobs $(JOBS))
 
 COMPILE := uv pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 lock:  ## compile the locks anew (needs uv)

@@ -1,5 +1,6 @@
 #!/bin/sh
 # Run studies/NAME/params.yaml in a clone of this checkout's last commit, and copy its figures to studies/NAME.
+# As `study.sh NAME sweep [--jobs N]` run the grid in studies/NAME/sweep.yaml there instead.
 set -eu
 name=$1
 root=$(pwd)
@@ -27,6 +28,10 @@ dvc config --local cache.dir "$root/.dvc/cache"
 PYTHONPATH=src python -m flatmin.params
 PYTHONPATH=src python -m flatmin.selection
 if [ -f "$root/studies/$name/dvc.lock" ]; then cp "$root/studies/$name/dvc.lock" dvc.lock; else rm -f dvc.lock; fi
+if [ "${2:-}" = sweep ]; then
+    shift 2
+    exec python scripts/sweep.py "$root/studies/$name/sweep.yaml" "$@"
+fi
 dvc repro
 rm -rf "$root/studies/$name/metrics" "$root/studies/$name/plots"
 cp -R metrics plots dvc.lock "$root/studies/$name/"
