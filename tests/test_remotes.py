@@ -1,0 +1,350 @@
+"""DVC remotes: docs/remotes.md's commands, all of them, against a shared folder and a real S3 server on loopback."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+from loopback import free_ports
+from repository import ROOT, TINY, Repository, stages_run
+from test_docker import IGNORE, ignored
+
+PAGE = (ROOT / "docs/remotes.md").read_text()
+FOLDER, S3, FILE, CLONE, EXPERIMENTS = (
+    "A shared folder",
+    "S3",
+    "Credentials in a file",
+    "Another checkout",
+    "Experiments",
+)
+BUCKET = "bucket"
+STAGES = ["prepare", "augment-preview", "extract-train@EfficientNetLite0", "select-best", "sam-finetune"]
+
+
+def scripts(heading: str) -> list[str]:
+    """The commands below a heading of the page, block by block."""
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    assert found, heading
+    return re.findall(r"```sh\n(.*?)```", found[1], re.DOTALL)
+
+
+def failures() -> list[tuple[str, str, str]]:
+    """The page's table of failures: (what is wrong, pull or push, what DVC says)."""
+    cells = [line.strip("| ").split(" | ") for line in PAGE.split("## When it fails\n")[1].splitlines() if "|" in line]
+    commands = {"both": ["pull", "push"], "`dvc pull`": ["pull"], "`dvc push`": ["push"]}
+    return [(wrong, name, said.split("`")[1]) for wrong, which, said in cells[2:] for name in commands[which]]
+
+
+def test_every_command_of_the_page_is_run_below() -> None:
+    headings = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
+    assert [heading for heading in headings if scripts(heading)] == [FOLDER, S3, FILE, CLONE, EXPERIMENTS]
+    assert PAGE.count("```") == 2 * sum(len(scripts(heading)) for heading in headings)
+
+
+@dataclass(frozen=True)
+class Server:
+    """An S3 server that knows two access keys (id, secret) and checks every signature."""
+
+    address: str
+    keys: tuple[tuple[str, str], tuple[str, str]]
+
+
+def post(address: str, text: str) -> None:
+    request = urllib.request.Request(  # noqa: S310 - of loopback
+        address, data=text.encode(), headers={"Content-Type": "text/plain"}, method="POST"
+    )
+    urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
+
+
+def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
+    """Return when the server answers. AssertionError: it ended, or said nothing within a minute."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        assert process.poll() is None, "the server ended"
+        try:
+            urllib.request.urlopen(address, timeout=10).close()  # noqa: S310
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.1)
+        else:
+            return
+    raise AssertionError("the server does not answer")
+
+
+def with_keys(address: str) -> Server:
+    """Make a bucket and a user who may use S3, then have the server refuse everybody else."""
+    anyone = {"endpoint_url": address, "region_name": "us-east-1"}
+    anyone |= {"aws_access_key_id": "anyone", "aws_secret_access_key": "anyone"}
+    boto3.client("s3", **anyone).create_bucket(Bucket=BUCKET)
+    users = boto3.client("iam", **anyone)
+    users.create_user(UserName="tester")
+    policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
+    users.put_user_policy(UserName="tester", PolicyName="s3", PolicyDocument=json.dumps(policy))
+    made = [users.create_access_key(UserName="tester")["AccessKey"] for _ in range(2)]
+    post(f"{address}/moto-api/reset-auth", "0")
+    first, second = ((key["AccessKeyId"], key["SecretAccessKey"]) for key in made)
+    return Server(address, (first, second))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """moto's server as a process of its own."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (tmp_path_factory.mktemp("server") / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/moto-api/", process)
+            yield with_keys(f"http://127.0.0.1:{port}")
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def credentials(key: tuple[str, str]) -> dict[str, str]:
+    return {"AWS_ACCESS_KEY_ID": key[0], "AWS_SECRET_ACCESS_KEY": key[1]}
+
+
+@pytest.fixture(scope="module")
+def study(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A repository in which the tiny study has run, with credentials in the environment; what it said is in a log.
+
+    finetune and evaluate are left out, which would double the time and add nothing but more outputs.
+    """
+    place = tmp_path_factory.mktemp("study")
+    repository = Repository(place, TINY)
+    pipeline = yaml.safe_load((repository.folder / "dvc.yaml").read_text())
+    for name in ("finetune", "evaluate"):
+        del pipeline["stages"][name]
+    (repository.folder / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    repository.variables = credentials(server.keys[0]) | {"DVC_SITE_CACHE_DIR": str(place / "site")}
+    (place / "repro.log").write_text(repository.run("dvc", "repro", "-v"))
+    repository.commit("study")
+    return repository
+
+
+class Machine:
+    """A folder in which a copy of the study, its git remote and its clone are, and what the page's places stand for."""
+
+    def __init__(self, study: Repository, folder: Path, server: Server) -> None:
+        self.folder = folder / "machine"
+        shutil.copytree(study.folder.parent, self.folder, symlinks=True)
+        self.study = self.checkout(study, "checkout")
+        self.clone = self.checkout(study, "flatmin")
+        self.study.run("git", "init", "--quiet", "--bare", "--initial-branch", "main", str(self.folder / "git"))
+        self.study.run("git", "remote", "add", "origin", str(self.folder / "git"))
+        self.places = {
+            "/mnt/shared/flatmin": str(self.folder / "shared"),
+            "s3://bucket/flatmin": f"s3://{BUCKET}/flatmin",
+            "https://s3.example.org": server.address,
+            "https://git.example.org/flatmin.git": str(self.folder / "git"),
+        }
+
+    def checkout(self, study: Repository, name: str) -> Repository:
+        found = copy.copy(study)
+        found.folder = self.folder / name
+        found.cache = self.folder / f"{name}-cache"
+        found.variables = {
+            # Nothing of the machine's own: no settings, no service that gives credentials, no index of remotes.
+            "AWS_CONFIG_FILE": str(self.folder / "none"),
+            "AWS_SHARED_CREDENTIALS_FILE": str(self.folder / "none"),
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "DVC_SITE_CACHE_DIR": str(self.folder / "site"),
+        }
+        return found
+
+    def script(self, text: str, repository: Repository | None = None) -> str:
+        """Run a block of the page, in the study's checkout or another, stopping at the first command that fails."""
+        for example, place in self.places.items():
+            text = text.replace(example, place)
+        assert "example.org" not in text
+        assert "/mnt" not in text
+        return (repository or self.study).run("sh", "-euc", text)
+
+    def cloned(self) -> str:
+        """Follow the page to a second checkout; what its commands said."""
+        elsewhere = copy.copy(self.clone)
+        elsewhere.folder = self.folder
+        (block,) = scripts(CLONE)
+        return self.script(block, elsewhere)
+
+
+@pytest.fixture
+def machine(study: Repository, server: Server, tmp_path: Path) -> Machine:
+    return Machine(study, tmp_path, server)
+
+
+def made(repository: Repository) -> dict[str, bytes]:
+    """Every file that stages made, with its bytes."""
+    folders = ("data/records", "metrics", "models", "plots")
+    paths = (path for name in folders for path in (repository.folder / name).rglob("*") if path.is_file())
+    return {str(path.relative_to(repository.folder)): path.read_bytes() for path in paths}
+
+
+def assert_nothing_runs(output: str) -> None:
+    assert [line.split("'")[1] for line in output.splitlines() if "didn't change, skipping" in line] == STAGES
+    assert stages_run(output) == []
+    assert output.rstrip().endswith("Data and pipelines are up to date.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remote", [FOLDER, S3])
+def test_a_second_checkout_pulls_and_runs_nothing(machine: Machine, server: Server, remote: str) -> None:
+    if remote == S3:
+        machine.study.variables |= credentials(server.keys[0])
+        machine.clone.variables |= credentials(server.keys[0])
+    (block,) = scripts(remote)
+    assert re.search(r"^\d\d files pushed$", machine.script(block), re.MULTILINE)
+    assert_nothing_runs(machine.cloned())
+    assert made(machine.clone) == made(machine.study)
+    assert {"models/sam/classifier.weights.h5", "metrics/sam.json", "plots/sam.csv"} <= set(made(machine.clone))
+    assert machine.clone.run("git", "status", "--porcelain") == ""
+    # What the page says of metrics.
+    lost = machine.clone.folder / "metrics/sam.json"
+    lost.unlink()
+    machine.clone.run("dvc", "pull")
+    assert not lost.exists()
+    assert "metrics/sam.json" in machine.clone.run("dvc", "status")
+    machine.clone.run("git", "checkout", "metrics/sam.json")
+    assert "up to date" in machine.clone.run("dvc", "status")
+
+
+@pytest.fixture(scope="module")
+def pushed(study: Repository, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """A study that is pushed to S3, and a clone of it with nothing pulled."""
+    machine = Machine(study, tmp_path_factory.mktemp("pushed"), server)
+    for repository in (machine.study, machine.clone):
+        repository.variables |= credentials(server.keys[0])
+    machine.script(scripts(S3)[0])
+    machine.study.run("git", "clone", "--quiet", str(machine.folder / "git"), str(machine.clone.folder))
+    return machine
+
+
+# What is wrong -> what makes it so: variables (None: unset), commands.
+WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
+    "the key or the secret": ({"AWS_SECRET_ACCESS_KEY": "an-old-secret-of-mine"}, []),
+    "no credentials": ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, []),
+    "no such bucket": ({}, ["dvc remote modify --local s3 url s3://no-such-bucket/flatmin"]),
+    "no such server": ({}, ["dvc remote modify --local s3 endpointurl http://127.0.0.1:{port}"]),
+    "no default remote": ({}, ["dvc remote default --unset"]),
+    "an `ssh://` remote": ({}, ["dvc remote add --local --default other ssh://s3.example.org/flatmin"]),
+    "nothing was pushed": ({}, ["dvc remote modify --local s3 url s3://bucket/empty"]),
+    "the folder is not mounted": ({}, ["dvc remote add --local --default other {folder}/mount/flatmin"]),
+}
+
+
+def test_every_failure_of_the_page_is_tried() -> None:
+    assert list(WRONG) == list(dict.fromkeys(wrong for wrong, _, _ in failures()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wrong", "command", "said"), failures())
+def test_what_is_wrong_is_said(pushed: Machine, server: Server, wrong: str, command: str, said: str) -> None:
+    repository = copy.copy(pushed.clone if command == "pull" else pushed.study)
+    (repository.folder / ".dvc/config.local").unlink(missing_ok=True)
+    repository.run("git", "checkout", "--quiet", ".dvc/config")
+    variables, commands = WRONG[wrong]
+    changed = repository.variables | variables
+    repository.variables = {name: value for name, value in changed.items() if value is not None}
+    (port,) = free_ports(1)
+    for line in commands:
+        repository.run(*line.format(port=port, folder=pushed.folder).split())
+    with repository.start("dvc", command, "-v") as process:
+        output, _ = process.communicate()
+    assert said in output
+    assert (process.returncode == 0) == (wrong == "the folder is not mounted" and command == "push")
+    secrets = ("an-old-secret-of-mine", server.keys[0][1])
+    assert not [secret for secret in secrets if secret in output]
+
+
+@pytest.mark.slow
+def test_an_experiment_goes_to_another_checkout(machine: Machine, server: Server) -> None:
+    for repository in (machine.study, machine.clone):
+        repository.variables |= credentials(server.keys[0])
+    machine.script(scripts(S3)[0])
+    before = made(machine.study)
+    run, pull = scripts(EXPERIMENTS)
+    assert stages_run(machine.script(run)) == ["sam-finetune"]
+    machine.cloned()
+    assert made(machine.clone) == before
+    machine.script(pull, machine.clone)
+    assert made(machine.clone) == made(machine.study) != before
+    assert_nothing_runs(machine.clone.run("dvc", "repro"))
+
+
+def files_with(text: str, folder: Path) -> set[str]:
+    """The files below a folder that hold a text, by name."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {str(path.relative_to(folder)) for path in paths if text.encode() in path.read_bytes()}
+
+
+def objects_with(text: str, repository: Path) -> int:
+    """How many of git's objects hold a text, whether a commit reaches them or not."""
+    command = ["git", "cat-file", "--batch-all-objects", "--batch"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, check=True)
+    return done.stdout.count(text.encode())
+
+
+@pytest.mark.slow
+def test_no_credential_is_anywhere_but_in_its_file(machine: Machine, server: Server) -> None:
+    """The study has run with one secret in its environment; another is put into the file."""
+    in_environment, in_file = server.keys
+    log = machine.folder / "commands.log"
+    machine.study.variables |= credentials(in_environment)
+    said = [machine.script(scripts(S3)[0]), machine.study.run("dvc", "push", "-v")]
+    unset = dict(machine.study.variables)
+    machine.study.variables |= credentials(in_file)
+    said.append(machine.script(scripts(FILE)[0]))
+    machine.study.variables = {name: value for name, value in unset.items() if name not in credentials(in_file)}
+    shutil.rmtree(machine.study.folder / ".dvc/cache")
+    said.append(machine.study.run("dvc", "pull", "-v"))
+    # In a copy of the checkout, which has the file too for as long as it runs.
+    said.append(machine.study.run("dvc", "exp", "run", "-v", "--temp", "-S", "augment.m=2", "augment-preview"))
+    said.append(machine.study.run("dvc", "push", "-v"))
+    said.append(machine.study.run("dvc", "doctor"))
+    log.write_text("".join(said))
+    machine.study.run("git", "add", "--all")
+    assert machine.study.run("git", "status", "--porcelain") == ""
+
+    assert "DEBUG" in log.read_text()
+    settings = machine.study.folder / ".dvc/config.local"
+    assert settings.stat().st_mode & 0o777 == 0o600
+    assert files_with(in_file[1], machine.folder) == {"checkout/.dvc/config.local"}
+    assert files_with(in_environment[1], machine.folder) == set()
+    for repository in (machine.study.folder, machine.folder / "git"):
+        assert objects_with("Keep data and models in S3", repository) > 0
+        assert [objects_with(key[1], repository) for key in server.keys] == [0, 0]
+    assert in_file[1] in machine.study.run("dvc", "config", "--list")
+
+    listed = [str(path.relative_to(machine.study.folder)) for path in machine.study.folder.rglob("*") if path.is_file()]
+    context = [name for name in listed if not ignored(name, IGNORE)]
+    assert "requirements/cpu.txt" in context
+    assert ".dvc/config.local" in set(listed) - set(context)
+
+    bucket = boto3.client(
+        "s3",
+        endpoint_url=server.address,
+        region_name="us-east-1",
+        aws_access_key_id=in_file[0],
+        aws_secret_access_key=in_file[1],
+    )
+    keys = [found["Key"] for found in bucket.list_objects_v2(Bucket=BUCKET)["Contents"]]
+    bodies = [bucket.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys]
+    assert len(bodies) > 10
+    assert not [body for body in bodies for key in server.keys if key[1].encode() in body]
