@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import fcntl
 import hashlib
 import itertools
@@ -41,6 +40,7 @@ FIGURES = {  # of the stages that a table shows, in their order
     "sam-finetune": "sam",
     "evaluate": "evaluate",
 }
+Row = Mapping[str, Any]
 ALWAYS = ("prepare", "extract-train", "select-best")
 # Runs that differ in these sections alone have the stage in common: one makes it, the others find it in DVC's cache.
 BEHIND = {
@@ -55,10 +55,20 @@ class Run:
     """One experiment: `values` of params to set, `settings` all params with these, `stages` that it brings about."""
 
     name: str
-    targets: tuple[str, ...]
+    command: Sequence[str]
+    targets: Sequence[str]
     values: Mapping[str, Any]
     settings: Mapping[str, Any]
-    stages: tuple[str, ...]
+    stages: set[str]
+
+    @property
+    def log(self) -> Path:
+        return FOLDER / f"{self.name}.log"
+
+    @property
+    def clock(self) -> Path:
+        """The file with the seconds of all its attempts."""
+        return FOLDER / f"{self.name}.seconds"
 
     def shared(self) -> set[tuple[str, str]]:
         """What it makes that other runs may need too."""
@@ -68,27 +78,22 @@ class Run:
             if stage in self.stages
         }
 
-    @property
-    def log(self) -> Path:
-        return FOLDER / f"{self.name}.log"
 
-
-@dataclass
+@dataclass(frozen=True)
 class Worker:
-    """A run's process in one of the clones."""
+    """A run's process in a clone, in a process group of its own, begun at `began` (s) less the attempts before."""
 
     run: Run
     slot: int
+    clone: Path
     process: subprocess.Popen[bytes]
-    earlier: float
     began: float
 
-    def note_seconds(self) -> float:
-        """The run's seconds so far, those of killed attempts included; kept in a file, for a kill of this one."""
-        seconds = self.earlier + time.monotonic() - self.began
-        with reporting.whole(_seconds_file(self.run)) as aside:
-            aside.write_text(f"{seconds:.1f}")
-        return seconds
+    def ended(self) -> bool:
+        """Whether the process has ended; notes the seconds, since this one may be killed."""
+        with reporting.whole(self.run.clock) as aside:
+            aside.write_text(f"{time.monotonic() - self.began:.1f}")
+        return self.process.poll() is not None
 
 
 def read_grid(path: Path) -> tuple[list[Run], str, str]:
@@ -157,34 +162,29 @@ def _picture(picture: Any, runs: Sequence[Run], path: Path) -> tuple[str, str]:
 
 def make_run(values: Mapping[str, Any], targets: Sequence[str], where: str) -> Run:
     """A run with its settings, checked by the schema, and its name; `where` begins a message."""
-    settings = copy.deepcopy(_yaml(Path("params.yaml")))
+    settings, given = _yaml(Path("params.yaml")), []
     for key, value in values.items():
         *sections, last = key.split(".")
-        section = settings
+        section, known = settings, True
         for name in sections:
-            if not isinstance(section.get(name), dict):
-                section[name] = {}
-            section = section[name]
+            known = known and isinstance(section.get(name), dict)
+            section = section[name] if known else section.setdefault(name, {})
+        if last in section and isinstance(value, dict):  # else it would be merged with the one that is there
+            given += ["-S", f"~{key}"]
+            del section[last]
+        given += ["-S", f"{'' if last in section else '+'}{key}={_hydra(value)}"]
         section[last] = value
     params.parse(settings, where)
-    stages = set(FIGURES) if not targets or "evaluate" in targets else set(targets)
+    dvc = _yaml(Path("dvc.yaml"))["stages"]
+    stages = set(dvc) if not targets or "evaluate" in targets else set(targets)
     stages |= set(ALWAYS) if stages & set(FIGURES) else set()
     digest = hashlib.sha256(json.dumps([settings, list(targets)]).encode())
-    dvc = _yaml(Path("dvc.yaml"))["stages"]
     for file in sorted({dep for stage in stages for dep in dvc[stage]["deps"] if dep.endswith(".py")}):
         digest.update(Path(file).read_bytes())
     words = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items()]
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join([*words, *targets]))[:80].strip("-.")
-    name = re.sub(r"\.{2,}", ".", name)  # git takes no two dots
-    return Run(f"{name}-{digest.hexdigest()[:8]}", tuple(targets), values, settings, tuple(sorted(stages)))
-
-
-def override(run: Run, key: str) -> str:
-    """The argument of `dvc exp run -S` for one of a run's keys."""
-    section: Any = _yaml(Path("params.yaml"))
-    for name in key.split("."):
-        section = section.get(name, run) if isinstance(section, dict) else run
-    return f"{'+' if section is run else ''}{key}={_hydra(run.values[key])}"
+    name = re.sub(r"[^A-Za-z0-9.]+|\.\.+", "-", "-".join([*words, *targets]))
+    name = f"{name[:80].strip('-.')}-{digest.hexdigest()[:8]}"
+    return Run(name, ["dvc", "exp", "run", "--name", name, *given, *targets], targets, values, settings, stages)
 
 
 def _hydra(value: Any) -> str:
@@ -195,109 +195,99 @@ def _hydra(value: Any) -> str:
     return json.dumps(value)
 
 
-def run_all(runs: Sequence[Run], jobs: int) -> list[Run]:
-    """Run what has not succeeded, so many at a time on a share of the cores each; return what failed."""
-    end_orphans()
+def run_all(runs: Sequence[Run], jobs: int, failed: list[Run]) -> None:
+    """Run what has not succeeded, so many at a time on a share of the cores each; put what fails into `failed`."""
     pending = [run for run in runs if find(run) is None]
     reporting.log(f"{len(runs)} experiments: {len(runs) - len(pending)} have succeeded, {len(pending)} to run")
-    shares = share(sorted(os.sched_getaffinity(0)), jobs, len(pending))
+    shares = share(sorted(os.sched_getaffinity(0)), jobs, len(runs))
     workers: list[Worker] = []
-    failed: list[Run] = []
     made: set[tuple[str, str]] = set()
     try:
+        clear()
+        make_base()
         with tqdm(total=len(pending), desc="sweep", disable=None) as bar:
             while pending or workers:
                 busy = {shared for worker in workers for shared in worker.run.shared()} - made
-                ready = [run for run in pending if not run.shared() & busy]
-                if ready and len(workers) < len(shares):
-                    pending.remove(ready[0])
+                run = next((run for run in pending if not run.shared() & busy), None)
+                if run and len(workers) < len(shares):
+                    pending.remove(run)
                     slot = min(set(range(len(shares))) - {worker.slot for worker in workers})
-                    workers.append(start(ready[0], slot, shares[slot]))
+                    workers.append(start(run, slot, shares[slot]))
                     continue
-                time.sleep(0.5)
-                for worker in [worker for worker in workers if _ended(worker)]:
+                time.sleep(1)
+                for worker in [worker for worker in workers if worker.ended()]:
+                    if finish(worker):
+                        made |= worker.run.shared()
+                    else:
+                        failed.append(worker.run)
                     workers.remove(worker)
-                    (made.update(worker.run.shared()) if finish(worker) else failed.append(worker.run))
                     bar.update()
     finally:
         for worker in workers:
             end(worker)
-        for slot in range(len(shares)):
-            shutil.rmtree(FOLDER / f"clone-{slot}", ignore_errors=True)
-    return failed
+        clear()
 
 
 def share(cores: Sequence[int], jobs: int, runs: int) -> list[Sequence[int]]:
-    """Part cores among so many jobs, half as many as cores where that is 0; never more jobs than cores or runs."""
+    """Part cores among so many jobs, half as many as cores where that is 0, at most one for each of the grid's runs.
+
+    Equally, and whatever is still to run: how many cores a training has moves its figures.
+    """
     jobs = max(1, min(jobs or len(cores) // 2, len(cores), runs))
-    return [cores[slot * len(cores) // jobs : (slot + 1) * len(cores) // jobs] for slot in range(jobs)]
+    each = len(cores) // jobs
+    return [cores[slot * each : (slot + 1) * each] for slot in range(jobs)]
 
 
-def _ended(worker: Worker) -> bool:
-    worker.note_seconds()
-    return worker.process.poll() is not None
-
-
-def _seconds_file(run: Run) -> Path:
-    return FOLDER / f"{run.name}.seconds"
-
-
-def start(run: Run, slot: int, cores: Sequence[int]) -> Worker:
-    """Start a run in a new clone, on these cores and in a process group of its own."""
-    clone = FOLDER / f"clone-{slot}"
-    shutil.rmtree(clone, ignore_errors=True)
-    make_clone(clone)
-    changes = [word for key in run.values for word in ("-S", override(run, key))]
-    command = ["dvc", "exp", "run", "--name", run.name, *changes, *run.targets]
-    environment = {**os.environ, "FLATMIN_SWEEP": _mark()}
-    if "FLATMIN_CACHE" in environment:
-        environment["FLATMIN_CACHE"] = os.path.abspath(environment["FLATMIN_CACHE"])
-    earlier = float(_seconds_file(run).read_text()) if _seconds_file(run).exists() else 0.0
-    reporting.log(f"{run.name}: started")
-    everything = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # inherited by the run: TensorFlow and the augmenter count the cores they may use
-    try:
-        with run.log.open("ab") as log:
-            process = subprocess.Popen(
-                command, cwd=clone, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-    finally:
-        os.sched_setaffinity(0, everything)
-    return Worker(run, slot, process, earlier, time.monotonic())
-
-
-def make_clone(clone: Path) -> None:
-    """Clone this checkout with its changes to tracked files, git's identity, DVC's settings and its cache."""
-    _output("git", "clone", "--quiet", ".", str(clone))
-    _output("git", "checkout", "--quiet", "--detach", _output("git", "rev-parse", "HEAD").strip(), cwd=clone)
+def make_base() -> None:
+    """Clone this checkout as it is now: changes to tracked files, git's identity, DVC's settings and its cache."""
+    base = FOLDER / "base"
+    _output("git", "clone", "--quiet", ".", str(base))
+    _output("git", "checkout", "--quiet", "--detach", _output("git", "rev-parse", "HEAD").strip(), cwd=base)
     changes = subprocess.run(["git", "diff", "--binary", "HEAD"], check=True, capture_output=True).stdout
     if changes:
-        subprocess.run(["git", "apply", "--whitespace=nowarn"], cwd=clone, input=changes, check=True)
+        subprocess.run(["git", "apply", "--whitespace=nowarn"], cwd=base, input=changes, check=True)
     for key in ("user.name", "user.email"):
         value = subprocess.run(["git", "config", key], capture_output=True, text=True, check=False).stdout.strip()
         if value:
-            _output("git", "config", key, value, cwd=clone)
+            _output("git", "config", key, value, cwd=base)
     if Path(".dvc/config.local").exists():
-        shutil.copy2(".dvc/config.local", clone / ".dvc/config.local")
-    _output("dvc", "config", "--local", "cache.dir", _output("dvc", "cache", "dir").strip(), cwd=clone)
+        shutil.copy2(".dvc/config.local", base / ".dvc/config.local")
+    _output("dvc", "config", "--local", "cache.dir", _output("dvc", "cache", "dir").strip(), cwd=base)
+
+
+def start(run: Run, slot: int, cores: Sequence[int]) -> Worker:
+    """Start a run in a copy of the base, on these cores."""
+    clone = FOLDER / f"clone-{slot}"
+    shutil.rmtree(clone, ignore_errors=True)
+    shutil.copytree(FOLDER / "base", clone, symlinks=True)
+    environment = {**os.environ, "FLATMIN_SWEEP": str(FOLDER.resolve())}
+    if "FLATMIN_CACHE" in environment:
+        environment["FLATMIN_CACHE"] = os.path.abspath(environment["FLATMIN_CACHE"])
+    began = time.monotonic() - (float(run.clock.read_text()) if run.clock.exists() else 0)
+    reporting.log(f"{run.name}: started")
+    everything = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)  # the run inherits it; TensorFlow and Augmenter count the cores that they may use
+    try:
+        with run.log.open("ab") as log:
+            process = subprocess.Popen(
+                run.command, cwd=clone, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+    finally:
+        os.sched_setaffinity(0, everything)
+    return Worker(run, slot, clone, process, began)
 
 
 def finish(worker: Worker) -> bool:
     """Take an ended run's experiment into this checkout; whether it succeeded."""
-    run, clone = worker.run, FOLDER / f"clone-{worker.slot}"
-    seconds = worker.note_seconds()
-    ref = _ref(run)
+    run = worker.run
+    end(worker)  # where DVC was killed, what it had started goes on
     if worker.process.returncode == 0:
-        subprocess.run(["git", "fetch", "--quiet", str(clone), f"+{ref}:{ref}"], check=False, capture_output=True)
-    end(worker)
+        head = _output("git", "rev-parse", "HEAD", cwd=worker.clone).strip()
+        ref = f"refs/exps/{head[:2]}/{head[2:]}/{run.name}"
+        subprocess.run(["git", "fetch", "--quiet", str(worker.clone), f"+{ref}:{ref}"], check=False)
     succeeded = find(run) is not None
-    reporting.log(f"{run.name}: {'succeeded' if succeeded else f'failed, see {run.log}'} ({seconds:.0f} s)")
+    reporting.log(f"{run.name}: {'succeeded' if succeeded else f'failed, see {run.log}'} ({run.clock.read_text()} s)")
     return succeeded
-
-
-def _ref(run: Run) -> str:
-    head = _output("git", "rev-parse", "HEAD").strip()
-    return f"refs/exps/{head[:2]}/{head[2:]}/{run.name}"
 
 
 def find(run: Run) -> str | None:
@@ -316,17 +306,15 @@ def end(worker: Worker) -> None:
     worker.process.wait()
 
 
-def _mark() -> str:
-    return str(FOLDER.resolve())
-
-
-def end_orphans() -> None:
-    """End what a sweep of this checkout that was killed left running; it would go on beside its second start."""
-    mark = f"\0FLATMIN_SWEEP={_mark()}\0".encode()
+def clear() -> None:
+    """End and delete what a killed sweep of this checkout left: processes, which have its mark, and clones."""
+    mark = f"FLATMIN_SWEEP={FOLDER.resolve()}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in b"\0" + (folder / "environ").read_bytes() + b"\0":
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
                 os.kill(int(folder.name), signal.SIGKILL)
+    for clone in [FOLDER / "base", *FOLDER.glob("clone-*")]:
+        shutil.rmtree(clone, ignore_errors=True)
 
 
 def table(runs: Sequence[Run], failed: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -347,8 +335,7 @@ def table(runs: Sequence[Run], failed: Sequence[Run]) -> tuple[list[str], list[d
                 values = json.loads(_output("git", "show", f"{ref}:metrics/{file}.json"))
                 row |= {f"{file}/{key}": value for key, value in _leaves(values)}
         figures |= {key: None for key in row if "/" in key}
-        seconds = _seconds_file(run)
-        rows.append({**row, "seconds": seconds.read_text() if seconds.exists() else ""})
+        rows.append({**row, "seconds": run.clock.read_text() if run.clock.exists() else ""})
     return ["name", "status", "targets", *keys, *figures, "seconds"], rows
 
 
@@ -370,35 +357,33 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def draw(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], x: str, y: str, path: Path) -> None:
-    """Write a PNG of y against x: every run a dot, the seeds' mean a line; a line for each of the other params' values.
-
-    Args:
-        rows: of the table. keys: the params that runs set. path: of the picture.
-
-    Raises:
-        InputError: no row has the figure y.
-    """
-    rows = [row for row in rows if y in row]
-    if not rows:
-        raise InputError(f"picture.y: expected a figure of {path.with_suffix('.csv')}, received {y!r}")
-    ticks = sorted({row[x] for row in rows}, key=lambda value: (isinstance(value, str), value))
-    lines: dict[str, dict[int, list[float]]] = {}
-    others = [key for key in ("targets", *keys) if key not in (x, "seed") and len({row[key] for row in rows}) > 1]
-    for row in rows:
+def spread(rows: Sequence[Row], x: str, y: str, keys: Sequence[str]) -> dict[str, dict[Any, list[float]]]:
+    """The seeds' y, for each line of a picture (the values of `keys` tell them apart) and each x in order."""
+    others = [key for key in keys if key not in (x, "seed") and len({row[key] for row in rows}) > 1]
+    lines: dict[str, dict[Any, list[float]]] = {}
+    for row in sorted(rows, key=lambda row: _order(row[x])):
         label = ", ".join(f"{key} {row[key]}" for key in others) or "mean of seeds"
-        lines.setdefault(label, {}).setdefault(ticks.index(row[x]), []).append(float(row[y]))
+        lines.setdefault(label, {}).setdefault(row[x], []).append(float(row[y]))
+    return lines
+
+
+def _order(value: Any) -> tuple[bool, Any]:
+    return isinstance(value, str), value
+
+
+def draw(lines: Mapping[str, Mapping[Any, Sequence[float]]], x: str, y: str, path: Path) -> None:
+    """Write a PNG of `spread`'s lines: every run a dot, the mean a line; neighbouring x are equally far apart."""
+    ticks = sorted({value for points in lines.values() for value in points}, key=_order)
     figure = Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
     axis = figure.subplots()
     for index, (label, points) in enumerate(lines.items()):
         shift = 0.06 * (index - (len(lines) - 1) / 2)
-        places = sorted(points)
-        means = [sum(points[place]) / len(points[place]) for place in places]
-        drawn = axis.plot([place + shift for place in places], means, label=label, linewidth=1.8)
-        for place in places:
-            values = points[place]
-            axis.plot([place + shift] * len(values), values, "o-", color=drawn[0].get_color(), alpha=0.5, linewidth=1)
-    axis.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
+        where = [ticks.index(value) + shift for value in points]
+        means = [sum(values) / len(values) for values in points.values()]
+        (line,) = axis.plot(where, means, label=label, linewidth=1.8)
+        for place, values in zip(where, points.values(), strict=True):
+            axis.plot([place] * len(values), values, "o-", color=line.get_color(), alpha=0.5, linewidth=1)
+    axis.set_xticks(range(len(ticks)), [str(value) for value in ticks])
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.grid(alpha=0.3)
@@ -427,7 +412,7 @@ def sweep(path: Path, jobs: int) -> None:
         signal.signal(signal.SIGTERM, _interrupt)
         failed: list[Run] = []
         try:
-            failed = run_all(runs, jobs)
+            run_all(runs, jobs, failed)
         finally:
             columns, rows = table(runs, failed)
             cells = [[row.get(column, "") for column in columns] for row in rows]
@@ -435,7 +420,10 @@ def sweep(path: Path, jobs: int) -> None:
     if failed:
         logs = ", ".join(str(run.log) for run in failed)
         raise InputError(f"{len(failed)} of {len(runs)} experiments: expected success, failed: {logs}")
-    draw(rows, [column for column in columns[3:-1] if "/" not in column], x, y, path.with_suffix(".png"))
+    if y not in columns:
+        raise InputError(f"{path}: picture.y: expected a column of {path.with_suffix('.csv')}, received {y!r}")
+    keys = [column for column in columns[2:-1] if "/" not in column]
+    draw(spread([row for row in rows if y in row], x, y, keys), x, y, path.with_suffix(".png"))
     reporting.log(f"{len(runs)} experiments: {path.with_suffix('.csv')} and {path.with_suffix('.png')}")
 
 

@@ -1,0 +1,315 @@
+"""Grids of experiments: what a file may say, names, the table and the picture, and grids that really run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.utils.hydra import apply_overrides
+from PIL import Image
+from repository import ROOT, TINY, Repository
+
+from flatmin.reporting import InputError
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import sweep
+
+GRID: dict[str, Any] = {
+    "targets": ["sam-finetune"],
+    "runs": [{"seed": [7, 8], "sam.rho": [0.02, 0.1]}],
+    "picture": {"x": "sam.rho", "y": "sam/val.accuracy"},
+}
+COMMAND = ("python", "scripts/sweep.py", "grid.yaml")
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    """A checkout that is the current folder; nothing has run in it."""
+    made = Repository(tmp_path, TINY)
+    monkeypatch.chdir(made.folder)
+    return made
+
+
+def grid(**changes: Any) -> Path:
+    path = Path("grid.yaml")
+    path.write_text(yaml.safe_dump({**GRID, **changes}, sort_keys=False))
+    return path
+
+
+def runs(**changes: Any) -> list[sweep.Run]:
+    return sweep.read_grid(grid(**changes))[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"jobs": 3}, "jobs: expected targets, runs or picture, received this key"),
+        ({"runs": []}, "runs: expected a list of grids, received []"),
+        ({"runs": [{"seed": []}]}, "runs.0.seed: expected a list of at least one value, received []"),
+        ({"runs": [{"seed": 3}]}, "runs.0.seed: expected a list of at least one value, received 3"),
+        ({"runs": [{"seed": [1]}, {}]}, "runs.1: expected a mapping from keys of params.yaml to lists, received {}"),
+        ({"runs": [{"a b": [1]}]}, "runs.0: expected a key of params.yaml such as sam.rho, received 'a b'"),
+        ({"runs": [{"sam.roh": [1]}]}, "runs.0: sam.roh: expected no such key, received 1"),
+        ({"runs": [{"sam.rho": [0.1, -1]}]}, "runs.0: sam.rho: expected greater than or equal to 0, received -1"),
+        ({"targets": ["train"]}, "targets: expected a list of prepare, ... evaluate, received 'train'"),
+        ({"targets": "finetune"}, "targets: expected a list of prepare, ... evaluate, received 'finetune'"),
+        ({"picture": None}, "picture: expected x and y, received None"),
+        ({"picture": {"x": "seeds", "y": "sam/epochs"}}, "picture.x: expected one of seed, sam.rho, received 'seeds'"),
+        (
+            {"picture": {"x": "seed", "y": "evaluate/sam.test.accuracy"}},
+            "picture.y: expected select or sam, a slash and a metric such as val.accuracy, "
+            "received 'evaluate/sam.test.accuracy'",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("repository")
+def test_wrong_grids_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        runs(**changes)
+    beginning, _, end = message.partition("...")
+    assert str(caught.value).startswith(f"grid.yaml: {beginning}")
+    assert str(caught.value).endswith(end)
+
+
+def test_a_wrong_grid_is_one_line_of_the_command(repository: Repository) -> None:
+    grid(targets=["train"])
+    output = repository.run(*COMMAND, expect=1)
+    assert output.startswith("error: grid.yaml: targets: expected a list of prepare, ")
+    assert len(output.splitlines()) == 1
+    assert "found no file" in repository.run("python", "scripts/sweep.py", "nothing.yaml", expect=1)
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_name_tells_the_values_and_changes_with_what_the_run_depends_on() -> None:
+    first, *others = runs()
+    assert first.name.startswith("seed-7-rho-0.02-sam-finetune-")
+    assert len({first.name, *(run.name for run in others)}) == 4
+    assert [run.name for run in runs()] == [first.name, *(run.name for run in others)]
+    Path("src/flatmin/evaluation.py").write_text("# sam-finetune does not import this")
+    assert runs()[0].name == first.name
+    assert runs(targets=["finetune", "sam-finetune"])[0].name != first.name
+    Path("params.yaml").write_text(yaml.safe_dump({**TINY, "select": {"tolerance": 0.5}}))
+    assert runs()[0].name != first.name
+    Path("params.yaml").write_text(yaml.safe_dump(TINY))
+    assert runs()[0].name == first.name
+    Path("src/flatmin/sam.py").write_text("# sam-finetune imports this")
+    assert runs()[0].name != first.name
+
+
+@pytest.mark.usefixtures("repository")
+def test_names_are_ones_that_git_takes() -> None:
+    odd = {"finetune.schedule": [{"name": "cosine", "warmup_epochs": 1}], "data.name": ["../a..b~^:?*[ c", "é" * 200]}
+    for run in runs(runs=[odd], picture={"x": "data.name", "y": "sam/epochs"}):
+        subprocess.run(["git", "check-ref-format", f"refs/exps/{run.name}"], check=True)
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_run_of_two_grids_is_run_once_and_a_grid_has_its_own_targets() -> None:
+    listed = runs(runs=[{"sam.rho": [0.1, 0.2]}, {"sam.rho": [0.2, 0.3]}, {"sam.rho": [0.2], "targets": ["evaluate"]}])
+    assert [(run.values["sam.rho"], run.targets) for run in listed] == [
+        *((rho, ("sam-finetune",)) for rho in (0.1, 0.2, 0.3)),
+        (0.2, ("evaluate",)),
+    ]
+
+
+@pytest.mark.usefixtures("repository")
+def test_dvc_sets_what_the_grid_says() -> None:
+    values = {
+        "sam.rho": 1e-5,
+        "sam.alpha": 0.3,
+        "sam.method": "gsam",
+        "finetune.early_stopping.patience": 3,
+        "finetune.schedule": {"name": "cosine", "warmup_epochs": 1},
+        "finetune.fine_tune_at": 3,
+        "backbones": ["EfficientNetLite0", "MobileNet025"],
+        "data.splits": {"train": "train[:10%]", "test": "train[90%:]"},
+        "data.val_fraction": 0.1,
+        "augment.flip": True,
+    }
+    (run,) = runs(runs=[{key: [value] for key, value in values.items()}])
+    overrides = [word for flag, word in zip(run.command, run.command[1:], strict=False) if flag == "-S"]
+    apply_overrides("params.yaml", overrides)
+    written = yaml.safe_load(Path("params.yaml").read_text())
+    written["sam"]["rho"] = float(written["sam"]["rho"])  # written as 1e-05, which is text to PyYAML
+    assert written == run.settings
+    assert written["finetune"]["early_stopping"] == {"patience": 3}
+
+
+@pytest.mark.usefixtures("repository")
+def test_runs_share_what_comes_before_the_sections_in_which_they_differ() -> None:
+    first, other_rho, other_rate, other_seed = runs(
+        targets=["finetune", "sam-finetune"],
+        runs=[{"seed": [1], "sam.rho": [0.1, 0.2]}, {"finetune.learning_rate": [0.1], "seed": [1]}, {"seed": [2]}],
+    )
+    assert {stage for stage, _ in first.shared() & other_rho.shared()} == {"select-best", "finetune"}
+    assert {stage for stage, _ in first.shared() & other_rate.shared()} == {"select-best"}
+    assert not first.shared() & other_seed.shared()
+
+
+def test_jobs_part_the_cores() -> None:
+    assert sweep.share([0, 1, 2, 3, 4], 0, 9) == [[0, 1], [2, 3]]
+    assert sweep.share([0, 1], 0, 9) == [[0, 1]]
+    assert sweep.share([3, 5, 7], 9, 9) == [[3], [5], [7]]
+    assert sweep.share([0, 1, 2, 3], 4, 2) == [[0, 1], [2, 3]]
+    assert sweep.share([0], 0, 1) == [[0]]
+
+
+def keep(repository: Repository, run: sweep.Run, metrics: dict[str, Any]) -> None:
+    """Make the experiment that a run would have left, with these metrics."""
+    for file, values in metrics.items():
+        Path("metrics").mkdir(exist_ok=True)
+        Path(f"metrics/{file}.json").write_text(json.dumps(values))
+    repository.commit(run.name)
+    repository.run("git", "update-ref", f"refs/exps/ab/cdef/{run.name}", "HEAD")
+
+
+def test_the_table_has_a_row_for_each_run_and_no_figure_that_the_run_did_not_make(repository: Repository) -> None:
+    trial, control, failed, pending = runs(runs=[*GRID["runs"]])
+    metrics = {"select": {"backbone": "A"}, "sam": {"val": {"accuracy": 0.5}}, "evaluate": {"sam": {"accuracy": 0.4}}}
+    keep(repository, trial, metrics)
+    keep(repository, control, {"sam": {"val": {"accuracy": 0.25}, "epochs": 3}})
+    sweep.FOLDER.mkdir(parents=True)
+    trial.clock.write_text("12.5")
+    columns, rows = sweep.table([trial, control, failed, pending], [failed])
+    assert columns == [
+        *("name", "status", "targets", "seed", "sam.rho"),
+        *("select/backbone", "sam/val.accuracy", "sam/epochs", "seconds"),
+    ]
+    assert [[row.get(column) for column in columns[1:]] for row in rows] == [
+        ["succeeded", "sam-finetune", 7, 0.02, "A", 0.5, None, "12.5"],
+        ["succeeded", "sam-finetune", 7, 0.1, "A", 0.25, 3, ""],
+        ["failed", "sam-finetune", 8, 0.02, None, None, None, ""],
+        ["not run", "sam-finetune", 8, 0.1, None, None, None, ""],
+    ]
+    (evaluated,) = runs(targets=[], runs=[{"sam.rho": [0.02]}])
+    keep(repository, evaluated, {"finetune": {"epochs": 1}})
+    columns, rows = sweep.table([evaluated], [])
+    assert rows[0]["evaluate/sam.accuracy"] == 0.4
+    assert rows[0]["seed"] == 7, "of params.yaml, since the grid does not set it"
+
+
+ROWS = [
+    {"targets": "sam-finetune", "seed": seed, "sam.rho": rho, "sam.method": method, "y": rho + seed}
+    for seed in (1, 2)
+    for rho in (0.2, 0.1)
+    for method in ("sam", "gsam")
+]
+KEYS = ("targets", "seed", "sam.rho", "sam.method")
+
+
+def test_the_picture_has_a_line_for_each_other_param_and_the_seeds_at_each_x() -> None:
+    lines = sweep.spread(ROWS, "sam.rho", "y", KEYS)
+    assert lines == {f"sam.method {method}": {0.1: [1.1, 2.1], 0.2: [1.2, 2.2]} for method in ("sam", "gsam")}
+    assert list(lines["sam.method sam"]) == [0.1, 0.2]
+    assert list(sweep.spread(ROWS[::2], "sam.rho", "y", KEYS)) == ["mean of seeds"]
+
+
+def test_the_picture_is_one_and_shows_the_values(tmp_path: Path) -> None:
+    pixels = []
+    for name, top in (("one", 1.0), ("same", 1.0), ("other", 2.0)):
+        sweep.draw({"mean of seeds": {0.1: [0.5, top], "auto": [0.2]}}, "rho", "accuracy", tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width >= 400
+            pixels.append(picture.tobytes())
+    assert pixels[0] == pixels[1] != pixels[2]
+
+
+def marked(repository: Repository) -> list[int]:
+    """Processes that a sweep of this checkout started, directly or not."""
+    mark = f"FLATMIN_SWEEP={(repository.folder / sweep.FOLDER).resolve()}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def logs(repository: Repository) -> str:
+    return "\n".join(path.read_text() for path in sorted((repository.folder / sweep.FOLDER).glob("*.log")))
+
+
+def stop_in_training(repository: Repository, number: int, jobs: int) -> tuple[int, str]:
+    """Start a sweep, send it a signal after some epochs with SAM that no earlier sweep saw; exit code and output."""
+    seen = logs(repository).count("sam-finetune 2/8: loss")
+    process = repository.start(*COMMAND, "--jobs", str(jobs))
+    until = time.monotonic() + 500
+    while logs(repository).count("sam-finetune 2/8: loss") <= seen and process.poll() is None:
+        assert time.monotonic() < until, logs(repository)
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+def rows_of(repository: Repository) -> list[dict[str, str]]:
+    with (repository.folder / "grid.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tmp_path: Path) -> None:
+    params = copy.deepcopy(TINY)
+    params["finetune"]["epochs"] = 8
+    whole, killed = (Repository(tmp_path / name, params) for name in ("whole", "killed"))
+    for repository in (whole, killed):
+        (repository.folder / "grid.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
+    jobs = len(os.sched_getaffinity(0))
+    output = whole.run(*COMMAND, "--jobs", str(jobs))
+    assert "4 experiments: 0 have succeeded, 4 to run" in output
+    with Image.open(whole.folder / "grid.png") as picture:
+        assert picture.width >= 400
+
+    code, output = stop_in_training(killed, signal.SIGINT, jobs)
+    assert (code, output.splitlines()[-1]) == (130, "interrupted: run it again to go on from the last whole epoch")
+    assert marked(killed) == []
+    assert {row["status"] for row in rows_of(killed)} >= {"not run"}
+
+    code, output = stop_in_training(killed, signal.SIGKILL, jobs)
+    assert code == -signal.SIGKILL
+    orphans = marked(killed)
+    assert orphans, "the runs of a killed sweep go on"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(os.getpgid(orphans[0]), signal.SIGKILL)  # one worker dies with it
+
+    output = killed.run(*COMMAND, "--jobs", str(jobs))
+    assert "4 experiments: grid.csv and grid.png" in output
+    assert "sam-finetune: going on after epoch" in logs(killed)
+    assert marked(killed) == []
+    assert not list((killed.folder / sweep.FOLDER).glob("clone-*"))
+    assert rows_of(killed) == rows_of(whole)
+    assert len(rows_of(killed)) == 4
+    assert {row["status"] for row in rows_of(killed)} == {"succeeded"}
+
+    refs, table = killed.run("git", "for-each-ref", "refs/exps"), (killed.folder / "grid.csv").read_bytes()
+    assert "4 experiments: 4 have succeeded, 0 to run" in killed.run(*COMMAND)
+    assert killed.run("git", "for-each-ref", "refs/exps") == refs
+    assert (killed.folder / "grid.csv").read_bytes() == table
+    assert rows_of(killed)[0]["name"] in killed.run("dvc", "exp", "show", "--csv")
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_the_others_succeed(tmp_path: Path) -> None:
+    repository = Repository(tmp_path, TINY)
+    changed = {
+        "targets": ["finetune"],
+        "runs": [{"finetune.fine_tune_at": ["nowhere", "block7a_expand_conv"]}],
+        "picture": {"x": "finetune.fine_tune_at", "y": "finetune/val.accuracy"},
+    }
+    (repository.folder / "grid.yaml").write_text(yaml.safe_dump(changed))
+    last = repository.run(*COMMAND, expect=1).splitlines()[-1]
+    assert last.startswith("error: 1 of 2 experiments: expected success, failed: .dvc/tmp/sweep/fine-tune-at-nowhere-")
+    assert "nowhere" in (repository.folder / last.split(": ")[-1]).read_text()
+    assert [row["status"] for row in rows_of(repository)] == ["failed", "succeeded"]
+    assert not (repository.folder / "grid.png").exists()
