@@ -1,6 +1,6 @@
 #!/bin/sh
-# Run studies/NAME/params.yaml in a clone of this checkout's last commit, and copy its figures to studies/NAME.
-# As `study.sh NAME sweep [--jobs N]` run the grid in studies/NAME/sweep.yaml there instead.
+# Run studies/NAME/params.yaml in a clone of this checkout's last commit, or of $COMMIT, and copy its figures to
+# studies/NAME. As `study.sh NAME sweep [--jobs N]` run the grid in studies/NAME/sweep.yaml there instead.
 set -eu
 name=$1
 root=$(pwd)
@@ -19,7 +19,7 @@ if [ ! -d "$clone/.git" ]; then
     rm -rf "$clone"
     git clone --quiet --no-checkout . "$clone"
 fi
-git -C "$clone" fetch --quiet origin HEAD
+git -C "$clone" fetch --quiet origin "${COMMIT:-HEAD}"
 git -C "$clone" checkout --quiet --force --detach FETCH_HEAD
 cp "studies/$name/params.yaml" "$clone/params.yaml"
 cd "$clone"

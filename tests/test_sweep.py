@@ -313,3 +313,35 @@ def test_a_run_that_fails_is_named_and_the_others_succeed(tmp_path: Path) -> Non
     assert "nowhere" in (repository.folder / last.split(": ")[-1]).read_text()
     assert [row["status"] for row in rows_of(repository)] == ["failed", "succeeded"]
     assert not (repository.folder / "grid.png").exists()
+
+
+@pytest.mark.slow
+def test_the_grid_of_a_study_runs_in_its_clone(tmp_path: Path) -> None:
+    repository = Repository(tmp_path, TINY)
+    changed = {
+        "targets": ["select-best"],
+        "runs": [{"seed": [9]}],
+        "picture": {"x": "seed", "y": "select/val.accuracy"},
+    }
+    study = repository.folder / "studies/other"
+    study.mkdir()
+    (study / "params.yaml").write_text(yaml.safe_dump({**TINY, "select": {"tolerance": 0.25}}))
+    (study / "sweep.yaml").write_text(yaml.safe_dump(changed))
+    repository.commit("another study")
+    repository.run("sh", "scripts/study.sh", "other", "sweep", "--jobs", "1")
+    assert repository.run("git", "status", "--porcelain").split()[1::2] == [
+        "studies/other/sweep.csv",
+        "studies/other/sweep.png",
+    ]
+    with (study / "sweep.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["seed"], row["select/backbone"], row["status"]) == ("9", "EfficientNetLite0", "succeeded")
+    shown = repository.run("git", "-C", ".studies/other", "for-each-ref", "--format=%(refname)", "refs/exps").strip()
+    params = repository.run("git", "-C", ".studies/other", "show", f"{shown}:params.yaml")
+    assert yaml.safe_load(params) == {**TINY, "seed": 9, "select": {"tolerance": 0.25}}
+    # A later commit is left out where COMMIT names an earlier one.
+    start = repository.run("git", "rev-parse", "HEAD").strip()
+    (repository.folder / "src/flatmin/selection.py").write_text("raise SystemExit('broken')\n")
+    repository.commit("broken")
+    output = repository.run("env", f"COMMIT={start}", "sh", "scripts/study.sh", "other", "sweep")
+    assert "1 experiments: 1 have succeeded, 0 to run" in output
