@@ -107,10 +107,15 @@ class Augmenter:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def chunks(self, images: Iterable[np.ndarray], epoch: int) -> Iterator[list[np.ndarray]]:
-        """Cut `images` into chunks, augment each; at most four chunks a worker are under way."""
+    def chunks(
+        self, images: Iterable[np.ndarray], epoch: int, numbers: Iterable[int] | None = None
+    ) -> Iterator[list[np.ndarray]]:
+        """Cut `images` into chunks, augment each; at most four chunks a worker are under way.
+
+        numbers: the chunks' own, where the images are not those of all chunks.
+        """
         pending: deque[Future[list[np.ndarray]] | list[np.ndarray]] = deque()
-        for index, chunk in enumerate(_cut(images)):
+        for index, chunk in zip(itertools.count() if numbers is None else numbers, _cut(images), strict=False):
             work = (chunk, self._settings, self._seed, epoch, index)
             pending.append(self._pool.submit(augment, *work) if self._pool else augment(*work))
             if len(pending) >= 4 * self._workers:

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin import backbones, reporting
+from flatmin import backbones, cache, reporting
 from flatmin.reporting import InputError
 
 WEIGHTS = "classifier.weights.h5"
@@ -69,7 +69,8 @@ class Classifier:
         """Trunk and tail, sharing this classifier's weights.
 
         Args:
-            at: the first trained layer of the backbone, by name or index; None freezes the whole backbone.
+            at: the first trained layer of the backbone, by name or index; None freezes the whole backbone and
+                pools what it makes.
 
         Returns:
             trunk: pixels float32 [batch, size, size, 3] in [0, 255] -> boundary tensors; and the tail.
@@ -77,9 +78,23 @@ class Classifier:
         pixels = keras.Input(self.network.input.shape[1:], name="pixels")
         prepared = backbones.preprocess(self.description.backbone, pixels)
         if at is None:
-            return keras.Model(pixels, self.base(prepared), name="trunk"), Tail(None, self.head)
+            pooling, *trained = self.head.layers
+            head = keras.Sequential([keras.Input(self.head.input.shape[-1:]), *trained], name="head")
+            return keras.Model(pixels, pooling(self.base(prepared)), name="trunk"), Tail(None, head)
         frozen, body = cut(self.base, layer_index(self.base, at))
         return keras.Model(pixels, frozen(prepared), name="trunk"), Tail(body, self.head)
+
+    def trunk_identity(self, at: str | int | None) -> dict[str, Any]:
+        """What the trunk of `cut(at)` makes of pixels depends on: what JSON can hold."""
+        trunk, _ = self.cut(at)
+        return {
+            "backbone": self.description.backbone,
+            "image_size": self.description.image_size,
+            "preprocessing": self.description.preprocessing,
+            "cut": None if at is None else layer_index(self.base, at),
+            "weights": cache.digest(np.ascontiguousarray(weight) for weight in trunk.get_weights()),
+            "precision": keras.config.dtype_policy().name,
+        }
 
     @cached_property
     def _forward(self) -> Any:

@@ -92,12 +92,15 @@ class Runtime(Section):
     """How the numbers are computed.
 
     precision: Keras' dtype policy. strategy: `one` device, `mirrored` over all of the machine's GPUs, `multi_worker`
-    over the machines that TF_CONFIG names, or `auto`, which is `mirrored` where there are several GPUs.
+    over the machines that TF_CONFIG names, or `auto`, which is `mirrored` where there are several GPUs. trunk: what
+    runs the frozen layers where views are kept, `tensorflow`, `litert`, or `auto`, which is `litert` on CPU where it
+    gives the same.
     """
 
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
     deterministic: bool = True
     strategy: Literal["auto", "one", "mirrored", "multi_worker"] = "auto"
+    trunk: Literal["auto", "tensorflow", "litert"] = "auto"
 
 
 class Splits(Section):
@@ -195,7 +198,9 @@ class Training(Section):
 
     schedule: null keeps the learning rate. weight_decay: decoupled, times the learning rate. ema: momentum of the
     weights' exponential moving average, which is then what is validated and kept. image_size: pixels, one for all
-    backbones or one for each named; the table in backbones.py has the default.
+    backbones or one for each named; the table in backbones.py has the default. views: so many augmented views of each
+    image are drawn, what the frozen layers make of them is kept, and epoch e takes view e mod views; 0 augments afresh
+    in every epoch.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"]
@@ -207,6 +212,7 @@ class Training(Section):
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.2
     batch_size: Count
     epochs: Count
+    views: Annotated[int, Field(ge=0)] = 0
     early_stopping: EarlyStopping | None = None
     image_size: ImageSizes | None = None
 

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -414,9 +414,16 @@ class Records:
         shards = sorted(name for name in self.info["files"] if name.startswith(f"{role}-"))
         return tf.data.TFRecordDataset([str(self._folder / name) for name in shards]).map(_parse)
 
-    def images(self, role: str) -> tf.data.Dataset:
-        """(uint8 [height, width, 3], scalar int32), always in the same order; sizes may differ."""
-        return self.encoded(role).map(_decode, tf.data.AUTOTUNE, deterministic=True)
+    def images(self, role: str, wanted: Callable[[Any], Any] | None = None) -> tf.data.Dataset:
+        """(uint8 [height, width, 3], scalar int32), always in the same order; sizes may differ.
+
+        wanted: of an example's position, whether it is; by default all are.
+        """
+        encoded = self.encoded(role)
+        if wanted is not None:
+            numbered = encoded.enumerate().filter(lambda position, _: wanted(position))
+            encoded = numbered.map(lambda _, example: example)
+        return encoded.map(_decode, tf.data.AUTOTUNE, deterministic=True)
 
     def _role(self, role: str) -> Mapping[str, Any]:
         if role not in self.info["roles"]:

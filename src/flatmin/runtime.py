@@ -1,15 +1,14 @@
-"""How numbers are computed, and where state lives that is no output: devices, precision, seeds, the cache folder."""
+"""How numbers are computed: devices, precision, seeds."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import platform
+import re
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -65,31 +64,23 @@ def _workers() -> tf.distribute.Strategy:
     return tf.distribute.MultiWorkerMirroredStrategy()
 
 
-def worker(strategy: tf.distribute.Strategy) -> int:
-    """This process's number among the workers; 0, the chief's, is the one that writes outputs."""
+def worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:
+    """This process's number among the workers, and how many they are; 0, the chief's, is the one that writes."""
     resolver = strategy.cluster_resolver
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) or resolver.task_type == "chief":
-        return 0
-    return int(resolver.task_id) + ("chief" in resolver.cluster_spec().jobs)
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return 0, 1
+    cluster = resolver.cluster_spec()
+    has_chief = "chief" in cluster.jobs
+    workers = len(cluster.job_tasks("worker")) + has_chief
+    return (0 if resolver.task_type == "chief" else int(resolver.task_id) + has_chief), workers
 
 
-def cache_folder() -> Path:
-    """`$FLATMIN_CACHE`, else `${XDG_CACHE_HOME:-~/.cache}/flatmin`: what makes a rerun quick and changes no result."""
-    given = os.environ.get("FLATMIN_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatmin"
-
-
-def state_folder(name: str, depends_on: Mapping[str, Any], files: Iterable[Path]) -> Path:
-    """The folder for the resume state of work called `name`, keyed by all that its result depends on.
-
-    That is `depends_on` (what JSON can hold), the bytes of `files`, this package's code and the libraries' versions.
-    """
-    digest = hashlib.sha256()
-    libraries = {library: version(library) for library in ("tensorflow", "keras", "numpy", "imgaug")}
-    digest.update(json.dumps([depends_on, libraries], sort_keys=True).encode())
-    for path in [*sorted(Path(__file__).parent.glob("*.py")), *files]:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
-    return cache_folder() / "state" / f"{name.replace('/', '-')}-{digest.hexdigest()[:24]}"
+def machine() -> list[str]:
+    """The kind of machine: results are equal to the byte on the same kind only."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        return [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in gpus]
+    with suppress(OSError):
+        models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        return sorted(set(models)) or [platform.machine()]
+    return [platform.machine()]

@@ -16,16 +16,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin import backbones, classifier, reporting, runtime, sam, views
+from flatmin import backbones, cache, classifier, reporting, runtime, sam, views
 from flatmin.augment import Augmenter
 from flatmin.classifier import Classifier, Tail
 from flatmin.params import Cosine, EarlyStopping, Params, Plateau, Sam, Training
 from flatmin.records import Records
 from flatmin.reporting import InputError
+from flatmin.views import Share, Views
 
 RECORDS = Path("data/records")
 SELECTED = Path("models/selected")
 SGD_MOMENTUM = 0.9
+CHECKED = 1000  # val images on which views and assembled network are compared
 
 Epoch = dict[str, float]
 
@@ -92,7 +94,7 @@ class Job:
             "records": records.digest,
             **(self.depends_on or {}),
         }
-        return runtime.state_folder(self.name, sections, self.files)
+        return cache.folder() / "state" / f"{self.name.replace('/', '-')}-{cache.key(sections, self.files)}"
 
 
 def _run(job: Job) -> None:
@@ -104,22 +106,26 @@ def _run(job: Job) -> None:
     strategy = runtime.strategy(job.params.runtime)
     runtime.configure(job.params.runtime, job.params.seed)
     records = Records(RECORDS)
-    worker = runtime.worker(strategy)
+    worker, workers = runtime.worker(strategy)
     state = State(job.state(records), worker)
     with strategy.scope():
         model = job.start(records)
         trainer = Trainer(job, model, records, strategy)
+    if job.recipe.views:
+        local = strategy.num_replicas_in_sync // workers
+        trainer.views = Views(records, model, job.params, job.recipe.views, Share(worker, workers, local))
     history = trainer.train(state)
     if worker == 0 or os.environ.get("FLATMIN_WRITERS") == "all":
-        _write(job, model, records, history)
+        _write(job, trainer, history)
     state.remove()
 
 
-def _write(job: Job, model: Classifier, records: Records, history: Sequence[Epoch]) -> None:
+def _write(job: Job, trainer: Trainer, history: Sequence[Epoch]) -> None:
+    model, records = trainer.model, trainer.records
     best = best_epoch(history)
     model.save(Path("models") / job.name)
     val = {key: history[best][f"val_{key}"] for key in ("accuracy", "top5_accuracy", "loss")}
-    metrics = {
+    metrics: dict[str, Any] = {
         "backbone": model.description.backbone,
         "best_epoch": best + 1,
         "epochs": len(history),
@@ -128,8 +134,11 @@ def _write(job: Job, model: Classifier, records: Records, history: Sequence[Epoc
         ),
         "image_size": model.description.image_size,
         "multiply_adds": model.description.multiply_adds,
+        "trunk": trainer.views.engine if trainer.views else "tensorflow",
         "val": val,
     }
+    if trainer.views:
+        metrics["val_from_images"] = trainer.check_views(trainer.views)
     reporting.write_json(f"metrics/{job.name}.json", metrics)
     columns = ("learning_rate", "loss", "accuracy", "val_loss", "val_accuracy")
     rows = ([index + 1, *(f"{epoch[key]:.6g}" for key in columns)] for index, epoch in enumerate(history))
@@ -146,6 +155,7 @@ class Trainer:
         self.records = records
         self.strategy = strategy
         self.recipe = job.recipe
+        self.views: Views | None = None
         self.steps = math.ceil(records.count("train") / self.recipe.batch_size)
         self.trunk, self.tail = model.cut(model.description.fine_tune_at)
         _build(self.trunk, self.tail, model.description.image_size)
@@ -157,6 +167,9 @@ class Trainer:
             from_logits=True, label_smoothing=self.recipe.label_smoothing, reduction=None
         )
         self.train_step = tf.function(self._distributed_step)
+        self.score_step = tf.function(
+            lambda inputs: self.tail(self._boundary(inputs), training=False), reduce_retracing=True
+        )
 
     def train(self, state: State) -> list[Epoch]:
         """Run the epochs that are left, leave the best one's weights in the model, and return what each gave."""
@@ -204,12 +217,7 @@ class Trainer:
         if isinstance(self.recipe.schedule, Plateau):
             self.optimizer.learning_rate = plateau(history, self.recipe.schedule, self.recipe.learning_rate)
         rate = float(tf.convert_to_tensor(self.optimizer.learning_rate))
-        params = self.job.params
-        size = self.model.description.image_size
-        images = views.augmented(self.records, augmenter, size, self.recipe.batch_size, params.seed, number)
-        sharding = tf.data.Options()
-        sharding.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-        batches = iter(self.strategy.experimental_distribute_dataset(images.with_options(sharding)))
+        batches = iter(self._batches(number, augmenter))
         totals = np.zeros(3)
         title = f"{self.job.name} {number + 1}/{self.recipe.epochs}"
         for _ in reporting.progress(range(self.steps), title, unit="batch"):
@@ -231,13 +239,32 @@ class Trainer:
         )
         return epoch
 
+    def _batches(self, epoch: int, augmenter: Augmenter) -> Any:
+        """The epoch's batches, distributed: boundary tensors from the views, else augmented images; and labels."""
+        batch_size = self.recipe.batch_size
+        if self.views:
+            of_epoch = self.views.epoch(epoch, batch_size)
+            return self.strategy.distribute_datasets_from_function(lambda _: of_epoch)
+        size, seed = self.model.description.image_size, self.job.params.seed
+        images = views.augmented(self.records, augmenter, size, batch_size, seed, epoch)
+        sharding = tf.data.Options()
+        sharding.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+        return self.strategy.experimental_distribute_dataset(images.with_options(sharding))
+
+    def _boundary(self, inputs: Any) -> Any:
+        """What the trunk makes of images, or made of them where `inputs` come from the views."""
+        if not self.views:
+            return self.trunk(inputs, training=False)
+        cast = [tf.cast(tensor, like.dtype) for tensor, like in zip(inputs, self.trunk.outputs, strict=True)]
+        return cast[0] if len(cast) == 1 else cast
+
     def _distributed_step(self, batches: Any) -> tf.Tensor:
         """One step on the next batch: the sums of loss and correct predictions, and the number of examples."""
         sums = self.strategy.run(self._replica_step, args=(next(batches),))
         return self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
 
-    def _replica_step(self, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        images, labels = _at_least_one(*batch) if self._replicated else batch
+    def _replica_step(self, batch: tuple[Any, tf.Tensor]) -> tf.Tensor:
+        inputs, labels = _at_least_one(*batch) if self._replicated else batch
         present = tf.cast(labels >= 0, tf.float32)
         count = tf.reduce_sum(present) if self._replicated else tf.cast(tf.shape(labels)[0], tf.float32)
         global_count = count
@@ -254,7 +281,7 @@ class Trainer:
             # A replica's share of the global mean; regularisation is the same on all.
             return mean * count / global_count + sum(self.tail.losses) / self.strategy.num_replicas_in_sync, logits
 
-        boundary = self.trunk(images, training=False)
+        boundary = self._boundary(inputs)
         loss, logits = self.step(forward, (boundary, labels, present))
         correct = tf.reduce_sum(tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32))
         return tf.stack([loss * global_count, correct, count])
@@ -264,12 +291,34 @@ class Trainer:
         return self.strategy.num_replicas_in_sync > 1
 
     def _validate(self) -> Epoch:
-        size = self.model.description.image_size
-        images = views.plain(self.records, "val", size, self.recipe.batch_size)
-        total = math.ceil(self.records.count("val") / self.recipe.batch_size)
-        logits = self.model.logits(images, total, "validating")
+        logits = self._logits_of_views(self.views) if self.views else self._logits_of_images(self.records.count("val"))
         scores = classifier.score(logits, self.records.labels("val"))
         return {f"val_{key}": value for key, value in scores.items()}
+
+    def _logits_of_images(self, count: int) -> np.ndarray:
+        """Of the first `count` val images, by the assembled network."""
+        batch_size = self.recipe.batch_size
+        images = views.plain(self.records, "val", self.model.description.image_size, batch_size)
+        batches = math.ceil(count / batch_size)
+        return self.model.logits(images.take(batches), batches, "validating")[:count]
+
+    def _logits_of_views(self, views: Views) -> np.ndarray:
+        """Of all val images, by the tail behind kept activations."""
+        batches = views.val_batches(self.recipe.batch_size)
+        total = math.ceil(self.records.count("val") / self.recipe.batch_size)
+        progress = reporting.progress(batches, "validating", total, "batch")
+        return np.concatenate([self.score_step(boundary).numpy() for boundary in progress])
+
+    def check_views(self, views: Views) -> dict[str, float]:
+        """How far the accuracy on val's first images is, seen through the assembled network, from that on their views.
+
+        The two paths differ by what runs the trunk and by rounding to float16.
+        """
+        count = min(CHECKED, self.records.count("val"))
+        labels = self.records.labels("val")[:count]
+        from_images = classifier.score(self._logits_of_images(count), labels)["accuracy"]
+        from_views = classifier.score(self._logits_of_views(views)[:count], labels)["accuracy"]
+        return {"images": count, "accuracy": from_images, "accuracy_difference": from_images - from_views}
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -312,11 +361,14 @@ def gradient_evaluations(images: int, batch_size: int, epochs: int, step: Sam | 
     return sum(size * (2 if is_sharp else 1) for size, is_sharp in zip(sizes, sharp, strict=True))
 
 
-def _at_least_one(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Give a replica that got nothing of a small last batch a black image labelled -1: layers fail on no image."""
+def _at_least_one(inputs: Any, labels: tf.Tensor) -> tuple[Any, tf.Tensor]:
+    """Give a replica that got nothing of a batch a black image labelled -1: layers fail on no image."""
     missing = tf.maximum(0, 1 - tf.shape(labels)[0])
-    black = tf.zeros((missing, *images.shape[1:]), images.dtype)
-    return tf.concat([images, black], axis=0), tf.concat([labels, tf.fill((missing,), -1)], axis=0)
+
+    def filled(tensor: tf.Tensor) -> tf.Tensor:
+        return tf.concat([tensor, tf.zeros((missing, *tensor.shape[1:]), tensor.dtype)], axis=0)
+
+    return tf.nest.map_structure(filled, inputs), tf.concat([labels, tf.fill((missing,), -1)], axis=0)
 
 
 def _build(trunk: keras.Model, tail: Tail, size: int) -> None:
