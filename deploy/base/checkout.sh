@@ -1,4 +1,4 @@
-# Sourced by study.sh and experiment.sh: a fresh checkout of $REVISION here, with $REMOTE as its DVC remote. The secrets
+# Sourced by study.sh and experiment.sh: a fresh checkout of $REVISION in ./checkout, with $REMOTE as its DVC remote. The secrets
 # come from the environment and are written nowhere.
 set -eu
 
@@ -13,8 +13,9 @@ if [ -n "${GIT_TOKEN-}" ]; then
     git config --global credential.helper \
         '!printf "username=%s\npassword=%s\n" "${GIT_USERNAME:-git}" "$GIT_TOKEN"; :'
 fi
-find . -mindepth 1 -delete
-git clone --quiet "$REPOSITORY" .
+rm -rf checkout
+git clone --quiet "$REPOSITORY" checkout
+cd checkout
 git checkout --quiet --detach "$REVISION" --
 git config user.name "${GIT_NAME:-flatmin}"
 git config user.email "${GIT_EMAIL:-flatmin@localhost}"

@@ -6,7 +6,8 @@
 # worker, and the first records it. A worker that is started again starts like a new one; a training goes on from the
 # last epoch that all have kept in $FLATMIN_CACHE.
 set -eu
-. "$(dirname "$0")/checkout.sh"
+scripts=$(cd "$(dirname "$0")" && pwd)
+. "$scripts/checkout.sh"
 
 first=$(python - <<'END'
 import json
@@ -37,7 +38,7 @@ for stage in $(dvc stage list --name-only); do  # in the order of dvc.yaml, in w
         case $stage in augment-preview | evaluate) continue ;; esac  # nothing that is trained needs them
     fi
     dvc repro --pull "$stage"
-    if [ "$first" = yes ]; then dvc push --quiet && dvc push --quiet --run-cache; fi
+    if [ "$first" = yes ]; then python "$scripts/push.py" "$stage"; fi
 done
 
 if [ "$first" = yes ] && [ -n "${PUSH_BRANCH-}" ]; then

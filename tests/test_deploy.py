@@ -1,0 +1,262 @@
+"""The manifests of deploy/ against published schemas, and its scripts run for real on one machine.
+
+What needs a cluster is in docs/cluster.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from loopback import free_ports
+from repository import ROOT, TINY, Repository, stages_run
+
+DEPLOY = ROOT / "deploy"
+SCRIPTS = DEPLOY / "base"
+CORE = "io.k8s.api.core.v1."
+KINDS = {
+    ("v1", "ConfigMap"): f"{CORE}ConfigMap",
+    ("batch/v1", "Job"): "io.k8s.api.batch.v1.Job",
+    ("kubeflow.org/v1", "TFJob"): "KubeflowOrgV1TFJob",
+}
+JOBS = {"tfjob": "tfjob/tfjob.yaml", "sweep": "sweep/job.yaml"}
+
+
+def check(manifest: dict[str, Any]) -> None:
+    """Raise jsonschema.ValidationError for what the published schema of its kind does not know."""
+    definitions: dict[str, Any] = {}
+    for name in ("kubernetes", "tfjob"):
+        definitions |= json.loads((ROOT / f"tests/schemas/{name}.json").read_text())["$defs"]
+    kind = KINDS[manifest["apiVersion"], manifest["kind"]]
+    jsonschema.Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": definitions}).validate(manifest)
+
+
+def job(name: str) -> dict[str, Any]:
+    return yaml.safe_load((DEPLOY / JOBS[name]).read_text())
+
+
+def template(manifest: dict[str, Any]) -> dict[str, Any]:
+    spec = manifest["spec"]
+    return spec["template"] if manifest["kind"] == "Job" else spec["tfReplicaSpecs"]["Worker"]["template"]
+
+
+def build(overlay: str) -> list[dict[str, Any]]:
+    if shutil.which("kubectl") is None:
+        pytest.skip("there is no kubectl, which builds overlays")
+    done = subprocess.run(["kubectl", "kustomize", DEPLOY / overlay], capture_output=True, text=True, check=True)
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_is_what_its_published_schema_asks_for(name: str) -> None:
+    check(job(name))
+
+
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["speck"], {}),
+        (["spec", "template", "spec", "containers", 0, "resource"], {}),
+        (["spec", "template", "spec", "containers", 0, "args"], "dvc repro"),
+        (["spec", "template", "spec", "securityContext", "runAsUser"], "root"),
+        (["spec", "template", "spec", "volumes", 0, "configMap", "names"], "a"),
+    ],
+)
+def test_a_broken_manifest_fails(name: str, path: list[Any], value: Any) -> None:
+    manifest = copy.deepcopy(job(name))
+    inner: Any = manifest
+    if path[:2] == ["spec", "template"]:
+        inner, path = template(manifest), path[2:]
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        check(manifest)
+
+
+@pytest.mark.parametrize("key", ["backoffLimits", "tfReplicaSpec"])
+def test_a_tfjob_with_an_unknown_key_fails(key: str) -> None:
+    manifest = job("tfjob")
+    manifest["spec"]["runPolicy" if key == "backoffLimits" else "successPolicy"] = {key: 1}
+    with pytest.raises(jsonschema.ValidationError):
+        check(manifest)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_an_overlay_builds_and_names_what_it_makes(name: str) -> None:
+    built = build(name)
+    for manifest in built:
+        check(manifest)
+        assert manifest["metadata"]["labels"]["app.kubernetes.io/part-of"] == "flatmin"
+    made = {each["metadata"]["name"] for each in built if each["kind"] == "ConfigMap"}
+    (run,) = [each for each in built if each["kind"] != "ConfigMap"]
+    pod = template(run)["spec"]
+    (container,) = pod["containers"]
+    used = {volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume}
+    used |= {source["configMapRef"]["name"] for source in container["envFrom"] if "configMapRef" in source}
+    assert used == made  # with the hash of their content
+    assert container["image"] == "flatmin:latest"  # by kustomize; docs/cluster.md tells how to set it
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_it_runs_in_the_image_as_the_image_is_made(name: str) -> None:
+    pod = template(job(name))["spec"]
+    (container,) = pod["containers"]
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["gpu"]
+    assert container["image"] == service["image"]
+    user = pod["securityContext"]
+    assert f"\nUSER {user['runAsUser']}:{user['runAsGroup']}\n" in dockerfile
+    assert user["runAsNonRoot"]
+    assert f"\nWORKDIR {container['workingDir']}\n" in dockerfile
+    assert "command" not in container  # the image's entrypoint passes signals on
+    emptied = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
+    writable = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in emptied}
+    compose = {volume.split(":")[1] for volume in service["volumes"]}
+    assert writable == compose | {re.findall(r"HOME=(/\S+)", dockerfile)[0]}
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    shell, script = container["args"]
+    assert shell == "sh"
+    generated = yaml.safe_load((SCRIPTS / "kustomization.yaml").read_text())["configMapGenerator"][0]["files"]
+    assert {path.name for path in SCRIPTS.iterdir() if path.suffix in (".sh", ".py")} == set(generated)
+    assert Path(script).name in generated
+    assert {"name": "scripts", "mountPath": str(Path(script).parent), "readOnly": True} in container["volumeMounts"]
+
+
+def test_a_tfjob_has_the_container_that_the_operator_looks_for() -> None:
+    assert [each["name"] for each in template(job("tfjob"))["spec"]["containers"]] == ["tensorflow"]
+
+
+def test_a_sweep_has_an_index_for_each_combination() -> None:
+    spec = job("sweep")["spec"]
+    combinations = (DEPLOY / "sweep/combinations.txt").read_text().splitlines()
+    assert spec["completions"] == len(combinations) == len(set(combinations))
+    assert spec["completionMode"] == "Indexed"
+    assert template(job("sweep"))["spec"]["restartPolicy"] == "Never"
+
+
+def test_no_manifest_holds_a_secret() -> None:
+    for name in JOBS:
+        (container,) = template(job(name))["spec"]["containers"]
+        secrets = [source["secretRef"] for source in container["envFrom"] if "secretRef" in source]
+        assert [(secret["name"], secret["optional"]) for secret in secrets] == [
+            ("flatmin-remote", True),
+            ("flatmin-git", True),
+        ]
+    for path in (path for path in DEPLOY.rglob("*") if path.is_file()):
+        assert not re.search(r"kind: Secret|stringData|(TOKEN|KEY|PASSWORD)\w*[=:] *\w", path.read_text()), path
+
+
+@pytest.mark.parametrize("name", ["checkout.sh", "study.sh", "experiment.sh"])
+def test_a_script_parses(name: str) -> None:
+    subprocess.run(["sh", "-n", SCRIPTS / name], check=True)
+    if shellcheck := shutil.which("shellcheck"):
+        subprocess.run([shellcheck, "--shell=sh", "--exclude=SC1091", SCRIPTS / name], check=True)
+
+
+@pytest.mark.parametrize("missing", ["REPOSITORY", "REVISION", "REMOTE"])
+def test_a_missing_setting_is_an_error_in_one_line(missing: str, tmp_path: Path) -> None:
+    settings = {key: "x" for key in ("REPOSITORY", "REVISION", "REMOTE") if key != missing}
+    environment = {"PATH": os.environ["PATH"], **settings}
+    done = subprocess.run(
+        ["sh", SCRIPTS / "study.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: {missing}: expected .*, found none\n", done.stderr)
+
+
+def test_the_stages_stand_in_an_order_in_which_they_can_run() -> None:
+    made: set[str] = set()
+    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        needed = {path for path in stage["deps"] if path.startswith(("data/", "models/"))}
+        assert all(any(path.startswith(need) for path in made) for need in needed), name
+        made |= {path for path in stage.get("outs", []) if isinstance(path, str)}
+
+
+class Pod:
+    """A folder that stands for a pod's volumes, in which a script runs as in the image."""
+
+    def __init__(self, origin: Repository, folder: Path) -> None:
+        self.folder = folder
+        self.origin = origin
+        for name in ("home", "work"):
+            (folder / name).mkdir(parents=True)
+
+    def start(self, script: str, **variables: str) -> subprocess.Popen[str]:
+        settings = {
+            "HOME": str(self.folder / "home"),
+            "FLATMIN_CACHE": str(self.folder / "cache"),
+            "DVC_SITE_CACHE_DIR": str(self.folder / "site"),
+            "REPOSITORY": str(self.origin.folder),
+            "REVISION": "main",
+            "REMOTE": str(self.origin.folder.parent / "remote"),
+        }
+        return subprocess.Popen(
+            ["sh", SCRIPTS / script],
+            cwd=self.folder / "work",
+            env=self.origin.environment | settings | variables,
+            stdout=(self.folder / "log").open("w"),
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed file")  # the log's, which the process has
+def test_two_workers_run_one_study_and_its_runs_are_restored_elsewhere(tmp_path: Path) -> None:
+    short = {"epochs": 1}
+    params = TINY | {
+        "backbones": ["MobileNet025"],
+        "extract": TINY["extract"] | short,
+        "finetune": TINY["finetune"] | short | {"fine_tune_at": "conv_pw_12"},
+    }
+    origin = Repository(tmp_path, params)
+    ports = free_ports(2)
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    configs = [json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}) for index in range(2)]
+    pods = [Pod(origin, tmp_path / f"pod_{index}") for index in range(3)]
+    started = [
+        pod.start("study.sh", TF_CONFIG=config, PUSH_BRANCH="results")
+        for pod, config in zip(pods, configs, strict=False)
+    ]
+    codes = [process.wait(400) for process in started]
+    assert codes == [0, 0], pods[0].log + pods[1].log
+    first, second = (pod.folder / "work/checkout" for pod in pods[:2])
+    for name in ("selected", "finetune", "sam"):
+        weights = f"models/{name}/classifier.weights.h5"
+        assert filecmp.cmp(first / weights, second / weights, shallow=False)
+    assert "evaluate" not in stages_run(pods[1].log)
+    assert "metrics/evaluate.json" in origin.run("git", "ls-tree", "-r", "--name-only", "results")
+
+    # Elsewhere with nothing but the remote, as an experiment of the same params: nothing runs, all is there.
+    (tmp_path / "combinations").write_text("seed=1\nseed=7 runtime.strategy=multi_worker\n")
+    code = (
+        pods[2]
+        .start(
+            "experiment.sh",
+            JOB_COMPLETION_INDEX="1",
+            COMBINATIONS=str(tmp_path / "combinations"),
+            PUSH_EXPERIMENTS="yes",
+        )
+        .wait(200)
+    )
+    assert code == 0, pods[2].log
+    assert stages_run(pods[2].log) == []
+    restored = pods[2].folder / "work/checkout/metrics/evaluate.json"
+    assert restored.read_bytes() == (first / "metrics/evaluate.json").read_bytes()
+    assert "sweep-1" in origin.run("dvc", "exp", "list")
