@@ -242,10 +242,10 @@ def logs(repository: Repository) -> str:
 
 def stop_in_training(repository: Repository, number: int, jobs: int) -> tuple[int, str]:
     """Start a sweep, send it a signal after some epochs with SAM that no earlier sweep saw; exit code and output."""
-    seen = logs(repository).count("sam-finetune 2/8: loss")
+    seen = logs(repository).count("sam 2/8: loss")
     process = repository.start(*COMMAND, "--jobs", str(jobs))
     until = time.monotonic() + 500
-    while logs(repository).count("sam-finetune 2/8: loss") <= seen and process.poll() is None:
+    while logs(repository).count("sam 2/8: loss") <= seen and process.poll() is None:
         assert time.monotonic() < until, logs(repository)
         time.sleep(0.1)
     process.send_signal(number)
@@ -285,7 +285,7 @@ def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tm
 
     output = killed.run(*COMMAND, "--jobs", str(jobs))
     assert "4 experiments: grid.csv and grid.png" in output
-    assert "sam-finetune: going on after epoch" in logs(killed)
+    assert "sam: going on after epoch" in logs(killed)
     assert marked(killed) == []
     assert not list((killed.folder / sweep.FOLDER).glob("clone-*"))
     assert rows_of(killed) == rows_of(whole)
