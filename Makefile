@@ -68,3 +68,4 @@ image-test: setup  ## build the image without a registry, run the study in it, c
 
 bench: setup  ## measure what is claimed of speed: bench/results.json
 	$(RUN) python bench/sam_cost.py
+	$(RUN) python bench/tail.py

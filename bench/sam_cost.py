@@ -115,7 +115,8 @@ def main() -> None:
         "sam_memory_copies": copies["sam"],
         "sam_variants": {name: {"step_ratio": ratios[name], "memory_copies": copies[name]} for name in VARIANTS},
     }
-    reporting.write_json(RESULTS, results)
+    before = reporting.read_json(RESULTS) if RESULTS.exists() else {}
+    reporting.write_json(RESULTS, before | results)
     print("| step | time, plain = 1 | memory above plain, copies of the trained weights |\n|---|---|---|")
     for name in VARIANTS:
         print(f"| {name} | {ratios[name]:.2f} | {copies[name]:.2f} |")
