@@ -244,7 +244,7 @@ def test_two_workers_run_one_study_and_its_runs_are_restored_elsewhere(tmp_path:
     assert "metrics/evaluate.json" in origin.run("git", "ls-tree", "-r", "--name-only", "results")
 
     # Elsewhere with nothing but the remote, as an experiment of the same params: nothing runs, all is there.
-    (tmp_path / "combinations").write_text("seed=1\nseed=7 runtime.strategy=multi_worker\n")
+    (tmp_path / "combinations").write_text("seed=1\nseed=7 +runtime.strategy=multi_worker\n")
     code = (
         pods[2]
         .start(

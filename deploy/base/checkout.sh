@@ -1,5 +1,5 @@
-# Sourced by study.sh and experiment.sh: a fresh checkout of $REVISION in ./checkout, with $REMOTE as its DVC remote. The secrets
-# come from the environment and are written nowhere.
+# Sourced by study.sh and experiment.sh: a fresh checkout of $REVISION in ./checkout, with $REMOTE as its DVC remote.
+# The secrets come from the environment and are written nowhere.
 set -eu
 
 fail() { echo "error: $*" >&2; exit 1; }

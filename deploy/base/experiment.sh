@@ -12,6 +12,7 @@ combination=$(sed -n "$((index + 1))p" "${COMBINATIONS:?expected a file}")
 set -f  # a list is no pattern of file names
 set --
 for setting in $combination; do set -- "$@" --set-param "$setting"; done
+set +f
 
 dvc fetch --quiet --run-cache --max-size 0  # the records of runs alone
 dvc exp run --pull --name "${SWEEP:-sweep}-$index" "$@"
