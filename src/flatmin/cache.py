@@ -77,6 +77,13 @@ class Entry:
         self.folder = folder() / kind / digest
         self._make = make
         self._lock = _lock_file(self.folder)
+        try:
+            self._hold()
+        except BaseException:
+            self.close()
+            raise
+
+    def _hold(self) -> None:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         while not _intact(self.folder):
             fcntl.flock(self._lock, fcntl.LOCK_EX)  # lets go of the shared lock first: another may have made it since
