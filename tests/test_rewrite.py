@@ -66,11 +66,19 @@ def outputs_and_gradients(tail: Tail, boundary: Any) -> list[np.ndarray]:
     return [each.numpy() for each in tf.nest.flatten(run(boundary))]
 
 
-def assert_same(received: list[np.ndarray], expected: list[np.ndarray], relative: float = 3e-3) -> None:
-    """The first array, an output, to 1e-5 of its largest; gradients to `relative`, since ReLUs switch on rounding."""
+def assert_same(received: list[np.ndarray], expected: list[np.ndarray], relative: float = 2e-2) -> None:
+    """Compare the first array, an output, to 1e-5 of its largest, and the gradients behind it by norm to `relative`.
+
+    Outputs are continuous in the weights; gradients are not, where a ReLU switches on rounding. In small images one
+    switch moves a layer's gradient by up to a hundredth, as noise of 2e-6 in the plain network's inputs does too.
+    """
     for index, (one, other) in enumerate(zip(received, expected, strict=True)):
-        assert np.abs(other).max() > 0
-        np.testing.assert_allclose(one, other, rtol=0, atol=(relative if index else 1e-5) * np.abs(other).max())
+        norm = np.linalg.norm(other)
+        assert norm > 0
+        if index:
+            assert np.linalg.norm(one - other) <= relative * norm
+        else:
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
 
 
 @pytest.mark.parametrize(
@@ -198,7 +206,7 @@ def test_kinds_of_layers_give_the_same(build: Callable[[Any], Any]) -> None:
     tail, boundary = whole(build)
     fast = rewrite.faster(tail)
     assert fast is not tail
-    assert_same(outputs_and_gradients(fast, boundary), outputs_and_gradients(tail, boundary))
+    assert_same(outputs_and_gradients(fast, boundary), outputs_and_gradients(tail, boundary), 1e-5)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
@@ -246,7 +254,7 @@ def test_a_sharpness_aware_step_sees_perturbed_weights() -> None:
     sharp = updates(False, sam.Settings(rho=0.5))
     assert_same(updates(True, sam.Settings(rho=0.5)), sharp)
     with pytest.raises(AssertionError):  # the perturbation matters far more than rounding does
-        assert_same(updates(True, sam.Settings(rho=0.0)), sharp, 1e-2)
+        assert_same(updates(True, sam.Settings(rho=0.0)), sharp)
 
 
 @pytest.mark.slow
