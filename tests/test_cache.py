@@ -24,7 +24,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def writing(content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / "file").write_bytes(content) and None
+    def write(folder: Path) -> None:
+        (folder / "file").write_bytes(content)
+
+    return write
 
 
 def refusing(_: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from PIL import Image
 from repository import ROOT, TINY
 
 from flatmin import backbones, classifier, params, records, runtime, selection, training, views
+from flatmin.augment import Augmenter
 from flatmin.params import EarlyStopping, Params, Plateau
 from flatmin.reporting import InputError
 
@@ -286,20 +288,25 @@ def spread(model: keras.Model) -> None:
             variable.assign(random.normal(0, math.sqrt(2 / fan_in), variable.shape))
 
 
+def write_images(folder: Path, train: int) -> None:
+    """Images of coloured noise, and their records."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", 9), ("test", 3)):
+        for index in range(count):
+            pixels = random.integers(0, 180, (32, 32, 3), np.uint8)
+            pixels[..., 2 - index % 3] += 60
+            path = folder / f"images/{split}/{NAMES[index % 3]}/{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    records.write(small().data, 3, "data/records")
+
+
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with records of three classes of coloured noise and a classifier selected."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLATMIN_CACHE", str(tmp_path / "cache"))
-    random = np.random.default_rng(0)
-    for split, count in (("train", TRAIN), ("val", 9), ("test", 3)):
-        for index in range(count):
-            pixels = random.integers(0, 180, (32, 32, 3), np.uint8)
-            pixels[..., 2 - index % 3] += 60
-            path = tmp_path / f"images/{split}/{NAMES[index % 3]}/{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-    records.write(small().data, 3, "data/records")
+    write_images(tmp_path, TRAIN)
     model = classifier.create("MobileNet025", NAMES, 32, 0.0, 1, "none")
     spread(model.base)
     model.base.save_weights("base.weights.h5")
@@ -416,6 +423,128 @@ def test_plateau_and_early_stopping_in_a_run(study: Path) -> None:
     assert metrics("finetune")["gradient_evaluations"] == TRAIN * 5
 
 
+def view_files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.glob("views/*/boundary_*.npy"))}
+
+
+@pytest.mark.slow
+def test_kept_views_train_as_the_images_do(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without augmentation a view is the image: an epoch in the same order differs by float16's rounding alone."""
+    plain = small(dropout=0.0, optimizer="sgd", learning_rate=0.02, batch_size=TRAIN, epochs=3)
+    training.finetune(plain)
+    expected, scores = trained_weights("models/finetune"), metrics("finetune")
+    kept = small(dropout=0.0, optimizer="sgd", learning_rate=0.02, batch_size=TRAIN, epochs=3, views=1)
+    training.finetune(kept)
+    start = classifier.load("models/selected", fine_tune_at="conv_dw_12").cut("conv_dw_12")[1].trainable_variables
+    moved = np.concatenate([(one - np.array(two)).ravel() for one, two in zip(expected, start, strict=True)])
+    pairs = zip(expected, trained_weights("models/finetune"), strict=True)
+    apart = np.concatenate([(one - two).ravel() for one, two in pairs])
+    assert np.linalg.norm(apart) < np.linalg.norm(moved) / 50
+    found = metrics("finetune")
+    assert found["val"]["loss"] == pytest.approx(scores["val"]["loss"], rel=1e-2)
+    assert (scores["trunk"], found["trunk"]) == ("tensorflow", "litert")
+    assert found["val_from_images"] == {"images": 9, "accuracy": found["val"]["accuracy"], "accuracy_difference": 0.0}
+    assert not list(study.rglob(".*.part"))
+    assert "val activations: 9 images" in capsys.readouterr().out
+    # sam-finetune takes the same views, and makes none.
+    before = view_files(study / "cache")
+    training.finetune(kept, params.Sam())
+    assert "activations" not in capsys.readouterr().out
+    assert view_files(study / "cache") == before
+    assert len(before) == 2
+
+
+@pytest.mark.slow
+def test_epochs_take_the_views_in_turn(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three views of a training with fresh augmentation in each of three epochs are what those epochs saw."""
+    augment = {"engine": "imgaug", "n": 0, "flip": True, "crop": 4}
+    values = small(views=3, epochs=7, dropout=0.0).model_dump() | {"augment": augment}
+    settings = params.parse(values)
+    seen = []
+    read = views.Activations.read
+
+    def noted(self: views.Activations, examples: Any) -> Any:
+        found = read(self, examples)
+        if self.count == TRAIN:
+            seen.append((id(self), list(examples), found))
+        return found
+
+    monkeypatch.setattr(views.Activations, "read", noted)
+    training.finetune(settings)
+    in_turn = [seen[start : start + 4] for start in range(0, len(seen), 4)]  # 13 images in batches of 4
+    assert len(in_turn) == 7
+    assert [epoch[0][0] == in_turn[0][0][0] for epoch in in_turn] == [True, False, False, True, False, False, True]
+    for epoch in in_turn:
+        assert sorted(example for _, examples, _ in epoch for example in examples) == list(range(TRAIN))
+    assert len({str([examples for _, examples, _ in epoch]) for epoch in in_turn}) == 7  # each in an order of its own
+    # Image by image what the trunk makes of the augmenter's images of epoch 1.
+    model = classifier.load("models/selected", fine_tune_at="conv_dw_12", image_size=32)
+    trunk, _ = model.cut("conv_dw_12")
+    with Augmenter(settings.augment, settings.seed) as augmenter:
+        images = (image for image, _ in records.Records("data/records").images("train").as_numpy_iterator())
+        (chunk,) = augmenter.chunks(images, 1)
+    expected = trunk(np.stack([views.resize(image, 32) for image in chunk]), training=False).numpy()
+    for _, examples, (boundary,) in in_turn[1]:
+        np.testing.assert_allclose(boundary, expected[examples], rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_views_go_on_and_are_mended(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small(views=3, epochs=3, dropout=0.5)
+    training.finetune(settings)
+    whole, files = written(study, "finetune"), view_files(study / "cache")
+    assert len(files) == 4
+    for path in files:
+        shutil.rmtree(Path(path).parent)
+    halved = views._halved
+
+    def interrupted(tensor: np.ndarray) -> np.ndarray:
+        if len(list(study.glob("cache/views/*/checksums.json"))) == 2:
+            raise KeyboardInterrupt
+        return halved(tensor)
+
+    monkeypatch.setattr(views, "_halved", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.finetune(settings)
+    monkeypatch.setattr(views, "_halved", halved)
+    capsys.readouterr()
+    training.finetune(settings)
+    printed = capsys.readouterr().out
+    assert [f"view {view}/3:" in printed for view in (1, 2, 3)] == [False, True, True]
+    assert written(study, "finetune") == whole
+    assert view_files(study / "cache") == files
+    damaged = Path(next(iter(files)))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    training.finetune(settings)
+    assert written(study, "finetune") == whole
+    assert view_files(study / "cache") == files
+
+
+@pytest.mark.slow
+def test_too_little_room_is_an_error_before_the_work_begins(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLATMIN_CACHE_LIMIT", "1000")
+    with pytest.raises(InputError, match=r"\$FLATMIN_CACHE_LIMIT: expected at least (\d+) bytes") as error:
+        training.finetune(small(views=2))
+    values = 3 * 3 * 128  # what conv_dw_12 gets of 32 pixels, padded
+    needed = (2 * TRAIN + 9) * values * 2
+    assert f"({needed} for this, 0 in use), received 1000" in str(error.value)
+    assert capsys.readouterr().out == ""
+    assert not view_files(study / "cache")
+    monkeypatch.setenv("FLATMIN_CACHE_LIMIT", str(needed + 10_000))
+    training.finetune(small(views=2))
+
+
+def test_activations_that_float16_cannot_hold_are_an_error() -> None:
+    np.testing.assert_array_equal(views._halved(np.array([65504, 1e-9], np.float32)), [65504, 0])
+    for beyond in (1e6, np.inf, np.nan):
+        with pytest.raises(InputError, match=r"views: expected activations that float16 holds, received"):
+            views._halved(np.array([1, beyond], np.float32))
+
+
 MIRRORED = """
 import shutil, sys
 import tensorflow as tf
@@ -423,13 +552,16 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
 from flatmin import params, training
-for strategy in ("one", "mirrored"):
-    values = params.load("params.json").model_dump()
-    values["runtime"]["strategy"] = strategy
-    settings = params.parse(values)
-    training.finetune(settings)
-    shutil.move("models/finetune", "models/" + strategy)
-    shutil.move("metrics/finetune.json", "metrics/" + strategy + ".json")
+for views in (2, 0):
+    for strategy in ("one", "mirrored"):
+        values = params.load("params.json").model_dump()
+        values["runtime"]["strategy"] = strategy
+        values["finetune"]["views"] = views
+        settings = params.parse(values)
+        training.finetune(settings)
+        name = strategy + "_views" * bool(views)
+        shutil.move("models/finetune", "models/" + name)
+        shutil.move("metrics/finetune.json", "metrics/" + name + ".json")
 values["finetune"] |= {"ema": 0.7, "schedule": {"name": "cosine"}, "learning_rate": 0.01}
 settings = params.parse(values)
 training.finetune(settings, settings.sam)
@@ -461,9 +593,10 @@ def test_two_devices_give_what_one_gives(study: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     start = [np.array(variable) for variable in classifier.load("models/selected").head.trainable_variables]
-    one, two = trained_weights("models/one"), trained_weights("models/mirrored")
-    for first, second in zip(one, two, strict=True):
-        np.testing.assert_allclose(first, second, atol=1e-4)
+    for kept in ("_views", ""):
+        one, two = trained_weights(f"models/one{kept}"), trained_weights(f"models/mirrored{kept}")
+        for first, second in zip(one, two, strict=True):
+            np.testing.assert_allclose(first, second, atol=1e-4)
     assert np.abs(one[-2] - start[0]).max() > 1e-3
     assert metrics("one")["val"] == pytest.approx(metrics("mirrored")["val"], abs=1e-3)
     assert metrics("one")["gradient_evaluations"] == metrics("mirrored")["gradient_evaluations"]
@@ -550,6 +683,29 @@ def start_workers(study: Path, ports: list[int], name: str) -> list[subprocess.P
                 subprocess.Popen(command, cwd=folder, env=os.environ | environment, stdout=log, stderr=log, text=True)
             )
     return started
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_views(study: Path) -> None:
+    """Each computes its half of each view, and both train on the batches that one alone would get."""
+    write_images(study, 90)  # three chunks: two of them are the first worker's
+    values = small(dropout=0.0, optimizer="sgd", learning_rate=0.05, epochs=3, views=2, batch_size=16).model_dump()
+    augment = {"engine": "imgaug", "n": 0, "flip": True, "crop": 4}
+    training.finetune(params.parse(values | {"augment": augment}))
+    whole = [np.load(path) for path in view_files(study / "cache")]
+    values |= {"augment": augment, "runtime": {"strategy": "multi_worker"}}
+    Path("params.json").write_text(params.parse(values).model_dump_json())
+    assert [worker.wait(300) for worker in start_workers(study, free_ports(2), "finetune")] == [0, 0]
+    for first, second in zip(
+        trained_weights("models/finetune"), trained_weights("worker_0/models/finetune"), strict=True
+    ):
+        np.testing.assert_allclose(first, second, atol=1e-4)
+    sizes = [sorted(len(np.load(path)) for path in view_files(study / f"worker_{index}/cache")) for index in range(2)]
+    assert sizes == [[9, 58, 58], [9, 32, 32]]
+    # Together they are the whole views, example by example.
+    shares = [np.load(path) for index in range(2) for path in view_files(study / f"worker_{index}/cache")]
+    together = {row.tobytes() for array in shares for row in array}
+    assert together == {row.tobytes() for array in whole for row in array}
 
 
 @pytest.mark.slow

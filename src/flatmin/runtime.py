@@ -76,11 +76,11 @@ def worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:
 
 
 def machine() -> list[str]:
-    """The kind of machine: results are equal to the byte on the same kind only."""
+    """The kind of machine: GPUs, or processor and cores. Results are equal to the byte on the same kind only."""
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         return [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in gpus]
+    models: list[str] = []
     with suppress(OSError):
         models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-        return sorted(set(models)) or [platform.machine()]
-    return [platform.machine()]
+    return [*sorted(set(models) or {platform.machine()}), f"{len(os.sched_getaffinity(0))} cores"]

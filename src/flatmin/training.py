@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class Job:
             "augment": self.params.augment.model_dump(),
             "recipe": self.recipe.model_dump(),
             "records": records.digest,
+            "machine": runtime.machine(),
             **(self.depends_on or {}),
         }
         return cache.folder() / "state" / f"{self.name.replace('/', '-')}-{cache.key(sections, self.files)}"
@@ -111,12 +112,14 @@ def _run(job: Job) -> None:
     with strategy.scope():
         model = job.start(records)
         trainer = Trainer(job, model, records, strategy)
-    if job.recipe.views:
-        local = strategy.num_replicas_in_sync // workers
-        trainer.views = Views(records, model, job.params, job.recipe.views, Share(worker, workers, local))
-    history = trainer.train(state)
-    if worker == 0 or os.environ.get("FLATMIN_WRITERS") == "all":
-        _write(job, trainer, history)
+    with ExitStack() as stack:
+        if job.recipe.views:
+            share = Share(worker, workers, strategy.num_replicas_in_sync // workers)
+            kept = Views(records, model, job.params, job.recipe.views, share)
+            trainer.views = stack.enter_context(closing(kept))
+        history = trainer.train(state)
+        if worker == 0 or os.environ.get("FLATMIN_WRITERS") == "all":
+            _write(job, trainer, history)
     state.remove()
 
 

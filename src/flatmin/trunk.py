@@ -93,9 +93,14 @@ def _converted(trunk: keras.Model, identity: Mapping[str, Any]) -> bytes:
     """The trunk as a LiteRT model. Converting takes seconds, so what it gave is kept."""
 
     def convert(folder: Path) -> None:
+        failure = None
         with reporting.quiet(), redirect_stdout(io.StringIO()):
-            model = tf.lite.TFLiteConverter.from_keras_model(trunk).convert()
-        (folder / "trunk.tflite").write_bytes(model)
+            try:
+                (folder / "trunk.tflite").write_bytes(tf.lite.TFLiteConverter.from_keras_model(trunk).convert())
+            except Exception as error:  # kept from `quiet`, which would show the pages that the converter wrote
+                failure = error
+        if failure:
+            raise failure
 
     digest = cache.key(identity, modules=["backbones", "classifier", "trunk"])
     entry = cache.Entry("litert", digest, convert)

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,13 @@ class Activations:
         self._files = [os.open(array.filename, os.O_RDONLY) for array in mapped]
         self._offsets = [array.offset for array in mapped]
         self.shapes = [array.shape[1:] for array in mapped]
+        self.count = len(mapped[0])
 
     def read(self, examples: Sequence[int] | np.ndarray) -> tuple[np.ndarray, ...]:
         """float16 [len(examples), ...] of each boundary tensor, for positions in the file."""
         found = tuple(np.empty((len(examples), *shape), DTYPE) for shape in self.shapes)
         for file, offset, array in zip(self._files, self._offsets, found, strict=True):
-            rows = array.reshape(len(examples), -1).view(np.uint8)
+            rows = array.reshape(len(examples), math.prod(array.shape[1:])).view(np.uint8)
             for row, example in zip(rows, examples, strict=True):
                 os.preadv(file, [row], offset + int(example) * row.nbytes)
         return found
@@ -154,17 +155,18 @@ class Views:
         self.engine, self._run = trunk.engine(self.trunk, identity, params.runtime, sample)
         self._examples = np.flatnonzero(share.has(np.arange(records.count("train"))))
         keys = {view: self._key(identity, view) for view in (None, *range(number))}
-        with Augmenter(params.augment, params.seed) as augmenter:
+        with ExitStack() as stack, Augmenter(params.augment, params.seed) as augmenter:
 
             def opened(view: int | None) -> Activations:
                 title = "val activations" if view is None else f"view {view + 1}/{number}"
                 entry = cache.Entry("views", keys[view], lambda folder: self._fill(folder, view, title, augmenter))
-                return Activations(entry)
+                return stack.enter_context(closing(Activations(entry)))
 
             missing = [view for view, key in keys.items() if not cache.exists("views", key)]
             found = {view: opened(view) for view in keys if view not in missing}  # held, so not pruned for the others
             cache.make_room("views", sum(self._bytes(view) for view in missing))
             found |= {view: opened(view) for view in missing}
+            self._opened = stack.pop_all()
         self.val = found[None]
         self.train = [found[view] for view in range(number)]
 
@@ -238,8 +240,7 @@ class Views:
 
     def close(self) -> None:
         """Close the files and let the entries be pruned."""
-        for activations in (self.val, *self.train):
-            activations.close()
+        self._opened.close()
 
 
 def _halved(tensor: np.ndarray) -> np.ndarray:
