@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin import backbones, cache, classifier, reporting, runtime, sam, views
+from flatmin import backbones, cache, classifier, reporting, rewrite, runtime, sam, views
 from flatmin.augment import Augmenter
 from flatmin.classifier import Classifier, Tail
 from flatmin.params import Cosine, EarlyStopping, Params, Plateau, Sam, Training
@@ -160,7 +160,8 @@ class Trainer:
         self.recipe = job.recipe
         self.views: Views | None = None
         self.steps = math.ceil(records.count("train") / self.recipe.batch_size)
-        self.trunk, self.tail = model.cut(model.description.fine_tune_at)
+        self.trunk, tail = model.cut(model.description.fine_tune_at)
+        self.tail = rewrite.faster(tail)
         _build(self.trunk, self.tail, model.description.image_size)
         settings = sam.Settings(rho=0.0) if job.sam is None else sam.Settings(**job.sam.model_dump())
         self.optimizer = make_optimizer(self.recipe, self.steps / settings.accumulate)
