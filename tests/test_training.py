@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -660,9 +661,12 @@ reporting.run(lambda: training.finetune(settings, settings.sam if sys.argv[1] ==
 """
 
 
-def start_workers(study: Path, ports: list[int], name: str) -> list[subprocess.Popen[str]]:
-    """Two workers on loopback, each with a folder and a cache of its own."""
-    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+def start_workers(
+    study: Path, ports: list[int], name: str, namespaces: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
+    """Two workers, each with a folder and a cache of its own: on loopback, or each in a network namespace."""
+    hosts = [f"{NETWORK}.{index}" for index in (1, 2)] if namespaces else ["127.0.0.1"] * 2
+    cluster = {"worker": [f"{host}:{port}" for host, port in zip(hosts, ports, strict=True)]}
     started = []
     for index in range(2):
         folder = study / f"worker_{index}"
@@ -678,7 +682,8 @@ def start_workers(study: Path, ports: list[int], name: str) -> list[subprocess.P
             "TF_CONFIG": json.dumps(config),
         }
         with (folder / "log").open("w") as log:
-            command = [sys.executable, "-u", "-c", WORKER, name]
+            within = ["ip", "netns", "exec", namespaces[index]] if namespaces else []
+            command = [*within, sys.executable, "-u", "-c", WORKER, name]
             started.append(
                 subprocess.Popen(command, cwd=folder, env=os.environ | environment, stdout=log, stderr=log, text=True)
             )
@@ -741,6 +746,52 @@ def test_two_workers_give_what_one_gives_killed_or_not(study: Path) -> None:
     assert [worker.wait(300) for worker in start_workers(study, free_ports(2), "sam")] == [0, 0]
     assert all("going on after epoch" in log.read_text() for log in logs)
     assert (study / "worker_0/models/sam/classifier.weights.h5").read_bytes() == whole
+
+
+NETWORK = "10.77.31"
+
+
+def ip(*arguments: str) -> bool:
+    return subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Two network namespaces with a link between them, as two machines have."""
+    if shutil.which("ip") is None:
+        pytest.skip("there is no `ip` (Debian's iproute2)")
+    names = [f"flatmin-{os.getpid()}-{index}" for index in (1, 2)]
+    ends = [f"fm{os.getpid() % 10**6}-{index}" for index in (1, 2)]
+    try:
+        made = all(ip("netns", "add", name) for name in names)
+        if not made or not ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1]):
+            pytest.skip("network namespaces and links between them are not allowed here (root may make them)")
+        for index, (name, end) in enumerate(zip(names, ends, strict=True), start=1):
+            assert ip("link", "set", end, "netns", name)
+            assert ip("-n", name, "address", "add", f"{NETWORK}.{index}/24", "dev", end)
+            assert ip("-n", name, "link", "set", end, "up")
+            assert ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "delete", name)  # and its end of the link
+
+
+@pytest.mark.slow
+def test_two_workers_in_two_network_namespaces(study: Path, namespaces: list[str]) -> None:
+    """Neither can reach the other but through the network."""
+    settings = small(dropout=0.0, optimizer="sgd", learning_rate=0.05, epochs=6)
+    training.finetune(settings)
+    values = settings.model_dump() | {"runtime": {"strategy": "multi_worker"}}
+    Path("params.json").write_text(params.parse(values).model_dump_json())
+    assert [worker.wait(300) for worker in start_workers(study, [2222, 2222], "finetune", namespaces)] == [0, 0]
+    for first, second in zip(
+        trained_weights("models/finetune"), trained_weights("worker_0/models/finetune"), strict=True
+    ):
+        np.testing.assert_allclose(first, second, atol=1e-4)
+    alone = json.loads((study / "metrics/finetune.json").read_text())
+    together = json.loads((study / "worker_0/metrics/finetune.json").read_text())
+    assert together["val"]["accuracy"] == alone["val"]["accuracy"]
 
 
 @pytest.mark.parametrize("config", [None, "no json", '{"cluster": {}}', '{"cluster": {"worker": ["a:1"]}, "task": {}}'])
