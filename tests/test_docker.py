@@ -281,6 +281,39 @@ def test_make_builds_and_runs_the_image_that_compose_names(target: str, name: st
     assert (f"IMAGE={image} scripts/container.sh " in done.stdout) == (target != "image")
 
 
+def tools(folder: Path, *names: str, **scripts: str) -> dict[str, str]:
+    """An environment where nothing is on PATH but the tools named and the scripts given."""
+    folder.mkdir()
+    for name in names:
+        found = shutil.which(name)
+        assert found, name
+        (folder / name).symlink_to(found)
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": str(folder), "HOME": str(folder)}
+
+
+def test_no_engine_is_said_in_one_line_and_is_no_failure_of_ci(tmp_path: Path) -> None:
+    environment = tools(
+        tmp_path / "bin", "sh", "dirname", "date", "mkdir", "cat", "tail", id="echo 1000", make='echo "made $*"'
+    )
+    done = subprocess.run([ROOT / ".ci/run"], env=environment, capture_output=True, text=True, check=True)
+    made, left_out = done.stdout.splitlines()
+    assert made == "made test"
+    assert left_out.startswith("make image-test left out: no container engine here: podman, runc and debootstrap")
+    assert not done.stderr
+
+
+def test_ci_fails_with_the_image_test(tmp_path: Path) -> None:
+    everything = dict.fromkeys(("podman", "runc", "debootstrap"), "exit 0")
+    failing = 'echo "made $*"; test "$*" = test'
+    environment = tools(tmp_path / "bin", "sh", "dirname", "date", "mkdir", "cat", "tail", make=failing, **everything)
+    done = subprocess.run([ROOT / ".ci/run"], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["made test", "made image-test"]
+    assert done.returncode != 0
+
+
 def test_scripts_pass_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck")
     if shellcheck is None:
