@@ -1,0 +1,139 @@
+"""The pipelines that Flatmin is compared with: every epoch augments the images and runs the whole network over them.
+
+    python bench/baselines.py original extract EPOCHS
+    python bench/baselines.py original finetune EPOCHS
+    python bench/baselines.py keras extract EPOCHS
+
+Each reads params.yaml, data/records and, to fine-tune, models/selected of the working directory, trains with Keras'
+`fit` and prints `ready` once all is imported, then a line at the end of each epoch, as Flatmin's stages do.
+
+`original` is the pipeline of the study that Flatmin began as: imgaug in a Python function of tf.data, on whole batches;
+the network resizes and preprocesses. `keras` is Keras' guide to transfer learning (keras.io/guides/transfer_learning):
+tf.data resizes, and augments with the guide's layers. Decoded images are kept in memory, and neither waits for what it
+could do ahead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import Any
+
+import numpy as np
+
+from flatmin import params, reporting
+
+
+def original_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, Any]:
+    """Batches of (uint8 images as stored, labels): augmented train, plain val."""
+    import tensorflow as tf
+
+    from flatmin.augment import augment
+
+    numbers = itertools.count()
+
+    def vary(images: np.ndarray) -> np.ndarray:
+        return np.stack(augment(list(images), settings.augment, settings.seed, 0, next(numbers)))
+
+    def varied(images: Any, labels: Any) -> tuple[Any, Any]:
+        return tf.ensure_shape(tf.numpy_function(vary, [images], tf.uint8), images.shape), labels
+
+    train = records.images("train").cache().shuffle(records.count("train"), seed=settings.seed).batch(batch_size)
+    val = records.images("val").cache().batch(batch_size)
+    return train.map(varied, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE), val.prefetch(tf.data.AUTOTUNE)
+
+
+def keras_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, Any]:
+    """Batches of (float32 images at the network's size, labels): augmented train, plain val."""
+    import keras
+    import tensorflow as tf
+
+    size = settings.extract.image_size
+    layers = [keras.layers.RandomFlip("horizontal"), keras.layers.RandomRotation(0.1)]
+
+    def resized(image: Any, label: Any) -> tuple[Any, Any]:
+        return tf.image.resize(image, (size, size)), label
+
+    def varied(images: Any, labels: Any) -> tuple[Any, Any]:
+        for layer in layers:
+            images = layer(images, training=True)
+        return images, labels
+
+    train = records.images("train").map(resized, tf.data.AUTOTUNE).cache()
+    train = train.shuffle(records.count("train"), seed=settings.seed).batch(batch_size)
+    val = records.images("val").map(resized, tf.data.AUTOTUNE).cache().batch(batch_size)
+    return train.map(varied, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE), val.prefetch(tf.data.AUTOTUNE)
+
+
+def network(start: Any, pixels: Any, resize: bool) -> Any:
+    """The backbone and head of a classifier behind in-model preprocessing, and resizing where asked.
+
+    As in Keras' guide, the backbone runs in inference mode, so that BatchNorm keeps its statistics.
+    """
+    import keras
+
+    from flatmin import backbones
+
+    size = start.description.image_size
+    images = keras.layers.Resizing(size, size)(pixels) if resize else pixels
+    prepared = backbones.preprocess(start.description.backbone, images)
+    return keras.Model(pixels, start.head(start.base(prepared, training=False)))
+
+
+def starting_point(settings: Any, records: Any, stage: str) -> Any:
+    """A new classifier with its backbone frozen, or the selected one, trained from the cut on."""
+    from flatmin import backbones, classifier
+
+    name = settings.backbones[0]
+    if stage == "extract":
+        recipe = settings.extract
+        start = classifier.create(
+            name,
+            records.class_names,
+            recipe.image_size,
+            recipe.dropout,
+            settings.seed,
+            recipe.weights.get(name, "imagenet"),
+        )
+        start.base.trainable = False
+        return start
+    start = classifier.load("models/selected", dropout=settings.finetune.dropout, seed=settings.seed)
+    cut = settings.finetune.fine_tune_at or backbones.find(name).fine_tune_at
+    for layer in start.base.layers[: classifier.layer_index(start.base, cut)]:
+        layer.trainable = False
+    return start
+
+
+def main(pipeline: str, stage: str, epochs: str) -> None:
+    """Train one of the two pipelines for so many epochs, with the optimizer and batch size of the stage's recipe."""
+    with reporting.quiet():
+        import keras
+
+        from flatmin import training
+        from flatmin.records import Records
+
+    print("ready", flush=True)
+    settings = params.load()
+    recipe = getattr(settings, stage)
+    keras.utils.set_random_seed(settings.seed)
+    records = Records("data/records")
+    data = {"original": original_data, "keras": keras_data}[pipeline]
+    train, val = data(records, settings, recipe.batch_size)
+    pixels = keras.Input(train.element_spec[0].shape[1:], dtype=train.element_spec[0].dtype)
+    model = network(starting_point(settings, records, stage), pixels, resize=pipeline == "original")
+    model.compile(
+        training.make_optimizer(recipe, records.count("train") / recipe.batch_size),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+
+    def say(epoch: int, logs: dict[str, float]) -> None:
+        title = f"{pipeline} {stage} {epoch + 1}/{epochs}"
+        print(f"{title}: loss {logs['loss']:.4f}, val accuracy {logs['val_accuracy']:.4f}", flush=True)
+
+    done = keras.callbacks.LambdaCallback(on_epoch_end=say)
+    model.fit(train, validation_data=val, epochs=int(epochs), verbose=0, callbacks=[done])
+
+
+if __name__ == "__main__":
+    reporting.run(main, *sys.argv[1:])

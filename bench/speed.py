@@ -1,0 +1,369 @@
+"""Flatmin and the usual pipelines side by side: time, accuracy, memory, and what the parts of a run take.
+
+    python bench/speed.py            # bench/results.json, about an hour on two cores
+    python bench/speed.py --quick    # bench/results-quick.json, under ten minutes
+
+Both sides train the same network on the same records in processes of their own, in turns, each with all of the
+machine's threads; Flatmin with an empty `$FLATMIN_CACHE`. Time runs from the first record opened to the last epoch's
+metrics: the network is built, converted and traced within it, and starting Python and importing is reported apart.
+Each measurement is kept under `runs` as soon as it is made, so that a bench that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flatmin import reporting
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+BACKBONE = "EfficientNetLite0"
+CIFAR = "visual_domain_decathlon/cifar100"
+EPOCHS = {"extract": 20, "finetune": 10}
+EPOCH_LINE = re.compile(r"(?P<name>.*) (?P<epoch>\d+)/\d+: loss .*val accuracy (?P<accuracy>[\d.]+)")
+VIEW_LINE = re.compile(r"(view \d+/\d+|val activations): .*\((?P<seconds>[\d.]+) s\)")
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    train, val: images. seeds: of the trainings. baseline_epochs: that a baseline is run for; None for all, which its
+    accuracy needs. small: train images of the memory's two stages, the second with four times as many. chunks: of 32
+    images, augmented for the rate. turns: of the trunk's two engines.
+    """
+
+    train: int
+    val: int
+    seeds: Sequence[int]
+    baseline_epochs: int | None
+    small: int
+    chunks: int
+    turns: int
+
+
+FULL = Plan(train=2500, val=1000, seeds=(0, 1, 2), baseline_epochs=None, small=1000, chunks=100, turns=5)
+DIGITS = {"train": 1000, "val": 500, "small": 250}  # as many as there are
+QUICK = Plan(train=2000, val=500, seeds=(0,), baseline_epochs=2, small=500, chunks=30, turns=2)
+
+
+def has_cifar() -> bool:
+    """Whether `$TFDS_DATA_DIR` has CIFAR-100, stored at 72 pixels."""
+    folder = os.environ.get("TFDS_DATA_DIR")
+    return bool(folder) and (Path(folder) / CIFAR).is_dir()
+
+
+def data(train: int, val: int) -> dict[str, Any]:
+    """The `data` section, with equally many train images of each class: CIFAR-100, else the digits, as large."""
+    if has_cifar():
+        splits = {"train": f"train[:{4 * train}]", "val": f"validation[:{val}]", "test": "validation[-100:]"}
+        return {"source": "tfds", "name": CIFAR, "splits": splits, "train_per_class": train // 100}
+    splits = {"train": "train[:1200]", "val": f"train[1200:{1200 + val}]", "test": "train[-90:]"}
+    return {"source": "bundled", "name": "digits", "image_size": 72, "splits": splits, "train_per_class": train // 10}
+
+
+def settings(train: int, val: int, seed: int, epochs: Mapping[str, int] = EPOCHS, views: int = 4) -> dict[str, Any]:
+    """All of params.yaml."""
+    recipe = {"optimizer": "adam", "batch_size": 128, "views": views, "image_size": 128}
+    return {
+        "seed": seed,
+        "runtime": {},
+        "data": data(train, val),
+        "augment": {"engine": "imgaug", "n": 3, "m": 7, "flip": True},
+        "backbones": [BACKBONE],
+        "extract": recipe | {"learning_rate": 0.003, "epochs": epochs["extract"]},
+        "select": {},
+        "finetune": recipe | {"learning_rate": 0.0003, "epochs": epochs["finetune"]},
+        "sam": {},
+        "evaluate": {},
+    }
+
+
+class Folder:
+    """A working directory for stages, with a `$FLATMIN_CACHE` of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cache = path / "cache"
+
+    def prepare(self, params: dict[str, Any]) -> None:
+        """Write params.yaml and, where there are none yet, the records."""
+        self.path.mkdir(exist_ok=True)
+        (self.path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+        if not (self.path / "data/records").exists():
+            self.run(ROOT / "stages/prepare.py")
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        shutil.rmtree(self.cache, ignore_errors=True)
+
+    def run(self, *command: Any) -> Run:
+        """Run one of the scripts here or a stage, and time it by the lines that it prints.
+
+        Returns:
+            import_seconds: from the process's start to its line `ready`. epoch_seconds: from there to the end of each
+            epoch. val_accuracy: each epoch's. views_seconds: of each view. process_seconds: all. peak_bytes: of memory,
+            by the process or one of its own, whichever has more.
+        """
+        variables = {"FLATMIN_CACHE": str(self.cache), "PYTHONPATH": str(ROOT / "src")}
+        started = time.monotonic()
+        ready, lines = 0.0, []
+        found: Run = {"epoch_seconds": [], "val_accuracy": [], "views_seconds": []}
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=self.path,
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for line in process.stdout or ():
+            now = time.monotonic()
+            lines.append(line)
+            if line == "ready\n":
+                ready = now
+                found["import_seconds"] = round(ready - started, 2)
+            elif epoch := EPOCH_LINE.match(line):
+                found["epoch_seconds"].append(round(now - ready, 2))
+                found["val_accuracy"].append(float(epoch["accuracy"]))
+            elif view := VIEW_LINE.match(line):
+                found["views_seconds"].append(float(view["seconds"]))
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"{command} exited {process.returncode}:\n{''.join(lines[-30:])}")
+        found["process_seconds"] = round(time.monotonic() - started, 2)
+        return found | {"peak_bytes": usage.ru_maxrss * 1024}
+
+
+class Bench:
+    """What was measured so far, in a JSON file."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        """Go on with the file's runs if they are of this plan and machine and the bench did not come to its end."""
+        from flatmin import runtime
+
+        self.path = path
+        before = reporting.read_json(path) if path.exists() else {}
+        about = {
+            "plan": asdict(plan) | {"seeds": list(plan.seeds)},
+            "machine": runtime.machine(),
+            "data": data(1, 1)["name"],
+        }
+        is_same = all(before.get(key) == value for key, value in about.items()) and not before.get("is_complete")
+        self.runs: dict[str, Any] = before.get("runs", {}) if is_same else {}
+        self.about = about | {"is_complete": False}
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` gives, or gave in a run before."""
+        if name not in self.runs:
+            reporting.log(f"bench: {name}")
+            value = measure()
+            self.runs[name] = value
+            self.write({})
+        return self.runs[name]
+
+    def write(self, results: Mapping[str, Any]) -> None:
+        """Add to the file, which other scripts write to as well."""
+        before = reporting.read_json(self.path) if self.path.exists() else {}
+        reporting.write_json(self.path, before | self.about | {"runs": self.runs} | results)
+
+
+def seconds(run: Run, epochs: int) -> float:
+    """Of so many epochs: the first with all that comes before it, and the others at the mean of those measured."""
+    first, last = run["epoch_seconds"][0], run["epoch_seconds"][-1]
+    others = len(run["epoch_seconds"]) - 1
+    return first + (epochs - 1) * (last - first) / others
+
+
+def compare(bench: Bench, plan: Plan, folder: Folder) -> None:
+    """Time both sides in turns, for each seed."""
+    for seed in plan.seeds:
+        params = settings(plan.train, plan.val, seed)
+        folder.prepare(params)
+
+        def flatmin(*stage: str) -> Run:
+            folder.forget()
+            return folder.run(HERE / "stage.py", *stage)
+
+        def baseline(pipeline: str, stage: str, epochs: int | None) -> Run:
+            return folder.run(HERE / "baselines.py", pipeline, stage, epochs or EPOCHS[stage])
+
+        def selected() -> None:
+            """Both fine-tune what Flatmin's first extract gave."""
+            if not (folder.path / "models/selected").exists():
+                if not (folder.path / "models/extract").exists():
+                    flatmin("extract", BACKBONE)
+                shutil.copytree(folder.path / "models/extract" / BACKBONE, folder.path / "models/selected")
+
+        def finetune(run: Callable[..., Run], *arguments: Any) -> Run:
+            selected()
+            return run(*arguments)
+
+        bench.once(f"flatmin extract {seed}", lambda: flatmin("extract", BACKBONE))
+        bench.once(f"keras extract {seed}", lambda: baseline("keras", "extract", 2))
+        bench.once(f"original extract {seed}", lambda: baseline("original", "extract", plan.baseline_epochs))
+        bench.once(f"flatmin finetune {seed}", lambda: finetune(flatmin, "finetune"))
+        bench.once(
+            f"original finetune {seed}", lambda: finetune(baseline, "original", "finetune", plan.baseline_epochs)
+        )
+
+
+def peak_memory(plan: Plan, folder: Path, times: int) -> int:
+    """Bytes, of an extract stage of two views of so many times the small plan's images."""
+    place = Folder(folder / f"memory_{times}")
+    place.prepare(settings(plan.small * times, 100, 0, {"extract": 2, "finetune": 2}, views=2))
+    return int(place.run(HERE / "stage.py", "extract", BACKBONE)["peak_bytes"])
+
+
+def trunk_rates(turns: int) -> dict[str, float]:
+    """Images a second of the frozen backbone in LiteRT and in TensorFlow, the quickest of the turns they take."""
+    import numpy as np
+
+    from flatmin import classifier, trunk
+    from flatmin.params import Runtime
+
+    model = classifier.create(BACKBONE, ["a", "b"], 128, 0.0, 0, "imagenet")
+    frozen, _ = model.cut(None)
+    sample = np.random.default_rng(0).uniform(0, 255, (64, 128, 128, 3)).astype(np.float32)
+    engines = {}
+    for name in ("litert", "tensorflow"):
+        _, engines[name] = trunk.engine(frozen, model.trunk_identity(None), Runtime(trunk=name), sample)
+        engines[name](sample)
+    quickest = dict.fromkeys(engines, float("inf"))
+    for _ in range(turns):
+        for name, run in engines.items():
+            started = time.perf_counter()
+            for _ in range(5):
+                run(sample)
+            quickest[name] = min(quickest[name], time.perf_counter() - started)
+    return {name: round(5 * len(sample) / taken, 1) for name, taken in quickest.items()}
+
+
+def augment_rates(folder: Folder, chunks: int) -> dict[str, float]:
+    """Images a second by the number of augmenting processes, once these have started."""
+    import itertools
+
+    from flatmin import augment, params
+    from flatmin.records import Records
+
+    chosen = params.load(folder.path / "params.yaml").augment
+    images = [image for image, _ in Records(folder.path / "data/records").images("train").as_numpy_iterator()]
+    rates = {}
+    for workers in range(1, len(os.sched_getaffinity(0)) + 1):
+        with augment.Augmenter(chosen, 0, workers) as augmenter:
+            warm = 4 * workers + 4  # chunks, until all processes have come up
+            many = itertools.islice(itertools.cycle(images), (warm + chunks) * augment.CHUNK)
+            done = augmenter.chunks(many, 0)
+            for _ in range(warm):
+                next(done)
+            started = time.perf_counter()
+            count = sum(map(len, done))
+            rates[str(workers)] = round(count / (time.perf_counter() - started), 1)
+    return rates
+
+
+def noop_seconds(folder: Path) -> float:
+    """Of a `dvc repro` that finds nothing to do: the default study, cut to an epoch a stage, in a clone."""
+    clone = folder / "clone"
+    shutil.rmtree(clone, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
+    for stage in ("extract", "finetune"):
+        params[stage] |= {"epochs": 1, "views": 1, "schedule": None}
+    params["evaluate"]["sharpness"] = {"images": 8, "steps": 2, "probes": 1}
+    (clone / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "FLATMIN_CACHE": str(folder / "clone_cache")}
+
+    def repro() -> float:
+        started = time.monotonic()
+        subprocess.run(["dvc", "repro", "--quiet"], cwd=clone, env=environment, check=True, stdout=subprocess.DEVNULL)
+        return time.monotonic() - started
+
+    repro()
+    return round(min(repro() for _ in range(3)), 2)
+
+
+def difference(bench: Bench, plan: Plan, stage: str) -> dict[str, Any] | None:
+    """Flatmin's best val accuracy less the original's in points, over the seeds; None where no baseline is whole."""
+    if plan.baseline_epochs is not None:
+        return None
+    points = [
+        100 * (max(ours["val_accuracy"]) - max(theirs["val_accuracy"]))
+        for ours, theirs in pairs(bench, plan, "original", stage)
+    ]
+    error = statistics.stdev(points) / len(points) ** 0.5
+    return {"mean": round(statistics.mean(points), 2), "standard_error": round(error, 2), "seeds": len(points)}
+
+
+def pairs(bench: Bench, plan: Plan, pipeline: str, stage: str) -> Iterator[tuple[Run, Run]]:
+    """Flatmin's run and the baseline's, for each seed."""
+    for seed in plan.seeds:
+        yield bench.runs[f"flatmin {stage} {seed}"], bench.runs[f"{pipeline} {stage} {seed}"]
+
+
+def speedup(bench: Bench, plan: Plan, pipeline: str, stage: str) -> float:
+    """The baseline's time over Flatmin's, the median over the seeds."""
+    epochs = EPOCHS[stage]
+    both = pairs(bench, plan, pipeline, stage)
+    return round(statistics.median(seconds(theirs, epochs) / seconds(ours, epochs) for ours, theirs in both), 2)
+
+
+def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
+    """All keys but those of the sharpness-aware step."""
+    place = Folder(folder / "stages")
+    compare(bench, plan, place)
+    place.prepare(settings(plan.train, plan.val, plan.seeds[0]))
+    memory = [bench.once(f"peak memory {times}x", lambda t=times: peak_memory(plan, folder, t)) for times in (1, 4)]
+    with reporting.quiet():
+        rates = bench.once("trunk", lambda: trunk_rates(plan.turns))
+    return {
+        "extract_speedup": speedup(bench, plan, "original", "extract"),
+        "keras_speedup": speedup(bench, plan, "keras", "extract"),
+        "finetune_speedup": speedup(bench, plan, "original", "finetune"),
+        "torch_speedup": None,
+        "extract_accuracy_difference": difference(bench, plan, "extract"),
+        "finetune_accuracy_difference": difference(bench, plan, "finetune"),
+        "augment_images_per_second": bench.once("augment", lambda: augment_rates(place, plan.chunks)),
+        "peak_memory_growth": round(memory[1] / memory[0], 3),
+        "repro_noop_seconds": bench.once("noop", lambda: noop_seconds(folder)),
+        "trunk_litert_speedup": round(rates["litert"] / rates["tensorflow"], 2),
+    }
+
+
+def main() -> None:
+    """Measure what is missing and write the results."""
+    parser = argparse.ArgumentParser(description="Flatmin and the usual pipelines side by side.")
+    parser.add_argument("--quick", action="store_true", help="less of everything, into bench/results-quick.json")
+    is_quick = parser.parse_args().quick
+    plan, name = (QUICK, "results-quick.json") if is_quick else (FULL, "results.json")
+    if not has_cifar():
+        plan = replace(plan, **DIGITS)
+    with reporting.quiet():
+        bench = Bench(HERE / name, plan)
+    with tempfile.TemporaryDirectory(prefix="flatmin-bench-") as folder:
+        os.environ["FLATMIN_CACHE"] = str(Path(folder) / "cache")
+        results = measure(bench, plan, Path(folder))
+    bench.about["is_complete"] = True
+    bench.write(results)
+
+
+if __name__ == "__main__":
+    main()

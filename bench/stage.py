@@ -1,0 +1,24 @@
+"""Flatmin's side of the bench: run a training stage in the working directory, as the files in stages/ do.
+
+    python bench/stage.py extract BACKBONE
+    python bench/stage.py finetune
+
+It prints `ready` between importing and the stage's work, so that the two can be told apart.
+"""
+
+import sys
+
+from flatmin import params, reporting
+
+
+def main(stage: str, *backbone: str) -> None:
+    # Here, since the processes that augment load this file too and need no TensorFlow.
+    with reporting.quiet():
+        from flatmin import training
+
+    print("ready", flush=True)
+    getattr(training, stage)(params.load(), *backbone)
+
+
+if __name__ == "__main__":
+    reporting.run(main, *sys.argv[1:])
