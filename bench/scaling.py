@@ -1,0 +1,445 @@
+"""How each stage's time, memory and disk grow, measured on small studies; and what that means for large ones.
+
+`python bench/scaling.py` measures what bench/scaling.json lacks, point by point, and fits the lines; `--again` measures
+all of it again and keeps the quicker, since what else runs on a machine only ever slows a stage. `--table` prints the
+tables of docs/sizing.md. The stages are the real ones, each in a process of its own, in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flatmin import reporting
+from flatmin.reporting import InputError
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).with_name("scaling.json")
+CIFAR = "visual_domain_decathlon/cifar100"
+BACKBONE = "EfficientNetLite0"
+STAGES = {
+    "extract-train": ["stages/extract_train.py", BACKBONE],
+    "finetune": ["stages/finetune.py"],
+    "sam-finetune": ["stages/sam_finetune.py"],
+    "evaluate": ["stages/evaluate.py"],
+}
+STORED = 72  # side in pixels of the images that the studies store
+EXTRACT = 10  # extract-train's epochs for each of finetune's: they are too quick to be seen else
+CORES = len(os.sched_getaffinity(0))
+MEGA = 1e6
+
+Point = dict[str, Any]
+Line = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Study:
+    """So many train images, a fifth as many of val, as many of test; `size` in pixels is the network's input."""
+
+    images: int
+    size: int = 96
+    views: int = 2
+    epochs: int = 2
+    cores: int = CORES
+
+
+BASE = (Study.size, Study.views, Study.epochs)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A folder of so many JPEGs, `side` pixels square."""
+
+    images: int
+    side: int
+
+
+STUDIES = [
+    Study(300),
+    Study(1200),
+    Study(600, epochs=6),
+    Study(600, size=160),
+    Study(600, views=6),
+    Study(600, cores=1),
+    Study(600),
+    Study(600, size=128),
+]
+PREPARED = [Pictures(5000, 8), Pictures(40_000, 8), Pictures(3000, 72), Pictures(1500, 160), Pictures(1500, 320)]
+AUGMENTED = [(72, 0), (160, 0), (320, 0), *((160, workers) for workers in range(1, CORES + 1))]
+INDEXED = (200_000, 1_000_000)
+BACKBONES = ("EfficientNetLite0", "MobileNetV2", "EfficientNetB0", "EfficientNetV2B0", "ResNet50", "DenseNet121")
+SIZES = (160, 224)
+
+# What a stage's time is made of, beside a constant.
+TRAINING: dict[str, Callable[[Point], float]] = {
+    "image_view": lambda point: point["images"] * point["views"],
+    "image_view_megapixel": lambda point: point["images"] * point["views"] * point["size"] ** 2 / MEGA,
+    "image_epoch_megapixel": lambda point: point["images"] * point["epochs"] * point["size"] ** 2 / MEGA,
+}
+TERMS: dict[str, dict[str, Callable[[Point], float]]] = {
+    "prepare": {
+        "image": lambda point: point["images"],
+        "image_megapixel": lambda point: point["images"] * point["side"] ** 2 / MEGA,
+    },
+    "augment": {  # for each image, as one worker does it
+        "image": lambda point: 1.0,
+        "image_megapixel": lambda point: point["side"] ** 2 / MEGA,
+    },
+    # The classifier behind a frozen backbone sees pooled features, whatever the size of the image.
+    "extract-train": {
+        "image_view": TRAINING["image_view"],
+        "image_view_megapixel": TRAINING["image_view_megapixel"],
+        "image_epoch": lambda point: point["images"] * point["epochs"],
+    },
+    "finetune": TRAINING,
+    # It finds the views that finetune left, and reads them through once to check them.
+    "sam-finetune": {name: TRAINING[name] for name in ("image_view_megapixel", "image_epoch_megapixel")},
+    "evaluate": {
+        "image": lambda point: point["images"],
+        "image_megapixel": lambda point: point["images"] * point["size"] ** 2 / MEGA,
+    },
+}
+
+
+# Measuring
+
+
+def measure(again: bool) -> None:
+    """Add the points that bench/scaling.json lacks, each as soon as it is there; then the lines."""
+    results = reporting.read_json(RESULTS) if RESULTS.exists() else ask("machine")
+    points: dict[str, Point] = results.setdefault("points", {})
+
+    def keep(name: str, point: Point) -> None:
+        time_of = "processor_seconds" if "processor_seconds" in point else "seconds"
+        if name not in points or point.get(time_of, 0.0) < points[name].get(time_of, 0.0):
+            points[name] = point
+        reporting.write_json(RESULTS, results)
+        reporting.log(f"{name}: {json.dumps(point)}")
+
+    results["boundaries"] = results.get("boundaries") or ask("boundaries")
+    for pictures in PREPARED:
+        name = key("prepare", pictures)
+        if again or name not in points:
+            keep(name, prepare(pictures))
+    for side, workers in AUGMENTED:
+        name = f"augment side={side} workers={workers}"
+        if again or name not in points:
+            keep(name, ask("augment", str(side), str(workers)))
+    for images in INDEXED:
+        name = f"index images={images}"
+        if name not in points:
+            keep(name, ask("index", str(images)))
+    for study in STUDIES:
+        if again or any(key(stage, study) not in points for stage in STAGES):
+            for stage, point in train(study):
+                keep(key(stage, study), point)
+    reporting.write_json(RESULTS, results | {"lines": lines(points)})
+
+
+def key(stage: str, settings: Study | Pictures) -> str:
+    return " ".join([stage, *(f"{name}={value}" for name, value in asdict(settings).items())])
+
+
+def ask(part: str, *arguments: str) -> dict[str, Any]:
+    """What a part of this file answers in a process of its own: TensorFlow here would count in every child's memory."""
+    command = [sys.executable, __file__, "--part", part, *arguments]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment())
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT / "src"), "TF_CPP_MIN_LOG_LEVEL": "2"} | more
+
+
+def prepare(pictures: Pictures) -> Point:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = draw(folder, pictures)
+        write_params(folder, Study(1), splits(round(pictures.images / 1.4)))
+        point = run(folder, "prepare", ["stages/prepare.py"])
+        return {"stage": "prepare"} | asdict(pictures) | point | {"source_bytes": source}
+
+
+def train(study: Study) -> Iterator[tuple[str, Point]]:
+    """Each training stage and evaluate, one after the other as DVC would run them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        draw(folder, Pictures(math.ceil(study.images * 1.4), STORED))
+        write_params(folder, study, splits(study.images))
+        run(folder, "prepare", ["stages/prepare.py"])
+        with cores(study.cores):
+            for stage, command in STAGES.items():
+                epochs = {"epochs": study.epochs * (EXTRACT if stage == "extract-train" else 1)}
+                yield stage, {"stage": stage} | asdict(study) | epochs | run(folder, stage, command)
+                if stage == "extract-train":
+                    run(folder, stage, ["stages/select_best.py"])
+                    shutil.rmtree(folder / "cache" / "views")
+
+
+def draw(folder: Path, pictures: Pictures) -> int:
+    ask("draw", str(folder / "pictures"), str(pictures.images), str(pictures.side))
+    return size_of(folder / "pictures")
+
+
+def splits(images: int) -> dict[str, str]:
+    fifth = images // 5
+    return {
+        "train": f"train[:{images}]",
+        "val": f"train[{images}:{images + fifth}]",
+        "test": f"train[{images + fifth}:]",
+    }
+
+
+def write_params(folder: Path, study: Study, splits: Mapping[str, str]) -> None:
+    """The default study's params with the images and settings of this one."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    recipe = {"image_size": study.size, "views": study.views, "epochs": study.epochs, "batch_size": 50}
+    params["data"] = {"source": "folder", "name": "pictures", "splits": dict(splits)}
+    params["augment"] = {"engine": "imgaug", "n": 3, "m": 7, "flip": True}
+    params["backbones"] = [BACKBONE]
+    params["extract"] |= recipe | {"epochs": EXTRACT * study.epochs}
+    params["finetune"] |= recipe | {"schedule": None, "fine_tune_at": None}
+    params["evaluate"] |= {"sharpness": {"images": 16, "steps": 3, "probes": 1}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def run(folder: Path, stage: str, command: Sequence[str]) -> Point:
+    """Seconds, peak memory in bytes of the largest process, bytes that appeared by folder; the machine's load before.
+
+    Raises:
+        InputError: the stage failed.
+    """
+    load = os.getloadavg()[0]
+    before = sizes_of(folder)
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / command[0]), *command[1:]],
+            cwd=folder,
+            env=environment(FLATMIN_CACHE=str(folder / "cache")),
+            stdout=output,
+            stderr=output,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            output.seek(0)
+            raise InputError(f"{stage}: expected it to succeed, received {output.read().decode()[-2000:]}")
+    after = sizes_of(folder)
+    return {
+        "seconds": round(seconds, 2),
+        "processor_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+        "memory": usage.ru_maxrss * 1024,
+        "disk": {name: after[name] - before.get(name, 0) for name in after if after[name] > before.get(name, 0)},
+        "load": round(load, 2),
+    }
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    return {name: size_of(folder / name) for name in ("data/records", "models", "cache/views", "predictions")}
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def cores(number: int) -> Iterator[None]:
+    """Within the block, what is started runs on so many cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:number])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def lines(points: Mapping[str, Point]) -> dict[str, Line]:
+    """For each stage the constant and the slopes by least squares, none below zero: in seconds of one core, which
+    other work on the machine changes least, and in bytes of memory.
+
+    error: the largest distance of a point from the line, as a fraction of the point.
+    """
+    import numpy as np
+    from scipy.optimize import nnls
+
+    def fit(found: Sequence[Point], terms: Mapping[str, Callable[[Point], float]], value: str) -> Line:
+        matrix = np.array([[1.0, *(term(point) for term in terms.values())] for point in found])
+        values = np.array([point[value] for point in found], float)
+        scale = matrix.max(axis=0)
+        solved, _ = nnls(matrix / scale, values)
+        error = float(np.abs(matrix / scale @ solved / values - 1).max())
+        return dict(zip(["constant", *terms], (solved / scale).tolist(), strict=True)) | {"error": error}
+
+    of_stage: dict[str, list[Point]] = {}
+    for point in points.values():
+        if point.get("cores", CORES) == CORES and not point.get("workers"):
+            of_stage.setdefault(point["stage"], []).append(point)
+    found = {
+        stage: fit(of_stage[stage], terms, "processor_seconds") for stage, terms in TERMS.items() if stage in of_stage
+    }
+    images = {"image": lambda point: point["images"]}
+    for stage in ("prepare", "index"):
+        small = [point for point in of_stage.get(stage, []) if point.get("side", 8) == 8]
+        if small:
+            found[f"{stage} memory"] = fit(small, images, "memory")
+    for stage in STAGES:
+        plain = [point for point in of_stage.get(stage, []) if (point["size"], point["views"], point["epochs"]) == BASE]
+        if plain:
+            found[f"{stage} memory"] = fit(plain, images, "memory")
+    return found
+
+
+# Parts that need TensorFlow, each in a process of its own
+
+
+def of_machine() -> dict[str, Any]:
+    from flatmin import runtime
+
+    return {"machine": runtime.machine(), "images": "CIFAR-100" if has_cifar() else "digits"}
+
+
+def has_cifar() -> bool:
+    folder = os.environ.get("TFDS_DATA_DIR")
+    return folder is not None and (Path(folder) / CIFAR).is_dir()
+
+
+def source_images() -> Iterator[tuple[bytes, int]]:
+    """Encoded images and labels, the same ones again and again."""
+    from flatmin import datasets
+    from flatmin.params import Data, Splits
+
+    kind, name = ("tfds", CIFAR) if has_cifar() else ("bundled", "digits")
+    data = Data(source=kind, name=name, splits=Splits(train="train", val="train", test="train"))
+    source = datasets.open_source(data, seed=0)
+    while True:
+        for example in source.examples("train"):
+            yield example.image, example.label
+
+
+def resized(image: bytes, side: int) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(image)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+
+
+def of_draw(folder: str, images: str, side: str) -> dict[str, Any]:
+    """Write a JPEG for each image, a folder for each class, of as many images each."""
+    classes = 100 if has_cifar() else 10
+    each = [math.ceil((int(images) - label) / classes) for label in range(classes)]
+    drawn = [0] * classes
+    for image, label in source_images():
+        if drawn[label] < each[label]:
+            path = Path(folder) / f"class_{label:03d}" / f"picture_{drawn[label]:06d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            resized(image, int(side)).save(path, quality=90)
+            drawn[label] += 1
+        if sum(drawn) == int(images):
+            return {}
+    raise AssertionError("the images never end")
+
+
+def of_augment(side: str, workers: str) -> dict[str, Any]:
+    """Time of RandAugment with n=3 an image: by so many workers, or with none this process's own."""
+    import numpy as np
+
+    from flatmin.augment import CHUNK, Augmenter, augment
+    from flatmin.params import Augment
+
+    images = [np.asarray(resized(image, int(side))) for image, _ in islice(source_images(), 16 * CHUNK)]
+    settings = Augment(n=3, m=7, flip=True)
+    point: Point = {"stage": "augment", "side": int(side), "workers": int(workers)}
+    if not int(workers):
+        augment(images[:CHUNK], settings, 0, 0, 0)  # imports imgaug
+        started = time.process_time()
+        for chunk in range(16):
+            augment(images[chunk * CHUNK :][:CHUNK], settings, 0, 1, chunk)
+        return point | {"processor_seconds": (time.process_time() - started) / len(images)}
+    with Augmenter(settings, 0, int(workers)) as augmenter:
+        deque(augmenter.chunks(images, 0), 0)  # starts the workers
+        started = time.perf_counter()
+        deque(augmenter.chunks(images, 1), 0)
+        return point | {"seconds": (time.perf_counter() - started) / len(images)}
+
+
+def of_index(images: str) -> dict[str, Any]:
+    """Peak memory of a process that reads names and labels of so many train images, as every later stage does."""
+    from flatmin.records import Records
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = ((f"class_{index % 1000:03d}/picture_{index:09d}.jpg", index % 1000) for index in range(int(images)))
+        reporting.write_csv(Path(folder) / "train.csv", ("name", "label"), rows)
+        roles = {"train": {"count": int(images)}}
+        info = {"class_names": [str(label) for label in range(1000)], "roles": roles, "files": {}, "digest": ""}
+        reporting.write_json(Path(folder) / "dataset.json", info)
+        Records(folder).labels("train")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"stage": "index", "images": int(images), "memory": memory}
+
+
+def of_boundaries() -> dict[str, Any]:
+    """Bytes of an image's view at each backbone's default cut, and the share of multiply-additions before it."""
+    from flatmin import backbones, classifier
+
+    found: dict[str, Any] = {}
+    for name in BACKBONES:
+        for size in SIZES:
+            network = classifier.create(name, ["a", "b"], size, 0.2, 0, "none")
+            trunk, _ = network.cut(backbones.find(name).fine_tune_at)
+            bytes_of_view = sum(2 * math.prod(tensor.shape[1:]) for tensor in trunk.outputs)
+            share = backbones.multiply_adds(trunk) / network.description.multiply_adds
+            found.setdefault(name, {})[str(size)] = {
+                "cut": backbones.find(name).fine_tune_at,
+                "pooled_bytes": 2 * int(network.base.output.shape[-1]),
+                "bytes": bytes_of_view,
+                "trunk_share": share,
+            }
+    return found
+
+
+PARTS = {
+    "machine": of_machine,
+    "draw": of_draw,
+    "augment": of_augment,
+    "index": of_index,
+    "boundaries": of_boundaries,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--again", action="store_true", help="measure all again, keep the quicker")
+    parser.add_argument("--table", action="store_true", help="print the tables of docs/sizing.md, measure nothing")
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        with reporting.quiet():
+            answer = PARTS[arguments.part[0]](*arguments.part[1:])
+        print(json.dumps(answer))
+    elif arguments.table:
+        print(json.dumps(reporting.read_json(RESULTS)["lines"], indent=1))
+    else:
+        measure(arguments.again)
+
+
+if __name__ == "__main__":
+    reporting.run(main)
