@@ -4,6 +4,7 @@
 default study trains (96 px, batches of 50, AdamW), plain and sharpness-aware steps taking turns, the quickest turn of
 each, since what else runs on a machine only ever slows a turn.
 Memory: peak resident size of a process that trains dense layers whose weights outweigh everything else.
+`--quick` measures the times alone, in fewer turns, for bench/results-quick.json.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def step_of(model: Any, settings: dict[str, Any], batch: Any, optimizer: Any) ->
     return tf.function(lambda: step(forward, batch)[0])
 
 
-def times() -> dict[str, float]:
+def times(variants: dict[str, dict[str, Any]], turns: int) -> dict[str, float]:
     """The time of each variant's steps over that of plain ones."""
     import keras
     import tensorflow as tf
@@ -70,18 +71,18 @@ def times() -> dict[str, float]:
     batch = (boundary, tf.range(50) % 10)
     steps = {
         name: step_of(tail, settings, batch, keras.optimizers.AdamW(1e-6))
-        for name, settings in {"plain": PLAIN, **VARIANTS}.items()
+        for name, settings in {"plain": PLAIN, **variants}.items()
     }
     for step in steps.values():
         step()  # traces, and leaves a counter at 1: a turn of five steps has one sharp step whatever its start
     quickest = dict.fromkeys(steps, float("inf"))
-    for _ in reporting.progress(range(TURNS), "turns", unit="turn"):
+    for _ in reporting.progress(range(turns), "turns", unit="turn"):
         for name, step in steps.items():
             started = time.perf_counter()
             for _ in range(CYCLE):
                 step()
             quickest[name] = min(quickest[name], time.perf_counter() - started)
-    return {name: quickest[name] / quickest["plain"] for name in VARIANTS}
+    return {name: quickest[name] / quickest["plain"] for name in variants}
 
 
 def peak_memory(settings: dict[str, Any]) -> None:
@@ -102,28 +103,43 @@ def memory(settings: dict[str, Any]) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def add(file: Path, results: dict[str, Any]) -> None:
+    """To what other scripts wrote there."""
+    before = reporting.read_json(file) if file.exists() else {}
+    reporting.write_json(file, before | results)
+
+
+def quick() -> None:
+    """Measure the two ratios that the bench names."""
+    with reporting.quiet():
+        ratios = times({name: VARIANTS[name] for name in ("sam", "sam, every=5")}, turns=2)
+    results = {"sam_step_ratio": ratios["sam"], "sam_every_5_step_ratio": ratios["sam, every=5"]}
+    add(RESULTS.with_name("results-quick.json"), results)
+
+
 def main() -> None:
     """Measure all, write the results and print the table."""
     weights = 4 * LAYERS * UNITS * (UNITS + 1)
     plain = memory(PLAIN)
     copies = {name: (memory(settings) - plain) / weights for name, settings in VARIANTS.items()}
     with reporting.quiet():
-        ratios = times()
+        ratios = times(VARIANTS, TURNS)
     results = {
         "sam_step_ratio": ratios["sam"],
         "sam_every_5_step_ratio": ratios["sam, every=5"],
         "sam_memory_copies": copies["sam"],
         "sam_variants": {name: {"step_ratio": ratios[name], "memory_copies": copies[name]} for name in VARIANTS},
     }
-    before = reporting.read_json(RESULTS) if RESULTS.exists() else {}
-    reporting.write_json(RESULTS, before | results)
+    add(RESULTS, results)
     print("| step | time, plain = 1 | memory above plain, copies of the trained weights |\n|---|---|---|")
     for name in VARIANTS:
         print(f"| {name} | {ratios[name]:.2f} | {copies[name]:.2f} |")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if "--quick" in sys.argv:
+        quick()
+    elif len(sys.argv) > 1:
         peak_memory(json.loads(sys.argv[1]))
     else:
         main()

@@ -58,7 +58,7 @@ class Plan:
     turns: int
 
 
-FULL = Plan(train=2500, val=1000, seeds=(0, 1, 2), baseline_epochs=None, small=1000, chunks=100, turns=5)
+FULL = Plan(train=2400, val=600, seeds=(0, 1, 2), baseline_epochs=None, small=1000, chunks=100, turns=5)
 DIGITS = {"train": 1000, "val": 500, "small": 250}  # as many as there are
 QUICK = Plan(train=2000, val=500, seeds=(0,), baseline_epochs=2, small=500, chunks=30, turns=2)
 
