@@ -1,7 +1,7 @@
 """Augmented images: a pure function of (seed, epoch, chunk), whatever the batch, the order or the number of workers.
 
 Images are augmented in chunks of 32 consecutive examples, since seeding imgaug costs more than augmenting an image.
-Worker processes do it, so that training is not held up.
+Workers do it, so that training is not held up.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, Self
 
 import numpy as np
@@ -45,7 +45,11 @@ def augment(images: list[np.ndarray], settings: Augment, seed: int, epoch: int, 
         ]
     if settings.crop:
         images = [_crop(image, settings.crop, random) for image in images]
-    if settings.n:
+    if settings.n and settings.engine == "tensorflow":
+        from flatmin import augment_ops  # TensorFlow, which imgaug's workers do without
+
+        images = augment_ops.randaugment(images, settings.n, settings.m, np.random.default_rng(randaugment_seed))
+    elif settings.n:
         augmenter = _randaugment(settings.n, settings.m)
         augmenter.seed_(int(randaugment_seed.generate_state(1)[0] >> 1))
         images = augmenter(images=[np.ascontiguousarray(image) for image in images])
@@ -84,28 +88,36 @@ def _randaugment(n: int, m: int) -> Any:
 
 
 class Augmenter:
-    """Worker processes that augment one chunk after another; the order that goes in comes out.
+    """Workers that augment one chunk after another; the order that goes in comes out.
 
-    Use it in a `with` block: the processes end with it. With the engine `none` there are none.
+    They are processes for imgaug, which holds Python's lock, and threads for TensorFlow, which doesn't. Use it in a
+    `with` block: they end with it. With the engine `none` there are none.
     """
 
     def __init__(self, settings: Augment, seed: int, workers: int | None = None) -> None:
-        """workers: processes; by default one less than the cores, since one trains."""
+        """workers: how many; by default one less than the cores, since one trains."""
         self._settings = settings
         self._seed = seed
         self._workers = workers or max(1, len(os.sched_getaffinity(0)) - 1)
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Executor | None = None
+        self._files: list[int] = []
+        self._free: list[int] = []  # without those of chunks that nobody waited for
 
     def __enter__(self) -> Self:
-        if self._settings.engine != "none":
+        if self._settings.engine == "imgaug":
             # A fork would copy TensorFlow's locks in whatever state its threads hold them.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_end_with_parent)
+        elif self._settings.engine == "tensorflow":
+            self._pool = ThreadPoolExecutor(self._workers)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
+        while self._files:
+            os.close(self._files.pop())
+        self._free.clear()
 
     def chunks(
         self, images: Iterable[np.ndarray], epoch: int, numbers: Iterable[int] | None = None
@@ -114,24 +126,69 @@ class Augmenter:
 
         numbers: the chunks' own, where the images are not those of all chunks.
         """
-        pending: deque[Future[list[np.ndarray]] | list[np.ndarray]] = deque()
+        pending: deque[Callable[[], list[np.ndarray]]] = deque()
         for index, chunk in zip(itertools.count() if numbers is None else numbers, _cut(images), strict=False):
-            work = (chunk, self._settings, self._seed, epoch, index)
-            pending.append(self._pool.submit(augment, *work) if self._pool else augment(*work))
+            pending.append(self._begin(chunk, (self._settings, self._seed, epoch, index)))
             if len(pending) >= 4 * self._workers:
-                yield _result(pending.popleft())
+                yield pending.popleft()()
         while pending:
-            yield _result(pending.popleft())
+            yield pending.popleft()()
+
+    def _begin(self, images: list[np.ndarray], how: tuple[Augment, int, int, int]) -> Callable[[], list[np.ndarray]]:
+        """Hand a chunk to a worker; what is returned waits for it."""
+        if self._pool is None:
+            return lambda: augment(images, *how)
+        if isinstance(self._pool, ThreadPoolExecutor):
+            return self._pool.submit(augment, images, *how).result
+        file = self._free.pop() if self._free else self._memory()
+        _write(file, images)
+        shapes = [image.shape for image in images]
+        work = self._pool.submit(_augment_file, f"/proc/{os.getpid()}/fd/{file}", shapes, how)
+
+        def wait() -> list[np.ndarray]:
+            work.result()
+            augmented = _read(file, shapes)
+            self._free.append(file)
+            return augmented
+
+        return wait
+
+    def _memory(self) -> int:
+        """A file of memory that a chunk goes out and comes back in, which is quicker than pickling it through a pipe.
+
+        It is in no folder: /dev/shm is small in containers. Mapping it would cost more in page faults than copying.
+        """
+        self._files.append(os.memfd_create("flatmin-chunk"))
+        return self._files[-1]
+
+
+def _augment_file(path: str, shapes: list[tuple[int, ...]], how: tuple[Augment, int, int, int]) -> None:
+    """Augment a chunk where it lies."""
+    file = os.open(path, os.O_RDWR)
+    try:
+        _write(file, augment(_read(file, shapes), *how))
+    finally:
+        os.close(file)
+
+
+def _write(file: int, images: list[np.ndarray]) -> None:
+    start = 0
+    for image in images:
+        start += os.pwrite(file, np.ascontiguousarray(image).data, start)
+
+
+def _read(file: int, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    images = [np.empty(shape, np.uint8) for shape in shapes]
+    start = 0
+    for image in images:
+        start += os.preadv(file, [image.data], start)
+    return images
 
 
 def _cut(images: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
     iterator = iter(images)
     while chunk := list(itertools.islice(iterator, CHUNK)):
         yield chunk
-
-
-def _result(work: Future[list[np.ndarray]] | list[np.ndarray]) -> list[np.ndarray]:
-    return work.result() if isinstance(work, Future) else work
 
 
 def _end_with_parent() -> None:

@@ -157,12 +157,12 @@ class Data(Section):
 class Augment(Section):
     """How a training image is varied, at its stored resolution.
 
-    engine: `imgaug` or `none`. n, m: RandAugment's operations per image (0 turns it off) and their magnitude (0 to
-    30). flip: mirror left and right with probability 0.5. crop: pad by so many pixels by reflection, then cut out
-    the old size anywhere (0 turns it off).
+    engine: `imgaug`, `tensorflow` or `none`. n, m: RandAugment's operations per image (0 turns it off) and their
+    magnitude (0 to 30). flip: mirror left and right with probability 0.5. crop: pad by so many pixels by reflection,
+    then cut out the old size anywhere (0 turns it off).
     """
 
-    engine: Literal["imgaug", "none"] = "imgaug"
+    engine: Literal["imgaug", "tensorflow", "none"] = "imgaug"
     n: Annotated[int, Field(ge=0, le=14)] = 3
     m: Annotated[int, Field(ge=0, le=30)] = 7
     flip: bool = False

@@ -29,7 +29,7 @@ SHUFFLE_BYTES = 2**30
 TRUNK_BATCH = 64
 DTYPE = np.dtype(np.float16)
 # Whose code decides what a view holds.
-MODULES = ("augment", "backbones", "classifier", "records", "trunk", "views")
+MODULES = ("augment", "augment_ops", "backbones", "classifier", "records", "trunk", "views")
 
 
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
