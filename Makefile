@@ -19,7 +19,7 @@ test: setup $(VENV)/dev.done  ## lint, types, all tests
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
-	$(RUN) python -m pytest $(TESTS)
+	$(RUN) python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
 
 $(VENV)/cpu.done: requirements/cpu.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -66,6 +66,9 @@ docker-shell: image  ## a shell in the image
 image-test: setup  ## build the image without a registry, run the study in it, compare (root on Debian)
 	scripts/image_test.sh
 
-bench: setup  ## measure what is claimed of speed: bench/results.json
-	$(RUN) python bench/sam_cost.py
-	$(RUN) python bench/tail.py
+# QUICK=1 measures less, in minutes, into bench/results-quick.json. What was measured before a kill is kept.
+bench: setup  ## Flatmin beside the usual pipelines: bench/results.json and docs/speed.md
+	$(RUN) python bench/sam_cost.py $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(RUN) python bench/tail.py)
+	$(RUN) python bench/speed.py $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(RUN) python bench/page.py)

@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text()
 
 
 GRID = [
-    "dvc exp run --queue -S sam.rho=0.02,0.1",
+    "dvc exp run --queue -S sam.rho=0.05,0.1",
     "dvc exp run --run-all",
     "dvc exp show --only-changed",
 ]
