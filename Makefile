@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH=src
 
-.PHONY: repro test setup check-params study sweep study-sweep lock image image-test docker-repro docker-shell
+.PHONY: repro test setup check-params study sweep study-sweep lock image image-test docker-repro docker-shell bench
 .DELETE_ON_ERROR:
 
 repro: setup check-params  ## run the study in params.yaml: only what changed

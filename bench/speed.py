@@ -133,17 +133,18 @@ class Folder:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for line in process.stdout or ():
-            now = time.monotonic()
-            lines.append(line)
-            if line == "ready\n":
-                ready = now
-                found["import_seconds"] = round(ready - started, 2)
-            elif epoch := EPOCH_LINE.match(line):
-                found["epoch_seconds"].append(round(now - ready, 2))
-                found["val_accuracy"].append(float(epoch["accuracy"]))
-            elif view := VIEW_LINE.match(line):
-                found["views_seconds"].append(float(view["seconds"]))
+        with process.stdout:
+            for line in process.stdout:
+                now = time.monotonic()
+                lines.append(line)
+                if line == "ready\n":
+                    ready = now
+                    found["import_seconds"] = round(ready - started, 2)
+                elif epoch := EPOCH_LINE.match(line):
+                    found["epoch_seconds"].append(round(now - ready, 2))
+                    found["val_accuracy"].append(float(epoch["accuracy"]))
+                elif view := VIEW_LINE.match(line):
+                    found["views_seconds"].append(float(view["seconds"]))
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:

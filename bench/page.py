@@ -1,0 +1,121 @@
+"""Draw docs/speed.png and write the table of docs/speed.md, both from bench/results.json.
+
+The table stands between the page's two comment lines; the rest of the page is left as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from speed import EPOCHS, seconds
+
+from flatmin import reporting
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs/speed.md"
+CHART = PAGE.with_suffix(".png")
+BEGIN, END = "<!-- from bench/results.json, by bench/page.py -->\n", "<!-- end -->\n"
+ROWS = (("original", "extract"), ("keras", "extract"), ("original", "finetune"))
+PIPELINES = {"original": "the original study's pipeline", "keras": "Keras' guide"}
+KEYS = {
+    "original extract": "extract_speedup",
+    "keras extract": "keras_speedup",
+    "original finetune": "finetune_speedup",
+}
+
+
+def means(results: dict[str, Any], side: str, stage: str) -> tuple[float, int, float]:
+    """Over the seeds: the seconds of the stage's epochs, how many epochs were measured, the seconds of importing."""
+    runs = [results["runs"][f"{side} {stage} {seed}"] for seed in results["plan"]["seeds"]]
+    taken = sum(seconds(run, EPOCHS[stage]) for run in runs) / len(runs)
+    return taken, len(runs[0]["epoch_seconds"]), sum(run["import_seconds"] for run in runs) / len(runs)
+
+
+def times(results: dict[str, Any]) -> str:
+    """The first table: both sides of each comparison."""
+    lines = [
+        "| stage | beside | seconds | Flatmin's | quicker by | epochs measured | importing | Flatmin's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for side, stage in ROWS:
+        theirs, measured, imports = means(results, side, stage)
+        ours, _, our_imports = means(results, "flatmin", stage)
+        factor = results[KEYS[f"{side} {stage}"]]
+        lines.append(
+            f"| {stage}, {EPOCHS[stage]} epochs | {PIPELINES[side]} | {theirs:.0f} | {ours:.0f} | {factor:.1f} "
+            f"| {measured} of {EPOCHS[stage]} | {imports:.1f} | {our_imports:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def accuracy(results: dict[str, Any], stage: str) -> str:
+    found = results[f"{stage}_accuracy_difference"]
+    return (
+        f"| {stage}'s val accuracy less the original pipeline's | {found['mean']:+.2f} points, standard error "
+        f"{found['standard_error']:.2f}, {found['seeds']} seeds |"
+        if found
+        else f"| {stage}'s val accuracy less the original pipeline's | not measured |"
+    )
+
+
+def figures(results: dict[str, Any]) -> str:
+    """The second table: what else is measured."""
+    rates = results["augment_images_per_second"]
+    lines = [
+        "| | |",
+        "|---|---|",
+        accuracy(results, "extract"),
+        accuracy(results, "finetune"),
+        f"| the trunk in LiteRT, TensorFlow = 1 | {results['trunk_litert_speedup']:.2f} |",
+        *(f"| images a second augmented by {count} processes | {rate:.0f} |" for count, rate in sorted(rates.items())),
+        f"| peak memory of extract with four times the images, 1 = with one | {results['peak_memory_growth']:.2f} |",
+        f"| `dvc repro` with nothing to do | {results['repro_noop_seconds']:.1f} s |",
+        f"| a SAM step, plain = 1 | {results['sam_step_ratio']:.2f} |",
+        f"| the same with `every: 5` | {results['sam_every_5_step_ratio']:.2f} |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def section(results: dict[str, Any]) -> str:
+    """All that stands between the page's two comment lines."""
+    plan = results["plan"]
+    said = (
+        f"{' '.join(results['machine'])}: {plan['train']:,} train and {plan['val']:,} val images of {results['data']}, "
+        f"EfficientNetLite0 at 128 pixels, batches of 128, RandAugment (n 3, m 7) and flips, four views, "
+        f"means of {len(plan['seeds'])} seeds.\n"
+    )
+    return "\n".join([said, times(results), figures(results)])
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Bars: the seconds of each stage on both sides."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    bars = {f"{stage}\n{PIPELINES[side]}": means(results, side, stage)[0] for side, stage in ROWS}
+    bars |= {f"{stage}\nFlatmin": means(results, "flatmin", stage)[0] for stage in EPOCHS}
+    bars = dict(sorted(bars.items()))
+    drawn = axes.barh(list(bars), list(bars.values()), color=["C1" if "Flatmin" in name else "C0" for name in bars])
+    axes.bar_label(drawn, fmt="%.0f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"seconds for {EPOCHS['extract']} epochs of extract, {EPOCHS['finetune']} of finetune")
+    axes.spines[["top", "right"]].set_visible(False)
+    with reporting.whole(CHART) as aside:
+        figure.savefig(aside, format="png", dpi=120, metadata={"Software": None})
+
+
+def main() -> None:
+    """Write the page's tables and the chart."""
+    results = reporting.read_json(HERE / "results.json")
+    if not results.get("is_complete"):
+        raise reporting.InputError("bench/results.json: expected a whole bench, received a part; `make bench` goes on")
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    with reporting.whole(PAGE) as aside:
+        aside.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{after}", encoding="utf-8")
+    draw(results)
+
+
+if __name__ == "__main__":
+    reporting.run(main)
