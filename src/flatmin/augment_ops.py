@@ -137,16 +137,16 @@ def cutout(images: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
 def zoom(images: tf.Tensor, crops: tf.Tensor) -> tf.Tensor:
     """Cut off pixels and enlarge what is left to the old size, bilinearly; crops [n, 4]: top, right, bottom, left."""
     top, right, bottom, left = tf.unstack(crops, 4, axis=1)
-    result = tf.cast(images, tf.float32)
+    result = images
     for axis, (before, after) in ((1, (top, bottom)), (2, (left, right))):
         size = tf.cast(tf.shape(images)[axis], tf.float32)
         kept = (size - before - after)[:, None]
         places = tf.clip_by_value((tf.range(size)[None] + 0.5) * kept / size - 0.5, 0, kept - 1)
         low = tf.floor(places)
         high = tf.minimum(low + 1, kept - 1)
-        weight = tf.reshape(places - low, (-1, *((-1, 1, 1) if axis == 1 else (1, -1, 1))))
+        weight = tf.expand_dims((places - low)[..., None], 3 - axis)
         one, other = (
-            tf.gather(result, tf.cast(index + before[:, None], tf.int32), axis=axis, batch_dims=1)
+            tf.cast(tf.gather(result, tf.cast(index + before[:, None], tf.int32), axis=axis, batch_dims=1), tf.float32)
             for index in (low, high)
         )
         result = one + weight * (other - one)
@@ -252,36 +252,32 @@ def randaugment(images: list[np.ndarray], n: int, m: int, random: np.random.Gene
 
 
 def _of_one_shape(stack: np.ndarray, rows: np.ndarray, draws: Draws, m: int) -> np.ndarray:
+    """The images of one shape, which are at `rows` in the chunk; `stack` is written over."""
     _, height, width, _ = stack.shape
-    images = tf.constant(stack)
     crops = np.rint(draws.zooms[rows] * [height, width, height, width])
     if crops.any():
-        images = _graph("zoom")(images, np.arange(len(rows)), crops)
+        stack = run("zoom", stack, crops)
     for index in draws.order:
         active = np.flatnonzero(draws.active[rows, index])
         if len(active) and NAMES[index] != "identity":
             of = rows[active]
             parameters = values(NAMES[index], m, draws.signs[of, index], draws.centres[of], height, width)
-            images = _graph(NAMES[index])(images, active, parameters)
-    return np.array(images)
+            # Only these go through TensorFlow: a scatter there would copy all the others, too.
+            stack[active] = run(NAMES[index], stack[active], parameters)
+    return stack
 
 
-_graphs: dict[str, Callable[..., tf.Tensor]] = {}
+_graphs: dict[str, Callable[[np.ndarray, tf.Tensor], tf.Tensor]] = {}
 
 
-def _graph(name: str) -> Callable[..., tf.Tensor]:
-    """An operation, traced once for all shapes, on some rows of a stack."""
+def run(name: str, images: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+    """An operation, or `zoom`, by name, traced once for all shapes.
+
+    Args:
+        images: uint8 [n, height, width, 3].
+        parameters: float [n, any], as the operation takes them.
+    """
     if name not in _graphs:
-        operation = zoom if name == "zoom" else OPERATIONS[name]
-
-        def on_rows(images: tf.Tensor, rows: tf.Tensor, parameters: tf.Tensor) -> tf.Tensor:
-            return tf.tensor_scatter_nd_update(images, rows[:, None], operation(tf.gather(images, rows), parameters))
-
-        signature = [
-            tf.TensorSpec((None, None, None, 3), tf.uint8),
-            tf.TensorSpec((None,), tf.int64),
-            tf.TensorSpec((None, None), tf.float32),
-        ]
-        _graphs[name] = tf.function(on_rows, input_signature=signature)
-    graph = _graphs[name]
-    return lambda images, rows, parameters: graph(images, tf.constant(rows), tf.constant(parameters, tf.float32))
+        signature = [tf.TensorSpec((None, None, None, 3), tf.uint8), tf.TensorSpec((None, None), tf.float32)]
+        _graphs[name] = tf.function(zoom if name == "zoom" else OPERATIONS[name], input_signature=signature)
+    return np.array(_graphs[name](images, tf.constant(parameters, tf.float32)))
