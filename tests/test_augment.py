@@ -232,6 +232,20 @@ def test_workers_end_with_the_block() -> None:
     assert multiprocessing.active_children() == before
 
 
+def files_of_chunks() -> int:
+    files = Path("/proc/self/fd").iterdir()
+    return sum("flatmin-chunk" in os.readlink(file) for file in files if file.is_symlink())
+
+
+def test_chunks_that_nobody_waits_for_spoil_no_others() -> None:
+    images = pictures(9 * CHUNK)
+    with Augmenter(ALL, seed=1, workers=2) as augmenter:
+        next(augmenter.chunks(images, 7))
+        assert equal(flat(augmenter.chunks(images, 4)), alone(images, ALL, 1, 4))
+        assert 8 <= files_of_chunks() <= 16
+    assert files_of_chunks() == 0
+
+
 def test_what_a_worker_raises_comes_out() -> None:
     with (
         Augmenter(Augment(n=0, flip=True), seed=0, workers=1) as augmenter,
