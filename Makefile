@@ -70,5 +70,6 @@ image-test: setup  ## build the image without a registry, run the study in it, c
 bench: setup  ## Flatmin beside the usual pipelines: bench/results.json and docs/speed.md
 	$(RUN) python bench/sam_cost.py $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(RUN) python bench/tail.py)
+	$(if $(QUICK),,$(RUN) python bench/augmentation.py)
 	$(RUN) python bench/speed.py $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(RUN) python bench/page.py)

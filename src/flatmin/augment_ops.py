@@ -6,11 +6,14 @@ Pillow and OpenCV, down to Pillow's luma weights, the borders that its filters l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
+
+Operation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 FILL = 128
 M_MAX = 30
@@ -154,7 +157,7 @@ def zoom(images: tf.Tensor, crops: tf.Tensor) -> tf.Tensor:
 
 
 # In the order of imgaug's list.
-OPERATIONS: dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = {
+OPERATIONS: dict[str, Operation] = {
     "identity": lambda images, _: images,
     "autocontrast": autocontrast,
     "equalize": equalize,
@@ -267,17 +270,19 @@ def _of_one_shape(stack: np.ndarray, rows: np.ndarray, draws: Draws, m: int) -> 
     return stack
 
 
-_graphs: dict[str, Callable[[np.ndarray, tf.Tensor], tf.Tensor]] = {}
-
-
 def run(name: str, images: np.ndarray, parameters: np.ndarray) -> np.ndarray:
-    """An operation, or `zoom`, by name, traced once for all shapes.
+    """An operation, or `zoom`, by name.
 
     Args:
         images: uint8 [n, height, width, 3].
         parameters: float [n, any], as the operation takes them.
     """
-    if name not in _graphs:
-        signature = [tf.TensorSpec((None, None, None, 3), tf.uint8), tf.TensorSpec((None, None), tf.float32)]
-        _graphs[name] = tf.function(zoom if name == "zoom" else OPERATIONS[name], input_signature=signature)
-    return np.array(_graphs[name](images, tf.constant(parameters, tf.float32)))
+    operation = zoom if name == "zoom" else OPERATIONS[name]
+    return np.array(_traced(operation)(images, tf.constant(parameters, tf.float32)))
+
+
+@functools.cache
+def _traced(operation: Operation) -> Operation:
+    """Once for all shapes."""
+    signature = [tf.TensorSpec((None, None, None, 3), tf.uint8), tf.TensorSpec((None, None), tf.float32)]
+    return tf.function(operation, input_signature=signature)
