@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,11 +42,12 @@ STAGES = {
 }
 STORED = 72  # side in pixels of the images that the studies store
 EXTRACT = 10  # extract-train's epochs for each of finetune's: they are too quick to be seen else
-CORES = len(os.sched_getaffinity(0))
+CORES = 2  # that a study may use, where it does not say otherwise
 MEGA = 1e6
 
 Point = dict[str, Any]
 Line = dict[str, float]
+Term = Callable[[Point], float]
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,6 @@ class Study:
     size: int = 96
     views: int = 2
     epochs: int = 2
-    cores: int = CORES
-
-
-BASE = (Study.size, Study.views, Study.epochs)
 
 
 @dataclass(frozen=True)
@@ -73,14 +69,11 @@ class Pictures:
 
 
 STUDIES = [
+    Study(600, size=160),
+    Study(600, views=6),
     Study(300),
     Study(1200),
     Study(600, epochs=6),
-    Study(600, size=160),
-    Study(600, views=6),
-    Study(600, cores=1),
-    Study(600),
-    Study(600, size=128),
 ]
 PREPARED = [Pictures(5000, 8), Pictures(40_000, 8), Pictures(3000, 72), Pictures(1500, 160), Pictures(1500, 320)]
 AUGMENTED = [(72, 0), (160, 0), (320, 0), *((160, workers) for workers in range(1, CORES + 1))]
@@ -89,19 +82,15 @@ BACKBONES = ("EfficientNetLite0", "MobileNetV2", "EfficientNetB0", "EfficientNet
 SIZES = (160, 224)
 
 # What a stage's time is made of, beside a constant.
-TRAINING: dict[str, Callable[[Point], float]] = {
+TRAINING: dict[str, Term] = {
     "image_view": lambda point: point["images"] * point["views"],
     "image_view_megapixel": lambda point: point["images"] * point["views"] * point["size"] ** 2 / MEGA,
     "image_epoch_megapixel": lambda point: point["images"] * point["epochs"] * point["size"] ** 2 / MEGA,
 }
-TERMS: dict[str, dict[str, Callable[[Point], float]]] = {
+TERMS: dict[str, dict[str, Term]] = {
     "prepare": {
         "image": lambda point: point["images"],
         "image_megapixel": lambda point: point["images"] * point["side"] ** 2 / MEGA,
-    },
-    "augment": {  # for each image, as one worker does it
-        "image": lambda point: 1.0,
-        "image_megapixel": lambda point: point["side"] ** 2 / MEGA,
     },
     # The classifier behind a frozen backbone sees pooled features, whatever the size of the image.
     "extract-train": {
@@ -110,11 +99,15 @@ TERMS: dict[str, dict[str, Callable[[Point], float]]] = {
         "image_epoch": lambda point: point["images"] * point["epochs"],
     },
     "finetune": TRAINING,
-    # It finds the views that finetune left, and reads them through once to check them.
-    "sam-finetune": {name: TRAINING[name] for name in ("image_view_megapixel", "image_epoch_megapixel")},
+    # It finds the views that finetune left; reading them through once, to check them, takes too little to be seen.
+    "sam-finetune": {"image_epoch_megapixel": TRAINING["image_epoch_megapixel"]},
     "evaluate": {
-        "image": lambda point: point["images"],
-        "image_megapixel": lambda point: point["images"] * point["size"] ** 2 / MEGA,
+        "test_image": lambda point: point["images"] / 5,
+        "test_image_megapixel": lambda point: point["images"] / 5 * point["size"] ** 2 / MEGA,
+    },
+    "augment": {  # a worker's, for each image; `side` is that of the stored one
+        "picture": lambda point: 1.0,
+        "picture_megapixel": lambda point: point["side"] ** 2 / MEGA,
     },
 }
 
@@ -173,6 +166,7 @@ def prepare(pictures: Pictures) -> Point:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = draw(folder, pictures)
+        copy_code(folder)
         write_params(folder, Study(1), splits(round(pictures.images / 1.4)))
         point = run(folder, "prepare", ["stages/prepare.py"])
         return {"stage": "prepare"} | asdict(pictures) | point | {"source_bytes": source}
@@ -183,15 +177,20 @@ def train(study: Study) -> Iterator[tuple[str, Point]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw(folder, Pictures(math.ceil(study.images * 1.4), STORED))
+        copy_code(folder)
         write_params(folder, study, splits(study.images))
         run(folder, "prepare", ["stages/prepare.py"])
-        with cores(study.cores):
-            for stage, command in STAGES.items():
-                epochs = {"epochs": study.epochs * (EXTRACT if stage == "extract-train" else 1)}
-                yield stage, {"stage": stage} | asdict(study) | epochs | run(folder, stage, command)
-                if stage == "extract-train":
-                    run(folder, stage, ["stages/select_best.py"])
-                    shutil.rmtree(folder / "cache" / "views")
+        for stage, command in STAGES.items():
+            epochs = {"epochs": study.epochs * (EXTRACT if stage == "extract-train" else 1)}
+            yield stage, {"stage": stage} | asdict(study) | epochs | run(folder, stage, command)
+            if stage == "extract-train":
+                run(folder, stage, ["stages/select_best.py"])
+
+
+def copy_code(folder: Path) -> None:
+    """The code as it is now: what changed between two stages would have the views computed anew."""
+    for name in ("src", "stages"):
+        shutil.copytree(ROOT / name, folder / name)
 
 
 def draw(folder: Path, pictures: Pictures) -> int:
@@ -232,9 +231,9 @@ def run(folder: Path, stage: str, command: Sequence[str]) -> Point:
     started = time.perf_counter()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / command[0]), *command[1:]],
+            [sys.executable, *command],
             cwd=folder,
-            env=environment(FLATMIN_CACHE=str(folder / "cache")),
+            env=environment(FLATMIN_CACHE=str(folder / "cache"), PYTHONPATH=str(folder / "src")),
             stdout=output,
             stderr=output,
         )
@@ -262,17 +261,6 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-@contextmanager
-def cores(number: int) -> Iterator[None]:
-    """Within the block, what is started runs on so many cores."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(before)[:number])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def lines(points: Mapping[str, Point]) -> dict[str, Line]:
     """For each stage the constant and the slopes by least squares, none below zero: in seconds of one core, which
     other work on the machine changes least, and in bytes of memory.
@@ -282,31 +270,211 @@ def lines(points: Mapping[str, Point]) -> dict[str, Line]:
     import numpy as np
     from scipy.optimize import nnls
 
-    def fit(found: Sequence[Point], terms: Mapping[str, Callable[[Point], float]], value: str) -> Line:
-        matrix = np.array([[1.0, *(term(point) for term in terms.values())] for point in found])
+    def fit(found: Sequence[Point], terms: Mapping[str, Term], value: str, constant: bool = True) -> Line:
+        all_terms = ({"constant": lambda _: 1.0} if constant else {}) | dict(terms)
+        matrix = np.array([[term(point) for term in all_terms.values()] for point in found], float)
         values = np.array([point[value] for point in found], float)
         scale = matrix.max(axis=0)
         solved, _ = nnls(matrix / scale, values)
         error = float(np.abs(matrix / scale @ solved / values - 1).max())
-        return dict(zip(["constant", *terms], (solved / scale).tolist(), strict=True)) | {"error": error}
+        return dict(zip(all_terms, (solved / scale).tolist(), strict=True)) | {"error": error}
 
     of_stage: dict[str, list[Point]] = {}
     for point in points.values():
-        if point.get("cores", CORES) == CORES and not point.get("workers"):
+        if not point.get("workers"):
             of_stage.setdefault(point["stage"], []).append(point)
     found = {
-        stage: fit(of_stage[stage], terms, "processor_seconds") for stage, terms in TERMS.items() if stage in of_stage
+        stage: fit(of_stage[stage], terms, "processor_seconds", constant=stage != "augment")
+        for stage, terms in TERMS.items()
     }
-    images = {"image": lambda point: point["images"]}
-    for stage in ("prepare", "index"):
-        small = [point for point in of_stage.get(stage, []) if point.get("side", 8) == 8]
-        if small:
-            found[f"{stage} memory"] = fit(small, images, "memory")
-    for stage in STAGES:
-        plain = [point for point in of_stage.get(stage, []) if (point["size"], point["views"], point["epochs"]) == BASE]
-        if plain:
-            found[f"{stage} memory"] = fit(plain, images, "memory")
+    least = min(point["side"] for point in of_stage["prepare"])  # whose pixels take next to no memory
+    small = [point for point in of_stage["prepare"] if point["side"] == least]
+    for stage, of_images in (("prepare", small), ("index", of_stage["index"])):
+        found[f"{stage} memory"] = fit(of_images, {"image": lambda point: point["images"]}, "memory")
     return found
+
+
+# Tables
+
+
+SMALL, LARGE, HUGE = 50_000, 1_300_000, 100_000_000
+NEED = {"size": 160, "views": 4, "epochs": 10}
+LATER = 1.2  # images of train and val, for each of train
+ALL = 1.4
+CLASSES = 1000
+MODELS = ("extract", "finetune", "sam")  # that evaluate scores
+LIMIT = 50e9  # bytes, the default of $FLATMIN_CACHE_LIMIT
+# What can't be measured here: assumptions, with their sources in docs/sizing.md.
+SOURCE_BYTES = 115_000
+SOURCE_SIDE = 400
+GPU_RATES = {1: 938.0, 8: 7248.0}
+CORES_OF_GPU = 8
+UNITS = {
+    "image": "n",
+    "image_megapixel": "n p",
+    "picture": "n v",
+    "picture_megapixel": "n v s",
+    "test_image": "t",
+    "test_image_megapixel": "t p",
+    "image_view": "n v",
+    "image_view_megapixel": "n v p",
+    "image_epoch": "n e",
+    "image_epoch_megapixel": "n e p",
+}
+
+
+def tables(results: Mapping[str, Any]) -> dict[str, str]:
+    """Markdown tables by name, from the contents of bench/scaling.json."""
+    fitted = lines(results["points"])
+    return {
+        "measured": measured(results["points"], fitted),
+        "workers": speed_by_workers(results["points"]),
+        "views": bytes_of_views(results["boundaries"]),
+        "needs": needs(results, fitted),
+        "gpus": gpus(results["boundaries"], fitted),
+        "limits": limits(results, fitted),
+    }
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def measured(points: Mapping[str, Point], fitted: Mapping[str, Line]) -> str:
+    rows = []
+    for stage, terms in TERMS.items():
+        line = fitted[stage]
+        first = f"{line['constant']:.1f} s" if "constant" in line else ""
+        parts = [first, *(f"{1000 * line[term]:.2f} ms {UNITS[term]}" for term in terms if line[term])]
+        studies = (Study(300), Study(1200), Study(600, size=160)) if stage in STAGES else ()
+        peaks = [points[name]["memory"] for name in (key(stage, study) for study in studies) if name in points]
+        rows.append([stage, " + ".join(filter(None, parts)), f"{line['error']:.0%}", ", ".join(map(amount, peaks))])
+    rows[0][-1] = f"{amount(fitted['prepare memory']['constant'])} + {fitted['prepare memory']['image']:.0f} B n"
+    rows.append(["names and labels, in every later stage", "", "", f"{fitted['index memory']['image']:.0f} B n"])
+    return markdown(
+        ["stage", "seconds of one core", "largest error", "peak memory: 300, 1,200 images, 600 at 160 px"], rows
+    )
+
+
+def speed_by_workers(points: Mapping[str, Point]) -> str:
+    found = [points[f"augment side={side} workers={number}"] for side, number in AUGMENTED if number]
+    header = [f"{number} worker{'s' * (number > 1)}" for number in range(1, len(found) + 1)]
+    rates = [f"{1 / point['seconds']:.0f}" for point in found]
+    return markdown(["augmentation at 160 px", *header], [["images a second", *rates]])
+
+
+def bytes_of_views(boundaries: Mapping[str, Any]) -> str:
+    rows = []
+    for name, sizes in boundaries.items():
+        large = sizes["224"]
+        fitting = LIMIT / (large["bytes"] * (NEED["views"] + LATER - 1))
+        of_sizes = [f"{sizes[str(size)]['bytes']:,}" for size in SIZES]
+        rows.append([name, f"`{large['cut']}`", f"{large['pooled_bytes']:,}", *of_sizes, f"{fitting:,.0f}"])
+    header = ["backbone", "cut of finetune", "extract", *(f"finetune, {size} px" for size in SIZES), "images in 50 GB"]
+    return markdown(header, rows)
+
+
+def needs(results: Mapping[str, Any], fitted: Mapping[str, Line]) -> str:
+    rows = []
+    found = {images: need(images, results, fitted) for images in (SMALL, LARGE, HUGE)}
+    for stage in found[SMALL]:
+        of_stage = [of_images[stage] for of_images in found.values()]
+        cells = [(duration(of["seconds"]), amount(of["memory"]), amount(of["disk"])) for of in of_stage]
+        rows.append([stage, *map(", ".join, cells)])
+    machines = [f"{math.ceil(of_images['sam-finetune']['seconds'] / 86400):,}" for of_images in found.values()]
+    rows.append(["machines that end sam-finetune in a day", *machines])
+    return markdown(["stage: time, memory, disk", "50 thousand", "1.3 million", "100 million"], rows)
+
+
+def need(images: int, results: Mapping[str, Any], fitted: Mapping[str, Line]) -> dict[str, dict[str, float]]:
+    """Seconds, bytes of memory and of disk by stage, for so many train images on the machine measured."""
+    recipe = NEED | {"images": images, "side": SOURCE_SIDE}
+    larger = fitted["augment"]["picture_megapixel"] * (SOURCE_SIDE**2 - STORED**2) / MEGA * images * NEED["views"]
+    memory, disk = memory_and_disk(images, results, fitted)
+    found = {}
+    for stage in ("prepare", *STAGES):
+        point = recipe | {"images": ALL * images} if stage == "prepare" else recipe
+        point = point | {"epochs": 2 * NEED["epochs"]} if stage == "extract-train" else point
+        seconds = fitted[stage]["constant"] + sum(fitted[stage][name] * of(point) for name, of in TERMS[stage].items())
+        seconds += larger if stage in ("extract-train", "finetune") else 0.0
+        seconds /= 1 if stage == "prepare" else CORES
+        found[stage] = {"seconds": seconds, "memory": memory[stage], "disk": disk[stage]}
+    return found
+
+
+def memory_and_disk(
+    images: int, results: Mapping[str, Any], fitted: Mapping[str, Line]
+) -> tuple[dict[str, float], dict[str, float]]:
+    boundary, points = results["boundaries"][BACKBONE][str(NEED["size"])], results["points"]
+    index, tests = fitted["index memory"]["image"], (ALL - LATER) * images
+    memory = {stage: points[key(stage, Study(600, size=NEED["size"]))]["memory"] for stage in STAGES}
+    for stage in ("extract-train", "finetune", "sam-finetune"):
+        memory[stage] += (index * LATER + 16) * images  # an epoch's order, and where a share's examples are
+    memory["evaluate"] += (index + 4 * (len(MODELS) + 1) * CLASSES) * tests  # one model's logits are there twice
+    prepared = fitted["prepare memory"]
+    memory["prepare"] = prepared["constant"] + prepared["image"] * ALL * images
+    kept = (NEED["views"] + LATER - 1) * images
+    disk = {
+        "prepare": 2 * SOURCE_BYTES * ALL * images,  # DVC's cache has them too
+        "extract-train": boundary["pooled_bytes"] * kept,
+        "finetune": boundary["bytes"] * kept,
+        "sam-finetune": 0,  # shares finetune's
+        "evaluate": points[key("evaluate", Study(1200))]["disk"]["predictions"] / (1200 // 5) * tests,
+    }
+    return memory, disk
+
+
+def gpus(boundaries: Mapping[str, Any], fitted: Mapping[str, Line]) -> str:
+    """The example of docs/sizing.md: 1.3 million images at 224 px, ResNet50 from its default cut on."""
+    boundary = boundaries["ResNet50"]["224"]
+    trunk, views, epochs = boundary["trunk_share"], NEED["views"], NEED["epochs"]
+    augment = fitted["augment"]["picture"] + fitted["augment"]["picture_megapixel"] * SOURCE_SIDE**2 / MEGA
+    kept = LARGE * (views + LATER - 1)
+    columns = {}
+    for number, rate in GPU_RATES.items():
+        step = LARGE * epochs * (1 - trunk) / rate
+        scoring = step * (LATER - 1) / 3
+        columns[number] = {
+            "f": f"{trunk:.2f}",
+            "a": f"{1000 * augment:.1f} ms",
+            f"augment, {CORES_OF_GPU} cores a GPU": duration(LARGE * views * augment / (CORES_OF_GPU * number)),
+            "trunk over the views": duration(kept * trunk / (3 * rate)),
+            "finetune's tail": duration(step + scoring),
+            "sam-finetune's tail": duration(2 * step + scoring),
+            "disk for views": amount(kept * boundary["bytes"]),
+            "read while the tail trains": f"{amount(rate / (1 - trunk) * boundary['bytes'])}/s",
+        }
+    rows = [[name, *(column[name] for column in columns.values())] for name in columns[1]]
+    rates = [f"{number} GPU{'s' * (number > 1)}, R = {rate:,.0f}" for number, rate in GPU_RATES.items()]
+    return markdown(["", *rates], rows)
+
+
+def limits(results: Mapping[str, Any], fitted: Mapping[str, Line]) -> str:
+    """Up to how many images it goes, by the lines."""
+    prepare, memory = fitted["prepare"], fitted["prepare memory"]
+    of_evaluate, _ = memory_and_disk(0, results, fitted)
+    of_test = fitted["index memory"]["image"] + 4 * (len(MODELS) + 1) * CLASSES
+    a_day = (86400 - prepare["constant"]) / (prepare["image"] + prepare["image_megapixel"] * SOURCE_SIDE**2 / MEGA)
+    rows = [
+        ["prepare in a day", f"{a_day / MEGA:.1f} million, of all splits"],
+        ["prepare in 16 GB", f"{(16e9 - memory['constant']) / memory['image'] / MEGA:.0f} million, of all splits"],
+        ["evaluate in 16 GB", f"{(16e9 - of_evaluate['evaluate']) / of_test / MEGA:.2f} million of test"],
+    ]
+    return markdown(["limit", "images"], rows)
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.3g} {unit}" if seconds < 1000 * length else f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def amount(count: float) -> str:
+    for unit, length in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= length:
+            return f"{count / length:.3g} {unit}"
+    return f"{count:.0f} B"
 
 
 # Parts that need TensorFlow, each in a process of its own
@@ -328,8 +496,11 @@ def source_images() -> Iterator[tuple[bytes, int]]:
     from flatmin import datasets
     from flatmin.params import Data, Splits
 
-    kind, name = ("tfds", CIFAR) if has_cifar() else ("bundled", "digits")
-    data = Data(source=kind, name=name, splits=Splits(train="train", val="train", test="train"))
+    splits = Splits(train="train", val="train", test="train")
+    if has_cifar():
+        data = Data(source="tfds", name=CIFAR, splits=splits)
+    else:
+        data = Data(source="bundled", name="digits", splits=splits)
     source = datasets.open_source(data, seed=0)
     while True:
         for example in source.examples("train"):
@@ -343,7 +514,7 @@ def resized(image: bytes, side: int) -> Any:
 
 
 def of_draw(folder: str, images: str, side: str) -> dict[str, Any]:
-    """Write a JPEG for each image, a folder for each class, of as many images each."""
+    """Write JPEGs, as many for each class, in a folder for each."""
     classes = 100 if has_cifar() else 10
     each = [math.ceil((int(images) - label) / classes) for label in range(classes)]
     drawn = [0] * classes
@@ -416,7 +587,7 @@ def of_boundaries() -> dict[str, Any]:
     return found
 
 
-PARTS = {
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "machine": of_machine,
     "draw": of_draw,
     "augment": of_augment,
@@ -436,7 +607,7 @@ def main() -> None:
             answer = PARTS[arguments.part[0]](*arguments.part[1:])
         print(json.dumps(answer))
     elif arguments.table:
-        print(json.dumps(reporting.read_json(RESULTS)["lines"], indent=1))
+        print("\n\n".join(tables(reporting.read_json(RESULTS)).values()))
     else:
         measure(arguments.again)
 
