@@ -54,10 +54,14 @@ def seconds(chunks: Iterable[list[np.ndarray]]) -> tuple[float, float]:
 
 
 def rates(size: int, recipe: dict[str, Any]) -> dict[str, float]:
-    """Images a second by engine and workers, and microseconds that handing over an image costs the training process."""
+    """Images a second by engine and workers, and microseconds of CPU an image.
+
+    The latter are of the training process, so with workers that are processes it is what handing over costs; they say
+    more than a rate where other work runs.
+    """
     images = list(photographs(size, SIZES[size] * CHUNK))
     quickest: dict[str, float] = {}
-    costs: list[float] = []
+    costs: dict[str, float] = {}
     with ExitStack() as stack:
         passes: dict[str, Callable[[int], Iterable[list[np.ndarray]]]] = {}
         for engine in ENGINES:
@@ -65,13 +69,13 @@ def rates(size: int, recipe: dict[str, Any]) -> dict[str, float]:
             passes[f"{engine}, in process"] = partial(in_process, images, settings)
             for workers in range(1, len(os.sched_getaffinity(0)) + 1):
                 augmenter = stack.enter_context(Augmenter(settings, 0, workers))
-                passes[f"{engine}, {workers} workers"] = partial(augmenter.chunks, images)
+                passes[f"{engine}, workers: {workers}"] = partial(augmenter.chunks, images)
         for turn, (name, chunks) in itertools.product(range(-1, TURNS), passes.items()):
             spent, own = seconds(chunks(turn + 1))
             if turn >= 0:  # the first starts workers and traces graphs
                 quickest[name] = max(quickest.get(name, 0.0), round(len(images) / spent, 1))
-                costs += [own / len(images)] if name == "imgaug, 1 workers" else []
-    return quickest | {"handover_microseconds": round(min(costs) * 1e6, 1)}
+                costs[name] = min(costs.get(name, np.inf), round(own / len(images) * 1e6, 1))
+    return quickest | {f"{name}, microseconds of CPU here": cost for name, cost in costs.items()}
 
 
 def in_process(images: list[np.ndarray], settings: Augment, epoch: int) -> Iterator[list[np.ndarray]]:
@@ -164,7 +168,7 @@ def main() -> None:
     default = measured[f"72 px, {next(iter(RECIPES))}"]
     results = {
         "augment_images_per_second": {
-            str(workers): default[f"imgaug, {workers} workers"]
+            str(workers): default[f"imgaug, workers: {workers}"]
             for workers in range(1, len(os.sched_getaffinity(0)) + 1)
         },
         "augmentation": {"images_per_second": measured, "operations_mean_difference": print_operations()},

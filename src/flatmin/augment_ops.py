@@ -284,5 +284,8 @@ def run(name: str, images: np.ndarray, parameters: np.ndarray) -> np.ndarray:
 @functools.cache
 def _traced(operation: Operation) -> Operation:
     """Once for all shapes."""
-    signature = [tf.TensorSpec((None, None, None, 3), tf.uint8), tf.TensorSpec((None, None), tf.float32)]
+    signature = [
+        tf.TensorSpec((None, None, None, 3), tf.uint8, name="images"),
+        tf.TensorSpec((None, None), tf.float32, name="parameters"),
+    ]
     return tf.function(operation, input_signature=signature)
