@@ -288,7 +288,7 @@ def noop_seconds(folder: Path) -> float:
     params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
     for stage in ("extract", "finetune"):
         params[stage] |= {"epochs": 1, "views": 1, "schedule": None}
-    params["evaluate"]["sharpness"] = {"images": 8, "steps": 2, "probes": 1}
+    params["evaluate"]["sharpness"] = {"images": 8, "steps": 5, "probes": 2}
     (clone / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "FLATMIN_CACHE": str(folder / "clone_cache")}
