@@ -357,10 +357,9 @@ def measured(points: Mapping[str, Point], fitted: Mapping[str, Line]) -> str:
 
 
 def speed_by_workers(points: Mapping[str, Point]) -> str:
-    found = [points[f"augment side={side} workers={number}"] for side, number in AUGMENTED if number]
-    header = [f"{number} worker{'s' * (number > 1)}" for number in range(1, len(found) + 1)]
-    rates = [f"{1 / point['seconds']:.0f}" for point in found]
-    return markdown(["augmentation at 160 px", *header], [["images a second", *rates]])
+    found = {number: points[f"augment side={side} workers={number}"] for side, number in AUGMENTED if number}
+    rates = (f"{1 / point['seconds']:.0f} images a second with workers={number}" for number, point in found.items())
+    return f"Augmentation at 160 px: {', '.join(rates)}."
 
 
 def bytes_of_views(boundaries: Mapping[str, Any]) -> str:
@@ -435,8 +434,6 @@ def gpus(boundaries: Mapping[str, Any], fitted: Mapping[str, Line]) -> str:
         step = LARGE * epochs * (1 - trunk) / rate
         scoring = step * (LATER - 1) / 3
         columns[number] = {
-            "f": f"{trunk:.2f}",
-            "a": f"{1000 * augment:.1f} ms",
             f"augment, {CORES_OF_GPU} cores a GPU": duration(LARGE * views * augment / (CORES_OF_GPU * number)),
             "trunk over the views": duration(kept * trunk / (3 * rate)),
             "finetune's tail": duration(step + scoring),
@@ -446,7 +443,7 @@ def gpus(boundaries: Mapping[str, Any], fitted: Mapping[str, Line]) -> str:
         }
     rows = [[name, *(column[name] for column in columns.values())] for name in columns[1]]
     rates = [f"{number} GPU{'s' * (number > 1)}, R = {rate:,.0f}" for number, rate in GPU_RATES.items()]
-    return markdown(["", *rates], rows)
+    return markdown([f"f = {trunk:.2f}, a = {1000 * augment:.1f} ms", *rates], rows)
 
 
 def limits(results: Mapping[str, Any], fitted: Mapping[str, Line]) -> str:
@@ -455,12 +452,12 @@ def limits(results: Mapping[str, Any], fitted: Mapping[str, Line]) -> str:
     of_evaluate, _ = memory_and_disk(0, results, fitted)
     of_test = fitted["index memory"]["image"] + 4 * (len(MODELS) + 1) * CLASSES
     a_day = (86400 - prepare["constant"]) / (prepare["image"] + prepare["image_megapixel"] * SOURCE_SIDE**2 / MEGA)
-    rows = [
-        ["prepare in a day", f"{a_day / MEGA:.1f} million, of all splits"],
-        ["prepare in 16 GB", f"{(16e9 - memory['constant']) / memory['image'] / MEGA:.0f} million, of all splits"],
-        ["evaluate in 16 GB", f"{(16e9 - of_evaluate['evaluate']) / of_test / MEGA:.2f} million of test"],
-    ]
-    return markdown(["limit", "images"], rows)
+    prepared = (16e9 - memory["constant"]) / memory["image"]
+    tested = (16e9 - of_evaluate["evaluate"]) / of_test
+    return (
+        f"By these lines prepare takes a day for {a_day / MEGA:.0f} million images and 16 GB for {prepared / MEGA:.0f} "
+        f"million; evaluate takes 16 GB for {tested / MEGA:.2f} million of test."
+    )
 
 
 def duration(seconds: float) -> str:
