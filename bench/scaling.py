@@ -347,8 +347,9 @@ def measured(points: Mapping[str, Point], fitted: Mapping[str, Line]) -> str:
         first = f"{line['constant']:.1f} s" if "constant" in line else ""
         parts = [first, *(f"{1000 * line[term]:.2f} ms {UNITS[term]}" for term in terms if line[term])]
         studies = (Study(300), Study(1200), Study(600, size=160)) if stage in STAGES else ()
-        peaks = [points[name]["memory"] for name in (key(stage, study) for study in studies) if name in points]
-        rows.append([stage, " + ".join(filter(None, parts)), f"{line['error']:.0%}", ", ".join(map(amount, peaks))])
+        names = [key(stage, study) for study in studies]
+        peaks = [amount(points[name]["memory"]) if name in points else "-" for name in names]
+        rows.append([stage, " + ".join(filter(None, parts)), f"{line['error']:.0%}", ", ".join(peaks)])
     rows[0][-1] = f"{amount(fitted['prepare memory']['constant'])} + {fitted['prepare memory']['image']:.0f} B n"
     rows.append(["names and labels, in every later stage", "", "", f"{fitted['index memory']['image']:.0f} B n"])
     return markdown(

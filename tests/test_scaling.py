@@ -104,6 +104,7 @@ def test_a_stage_is_measured_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_stage_that_fails_is_an_error(tmp_path: Path) -> None:
+    scaling.copy_code(tmp_path)
     with pytest.raises(InputError, match=r"prepare: expected it to succeed, received .*params\.yaml"):
         scaling.run(tmp_path, "prepare", ["stages/prepare.py"])
 
