@@ -122,7 +122,7 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
     after = json.loads((tmp_path / "scaling.json").read_text())
     assert after["points"].keys() == RESULTS["points"].keys()
     assert after["points"]["index images=200000"]["memory"] == pytest.approx(
-        RESULTS["points"]["index images=200000"]["memory"], rel=0.1
+        RESULTS["points"]["index images=200000"]["memory"], rel=0.3
     )
 
 
