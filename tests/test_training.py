@@ -339,7 +339,16 @@ def test_the_stages_write_what_they_trained(study: Path) -> None:
     training.finetune(settings, settings.sam)
     for name, passes in (("extract/MobileNet025", 1), ("finetune", 1), ("sam", 2)):
         found = metrics(name)
-        expected = {"backbone", "best_epoch", "epochs", "gradient_evaluations", "image_size", "multiply_adds", "val"}
+        expected = {
+            "backbone",
+            "best_epoch",
+            "epochs",
+            "gradient_evaluations",
+            "image_size",
+            "multiply_adds",
+            "trunk",
+            "val",
+        }
         assert set(found) == expected
         assert set(found["val"]) == {"accuracy", "top5_accuracy", "loss"}
         assert found["epochs"] == 2
