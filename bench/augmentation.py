@@ -15,16 +15,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sam_cost import RESULTS, add
 
-from flatmin import augment, reporting
+from flatmin import augment
 from flatmin.augment import CHUNK, Augmenter
 from flatmin.params import Augment
 
-RESULTS = Path(__file__).with_name("results.json")
 SIZES = {72: 16, 180: 8}  # pixels: chunks in a turn
 ENGINES = ("imgaug", "tensorflow")
 RECIPES = {"RandAugment n=3 m=7, flip, crop 4": {"n": 3, "m": 7}, "flip, crop 4": {"n": 0}}
@@ -173,7 +172,7 @@ def main() -> None:
         },
         "augmentation": {"images_per_second": measured, "operations_mean_difference": print_operations()},
     }
-    reporting.write_json(RESULTS, (reporting.read_json(RESULTS) if RESULTS.exists() else {}) | results)
+    add(RESULTS, results)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from flatmin import reporting
+from sam_cost import RESULTS, add
 
-RESULTS = Path(__file__).with_name("results.json")
 SIZE, BATCH, TURNS, STEPS = 128, 128, 3, 4
 CUTS: dict[str, str | int] = {
     "whole network": 0,
@@ -122,9 +120,8 @@ def main() -> None:
     for name, environment in ENVIRONMENTS.items():
         made = process(environment, SHORT, ["plain", "both"])
         found[SHORT] |= {f"{name}, plain": made["plain"], f"{name}, both": made["both"]}
-    results = reporting.read_json(RESULTS) if RESULTS.exists() else {}
     speedups = {cut: round(of["both"] / of["plain"], 2) for cut, of in found.items()}
-    reporting.write_json(RESULTS, results | {"tail": {"images_per_second": found, "speedup": speedups}})
+    add(RESULTS, {"tail": {"images_per_second": found, "speedup": speedups}})
     print("| tail | variant | images a second | plain = 1 |\n|---|---|---|---|")
     for cut, of in found.items():
         for name, rate in of.items():
