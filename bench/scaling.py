@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -561,7 +560,9 @@ def of_index(images: str) -> dict[str, Any]:
         info = {"class_names": [str(label) for label in range(1000)], "roles": roles, "files": {}, "digest": ""}
         reporting.write_json(Path(folder) / "dataset.json", info)
         Records(folder).labels("train")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # getrusage's peak would be the parent's where that is larger: Linux carries it over into a child.
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    memory = int(status["VmHWM"].split()[0]) * 1024
     return {"stage": "index", "images": int(images), "memory": memory}
 
 
