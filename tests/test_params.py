@@ -102,6 +102,7 @@ def test_every_study_is_good(path: Path) -> None:
             {"name": "cosine", "warmup_epochs": 9},
             "finetune.schedule.warmup_epochs: expected less than epochs, which is 2, received 9",
         ),
+        ("data.label_noise", 1, "data.label_noise: expected less than 1, received 1"),
         ("finetune.schedule", {"name": "plateau", "factor": 3}, "finetune.schedule.factor: expected less than 1"),
         ("finetune.schedule", {"name": "plateau", "plateau": 3}, "finetune.schedule.plateau: expected no such key"),
         (
@@ -333,3 +334,13 @@ def test_any_text_as_a_file_is_refused_in_one_line(tmp_path_factory: pytest.Temp
     with pytest.raises(InputError) as caught:
         params.load(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_sam_epochs_are_longer_than_the_warm_up() -> None:
+    values = copy.deepcopy(TINY)
+    values["finetune"] |= {"epochs": 9, "schedule": {"name": "cosine", "warmup_epochs": 2}}
+    values["sam"] = {"epochs": 2}
+    with pytest.raises(
+        InputError, match=r"sam.epochs: expected more than finetune.schedule.warmup_epochs, which is 2,"
+    ):
+        params.parse(values, "params.yaml")

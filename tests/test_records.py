@@ -208,6 +208,27 @@ def test_val_per_class_and_train_per_class(tmp_path: Path) -> None:
     assert vals[0] == vals[1]
 
 
+def test_label_noise_gives_a_share_of_train_other_classes(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", train=50, test=5)
+    found = []
+    for name, noise in (("clean", 0.0), ("noisy", 0.2), ("again", 0.2)):
+        summary = write(data(source, val_per_class=10, label_noise=noise), 3, tmp_path / name)
+        read = Records(tmp_path / name)
+        roles = {role: dict(zip(read.names(role), read.labels(role).tolist(), strict=True)) for role in read.roles}
+        assert summary["wrong_labels"] == read.info["wrong_labels"] == noise * 80
+        found.append(roles)
+    clean, noisy, again = found
+    changed = [name for name, label in clean["train"].items() if noisy["train"][name] != label]
+    assert len(changed) == 16
+    assert len({clean["train"][name] for name in changed}) == 2
+    assert (clean["val"], clean["test"]) == (noisy["val"], noisy["test"])
+    assert noisy == again
+    write(data(source, val_fraction=0.2, label_noise=0.2), 4, tmp_path / "seed")
+    assert Records(tmp_path / "seed").labels("train").tolist() != Records(tmp_path / "noisy").labels("train").tolist()
+    with_val = folder(tmp_path / "with_val", train=5, val=1, test=1)
+    assert write(data(with_val, val="val", label_noise=0.5), 0, tmp_path / "all")["wrong_labels"] == 5
+
+
 def test_val_fraction_is_stratified(tmp_path: Path) -> None:
     source = folder(tmp_path / "source", train=10, test=1)
     write(data(source, val_fraction=0.3), 0, tmp_path / "records")

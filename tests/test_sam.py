@@ -921,7 +921,7 @@ def test_the_params_of_the_pipeline_are_these_settings(method: str) -> None:
                 params.Sam.model_validate({"method": method, name: value})
         else:
             assert params.Sam.model_validate({"method": method, name: value})
-    assert Settings(**params.Sam.model_validate({"method": method}).model_dump()) == Settings(method=method)
+    assert Settings(**params.Sam.model_validate({"method": method}).settings()) == Settings(method=method)
 
 
 def test_numpys_numbers_are_numbers() -> None:

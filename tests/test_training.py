@@ -209,6 +209,18 @@ def test_sam_without_a_radius_is_finetune_byte_for_byte(checkout: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sam_may_take_epochs_of_its_own(checkout: Path) -> None:
+    training.finetune(recipe(epochs=4))
+    training.finetune(recipe(epochs=4), params.Sam(epochs=2))
+    one, two = (json.loads((checkout / f"metrics/{name}.json").read_text()) for name in ("finetune", "sam"))
+    assert (one["epochs"], two["epochs"]) == (4, 2)
+    assert one["gradient_evaluations"] == two["gradient_evaluations"]
+    sharp = written(checkout, "sam")
+    training.finetune(recipe(epochs=2), params.Sam())
+    assert written(checkout, "sam") == sharp
+
+
+@pytest.mark.slow
 def test_a_training_that_diverges_is_an_error_and_no_file(checkout: Path) -> None:
     with pytest.raises(InputError, match="finetune: the training diverged in epoch"):
         training.finetune(recipe(learning_rate=1e30))

@@ -120,6 +120,7 @@ class Data(Section):
     train_per_class: keep so many training images of each class (after val is carved out).
     image_size: store images enlarged or shrunk to this square, in pixels; as they came without it.
     skip_broken: so many unreadable images are left out before it is an error.
+    label_noise: this share of the training images, drawn at random, gets the label of another class at random.
     """
 
     source: Literal["bundled", "tfds", "folder"]
@@ -130,6 +131,7 @@ class Data(Section):
     train_per_class: Count | None = None
     image_size: ImageSize | None = None
     skip_broken: Annotated[int, Field(ge=0)] = 0
+    label_noise: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     class_names: Annotated[list[Text], Field(min_length=2)] | None = None
 
     @model_validator(mode="after")
@@ -249,8 +251,9 @@ class Select(Section):
 class Sam(Section):
     """Sharpness-aware minimization, as `flatmin.sam.Settings` explains it.
 
-    What None stands for is the method's own default. alpha is gsam's and looksam's, gamma wsam's, rho_min and rho_max
-    are gsam's, sigma and friendly_lambda friendly's.
+    epochs: sam-finetune's, instead of finetune's: half of them spend as many gradient evaluations. What None stands
+    for elsewhere is the method's own default. alpha is gsam's and looksam's, gamma wsam's, rho_min and rho_max are
+    gsam's, sigma and friendly_lambda friendly's.
     """
 
     method: Literal["sam", "gsam", "wsam", "looksam", "friendly"] = "sam"
@@ -260,12 +263,17 @@ class Sam(Section):
     num_batch_splits: Count = 1
     accumulate: Count = 1
     sync_perturbation: bool = False
+    epochs: Count | None = None
     alpha: NonNegative | None = None
     gamma: Annotated[Float, Field(ge=0, lt=1)] | None = None
     rho_min: NonNegative | None = None
     rho_max: NonNegative | None = None
     sigma: NonNegative | None = None
     friendly_lambda: Annotated[Float, Field(ge=0, lt=1)] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What `flatmin.sam.Settings` takes."""
+        return self.model_dump(exclude={"epochs"})
 
     @model_validator(mode="after")
     def _of_its_method(self) -> Self:
@@ -328,6 +336,16 @@ class Params(Section):
     @classmethod
     def _different_names(cls, names: list[str]) -> list[str]:
         return _different(names)
+
+    @model_validator(mode="after")
+    def _warm_up_of_sam_ends(self) -> Self:
+        schedule, epochs = self.finetune.schedule, self.sam.epochs
+        if isinstance(schedule, Cosine) and epochs and schedule.warmup_epochs >= epochs:
+            message = (
+                f"more than finetune.schedule.warmup_epochs, which is {schedule.warmup_epochs:g}, received {epochs}"
+            )
+            raise _WrongError("sam.epochs", message)
+        return self
 
 
 def load(path: Path | str = "params.yaml") -> Params:
@@ -407,7 +425,7 @@ def _explain(findings: ValidationError, values: Any) -> str:
         case "value_error":
             error = context["error"]
             if isinstance(error, _WrongError):
-                key += f".{error.key}"
+                key = f"{key}.{error.key}".strip(".")
             return f"{key}: expected {error}" + ("" if "received" in str(error) else f", received {received}")
         case "extra_forbidden":
             expected = "no such key"

@@ -41,7 +41,7 @@ def write(data: Data, seed: int, folder: Path | str) -> dict[str, Any]:
 
     Args:
         data: the `data` section.
-        seed: non-negative; it carves val out of train and picks `train_per_class`.
+        seed: non-negative; it carves val out of train, picks `train_per_class` and draws `label_noise`.
         folder: is replaced if it is there.
 
     Returns:
@@ -56,10 +56,11 @@ def write(data: Data, seed: int, folder: Path | str) -> dict[str, Any]:
     sizes = _sizes(source, expressions)
     broken: list[str] = []
     roles = _memberships(source, data, seed, class_names, broken)
+    wrong = _wrong_labels(source, data, seed, class_names, roles)
     with reporting.whole(folder) as aside:
         aside.mkdir()
         written = _Written(aside, class_names)
-        stream = _stream(source, expressions, roles)
+        stream = _stream(source, expressions, roles, wrong)
         for role, example in reporting.progress(stream, "prepare", sum(sizes.values()), "image"):
             if role is None:
                 continue
@@ -72,7 +73,7 @@ def write(data: Data, seed: int, folder: Path | str) -> dict[str, Any]:
         _refuse_broken(broken, data.skip_broken)
         written.close()
         _check(written, data, class_names)
-        info = _describe(written, data, source, class_names, broken)
+        info = _describe(written, data, source, class_names, broken) | {"wrong_labels": len(wrong)}
         reporting.write_json(aside / "dataset.json", info)
     return _summary(info)
 
@@ -115,7 +116,7 @@ def _memberships(source: Source, data: Data, seed: int, class_names: list[str], 
 
     Where broken images may be left out, they are found here (`broken` grows): the counts come out as asked.
     """
-    if data.val_fraction is None and data.val_per_class is None and data.train_per_class is None:
+    if not any((data.val_fraction, data.val_per_class, data.train_per_class, data.label_noise)):
         return None
     labels = source.labels(data.splits.train)
     _refuse_unknown(labels, class_names, "data.splits.train")
@@ -167,15 +168,30 @@ def _val_size(size: int, class_name: str, data: Data) -> int:
     return wanted
 
 
+def _wrong_labels(
+    source: Source, data: Data, seed: int, class_names: list[str], roles: np.ndarray | None
+) -> dict[int, int]:
+    """Index in train's split -> another class, both at random, for `data.label_noise` of the examples to train on."""
+    if roles is None or not data.label_noise:
+        return {}
+    random = np.random.default_rng([seed, 2])
+    train = np.flatnonzero(roles == TRAIN)
+    chosen = random.choice(train, round(data.label_noise * len(train)), replace=False)
+    shifts = random.integers(1, len(class_names), len(chosen))
+    labels = (source.labels(data.splits.train)[chosen] + shifts) % len(class_names)
+    return dict(zip(chosen.tolist(), labels.tolist(), strict=True))
+
+
 def _stream(
-    source: Source, expressions: Mapping[str, str], roles: np.ndarray | None
+    source: Source, expressions: Mapping[str, str], roles: np.ndarray | None, wrong: Mapping[int, int]
 ) -> Iterator[tuple[str | None, Example]]:
-    """Every example with its role, None for one that is left out."""
+    """Every example with its role, None for one that is left out; `wrong` labels those of train."""
     for role, expression in expressions.items():
         examples = source.examples(expression)
         if role == "train" and roles is not None:
-            for code, example in zip(roles.tolist(), examples, strict=True):
-                yield None if code == LEFT_OUT else ROLES[code], example
+            for index, (code, example) in enumerate(zip(roles.tolist(), examples, strict=True)):
+                labelled = example._replace(label=wrong[index]) if index in wrong else example
+                yield None if code == LEFT_OUT else ROLES[code], labelled
         else:
             for example in examples:
                 yield role, example._replace(label=UNKNOWN) if role == "predict" else example
@@ -361,6 +377,7 @@ def _summary(info: Mapping[str, Any]) -> dict[str, Any]:
         **{key: info[key] for key in ("source", "name", "version", "digest")},
         "classes": len(info["class_names"]),
         "broken": len(info["broken"]),
+        "wrong_labels": info["wrong_labels"],
         "duplicates": {pair: found["count"] for pair, found in info["duplicates"].items()},
         "roles": {role: of_role(described) for role, described in info["roles"].items()},
     }

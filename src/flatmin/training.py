@@ -50,6 +50,8 @@ def extract(params: Params, backbone: str) -> None:
 def finetune(params: Params, step: Sam | None = None) -> None:
     """Train the selected classifier from `fine_tune_at` on, with plain steps or, given `step`, sharpness-aware ones."""
     recipe = params.finetune
+    if step and step.epochs:
+        recipe = recipe.model_copy(update={"epochs": step.epochs})
     saved = reporting.read_json(SELECTED / classifier.MODEL)
     changes: dict[str, Any] = {"dropout": recipe.dropout, "seed": params.seed}
     if size := _of_backbone(recipe.image_size, saved["backbone"]):
@@ -63,7 +65,7 @@ def finetune(params: Params, step: Sam | None = None) -> None:
         lambda _: classifier.load(SELECTED, **changes, fine_tune_at=default if cut is None else cut),
         step,
         files=(SELECTED / classifier.MODEL, SELECTED / classifier.WEIGHTS),
-        depends_on={"sam": step and step.model_dump()},
+        depends_on={"sam": step and step.settings()},
     )
     _run(job)
 
@@ -163,7 +165,7 @@ class Trainer:
         self.trunk, tail = model.cut(model.description.fine_tune_at)
         self.tail = rewrite.faster(tail)
         _build(self.trunk, self.tail, model.description.image_size)
-        settings = sam.Settings(rho=0.0) if job.sam is None else sam.Settings(**job.sam.model_dump())
+        settings = sam.Settings(rho=0.0) if job.sam is None else sam.Settings(**job.sam.settings())
         self.optimizer = make_optimizer(self.recipe, self.steps / settings.accumulate)
         self.optimizer.build(self.tail.trainable_variables)
         self.step = sam.Step(settings, self.tail, self.optimizer)
