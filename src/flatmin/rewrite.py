@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from flatmin.classifier import Tail
 
+FULL = ("float32", "float64")
 Calls = dict[int, Callable[..., Any]]  # the id of an operation -> what is called in its place
 
 
@@ -23,8 +24,8 @@ def faster(tail: Tail, fold: bool = True, depthwise: bool = True) -> Tail:
         depthwise: take the gradient of depthwise kernels wider than three by TensorFlow's own code (`_depthwise`).
 
     Returns:
-        the tail itself where there is a GPU or nothing to gain. Layers that are of no such kind, or don't compute in
-        float32, are called as they are.
+        the tail itself where there is a GPU or nothing to gain. Layers that are of no such kind, or compute in half
+        precision, are called as they are.
     """
     if tail.body is None or tf.config.list_logical_devices("GPU"):
         return tail
@@ -81,13 +82,13 @@ def _is_plain(layer: Any) -> bool:
     return (
         type(layer) in (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)
         and layer.data_format == "channels_last"
-        and layer.compute_dtype == "float32"
+        and layer.compute_dtype in FULL
         and layer.activity_regularizer is None
     )
 
 
 def _is_plain_norm(norm: Any) -> bool:
-    return norm.compute_dtype == "float32" and norm.activity_regularizer is None
+    return norm.compute_dtype in FULL and norm.activity_regularizer is None
 
 
 def _is_wide(layer: Any) -> bool:
