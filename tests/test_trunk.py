@@ -48,7 +48,7 @@ def test_litert_gives_what_tensorflow_gives(
     for count in (5, 2, 5):  # batches of several sizes, the last of which is one that was there before
         for received, tensor in zip(run(PIXELS[:count]), expected, strict=True):
             scale = float(np.abs(tensor).max())
-            np.testing.assert_allclose(received, tensor[:count], rtol=0, atol=trunk.TOLERANCE * scale)
+            np.testing.assert_allclose(received, tensor[:count], rtol=0, atol=trunk.TOLERANCE["float32"] * scale)
     out, err = capfd.readouterr()
     assert out == ""
     assert "INFO" not in err

@@ -18,7 +18,9 @@ from flatmin.reporting import InputError
 
 
 def configure(runtime: Runtime, seed: int) -> None:
-    """Set precision, seeds and determinism for this process."""
+    """Set precision, seeds and determinism for this process, before it computes anything."""
+    if runtime.math == "bfloat16":  # for TensorFlow, and for oneDNN below it
+        os.environ |= {"TF_SET_ONEDNN_FPMATH_MODE": "BF16", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}
     keras.utils.set_random_seed(seed)
     if runtime.deterministic:
         tf.config.experimental.enable_op_determinism()

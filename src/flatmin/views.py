@@ -175,6 +175,7 @@ class Views:
         depends_on: dict[str, Any] = {
             "trunk": identity,
             "engine": self.engine,
+            "math": self.params.runtime.math if self.engine == "tensorflow" else None,
             "machine": runtime.machine(),
             "records": self.records.digest,
         }

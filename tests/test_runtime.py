@@ -1,0 +1,42 @@
+"""How numbers are computed, each way in a process of its own: TensorFlow asks once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from repository import ROOT
+
+PROGRAM = """
+import sys
+import numpy as np
+from flatmin import reporting
+with reporting.quiet():
+    import tensorflow as tf
+    from flatmin import runtime
+from flatmin.params import Runtime
+
+runtime.configure(Runtime(math=sys.argv[1]), 0)
+random = np.random.default_rng(0)
+images, kernel = random.normal(size=(8, 16, 16, 64)), random.normal(size=(3, 3, 64, 64))
+convolve = tf.function(lambda x, w: tf.nn.conv2d(x, w, 1, "SAME"))
+np.save(sys.argv[2], convolve(tf.constant(images, tf.float32), tf.constant(kernel, tf.float32)))
+"""
+
+
+def convolved(math: str, folder: Path) -> np.ndarray:
+    command = [sys.executable, "-c", PROGRAM, math, str(folder / math)]
+    subprocess.run(command, check=True, cwd=folder, env={"PYTHONPATH": str(ROOT / "src")})
+    return np.load(folder / f"{math}.npy")
+
+
+def test_bfloat16_rounds_products_where_the_processor_can(tmp_path: Path) -> None:
+    plain, rounded = convolved("float32", tmp_path), convolved("bfloat16", tmp_path)
+    error = np.linalg.norm(rounded - plain) / np.linalg.norm(plain)
+    if re.search(r"^flags.*\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+        assert 5e-4 < error < 1e-2
+    else:
+        assert error < 1e-5
