@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import fcntl
 import hashlib
 import itertools
@@ -195,9 +196,9 @@ def _hydra(value: Any) -> str:
     return json.dumps(value)
 
 
-def run_all(runs: Sequence[Run], jobs: int, failed: list[Run]) -> None:
+def run_all(runs: Sequence[Run], jobs: int, kept: Mapping[str, Row], failed: list[Run]) -> None:
     """Run what has not succeeded, so many at a time on a share of the cores each; put what fails into `failed`."""
-    pending = [run for run in runs if find(run) is None]
+    pending = [run for run in runs if run.name not in kept and find(run) is None]
     reporting.log(f"{len(runs)} experiments: {len(runs) - len(pending)} have succeeded, {len(pending)} to run")
     shares = share(sorted(os.sched_getaffinity(0)), jobs, len(runs))
     workers: list[Worker] = []
@@ -317,7 +318,18 @@ def clear() -> None:
         shutil.rmtree(clone, ignore_errors=True)
 
 
-def table(runs: Sequence[Run], failed: Sequence[Run]) -> tuple[list[str], list[dict[str, Any]]]:
+def read_kept(path: Path) -> dict[str, Row]:
+    """Name -> row of the runs that an earlier table has as succeeded, on this machine or another."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row["name"]: row for row in rows if row.get("name") and row.get("status") == "succeeded"}
+
+
+def table(
+    runs: Sequence[Run], kept: Mapping[str, Row], failed: Sequence[Run]
+) -> tuple[list[str], list[dict[str, Any]]]:
     """Columns and rows, one for each run: name, status, targets, params that any run sets, figures, seconds.
 
     Figures are those of the stages that the run brought about: an experiment's commit holds the others' old ones.
@@ -326,16 +338,19 @@ def table(runs: Sequence[Run], failed: Sequence[Run]) -> tuple[list[str], list[d
     rows: list[dict[str, Any]] = []
     figures: dict[str, None] = {}
     for run in runs:
-        ref = find(run)
-        status = "succeeded" if ref else "failed" if run in failed else "not run"
+        ref, before = find(run), kept.get(run.name, {})
+        status = "succeeded" if ref or before else "failed" if run in failed else "not run"
         row = {"name": run.name, "status": status, "targets": " ".join(run.targets)}
         row |= {key: _cell(_value(run.settings, key)) for key in keys}
         for stage, file in FIGURES.items() if ref else ():
             if stage in run.stages:
                 values = json.loads(_output("git", "show", f"{ref}:metrics/{file}.json"))
                 row |= {f"{file}/{key}": value for key, value in _leaves(values)}
+        if not ref:
+            row |= {key: value for key, value in before.items() if "/" in key and value != ""}
         figures |= {key: None for key in row if "/" in key}
-        rows.append({**row, "seconds": run.clock.read_text() if run.clock.exists() else ""})
+        seconds = run.clock.read_text() if run.clock.exists() else ""
+        rows.append({**row, "seconds": before.get("seconds") or seconds})
     return ["name", "status", "targets", *keys, *figures, "seconds"], rows
 
 
@@ -410,21 +425,21 @@ def sweep(path: Path, jobs: int) -> None:
         except BlockingIOError:
             raise InputError(f"{FOLDER}: expected no other sweep of this checkout, found one running") from None
         signal.signal(signal.SIGTERM, _interrupt)
-        failed: list[Run] = []
+        written = path.with_suffix(".csv")
+        kept, failed = read_kept(written), list[Run]()
         try:
-            run_all(runs, jobs, failed)
+            run_all(runs, jobs, kept, failed)
         finally:
-            columns, rows = table(runs, failed)
-            cells = [[row.get(column, "") for column in columns] for row in rows]
-            reporting.write_csv(path.with_suffix(".csv"), columns, cells)
+            columns, rows = table(runs, kept, failed)
+            reporting.write_csv(written, columns, [[row.get(column, "") for column in columns] for row in rows])
     if failed:
         logs = ", ".join(str(run.log) for run in failed)
         raise InputError(f"{len(failed)} of {len(runs)} experiments: expected success, failed: {logs}")
     if y not in columns:
-        raise InputError(f"{path}: picture.y: expected a column of {path.with_suffix('.csv')}, received {y!r}")
+        raise InputError(f"{path}: picture.y: expected a column of {written}, received {y!r}")
     keys = [column for column in columns[2:-1] if "/" not in column]
     draw(spread([row for row in rows if y in row], x, y, keys), x, y, path.with_suffix(".png"))
-    reporting.log(f"{len(runs)} experiments: {path.with_suffix('.csv')} and {path.with_suffix('.png')}")
+    reporting.log(f"{len(runs)} experiments: {written} and {path.with_suffix('.png')}")
 
 
 def _main() -> None:

@@ -20,6 +20,7 @@ from dvc.utils.hydra import apply_overrides
 from PIL import Image
 from repository import ROOT, TINY, Repository
 
+from flatmin import reporting
 from flatmin.reporting import InputError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -181,7 +182,7 @@ def test_the_table_has_a_row_for_each_run_and_no_figure_that_the_run_did_not_mak
     keep(repository, control, {"sam": {"val": {"accuracy": 0.25}, "epochs": 3}})
     sweep.FOLDER.mkdir(parents=True)
     trial.clock.write_text("12.5")
-    columns, rows = sweep.table([trial, control, failed, pending], [failed])
+    columns, rows = sweep.table([trial, control, failed, pending], {}, [failed])
     assert columns == [
         *("name", "status", "targets", "seed", "sam.rho"),
         *("select/backbone", "sam/val.accuracy", "sam/epochs", "seconds"),
@@ -194,9 +195,25 @@ def test_the_table_has_a_row_for_each_run_and_no_figure_that_the_run_did_not_mak
     ]
     (evaluated,) = runs(targets=[], runs=[{"sam.rho": [0.02]}])
     keep(repository, evaluated, {"finetune": {"epochs": 1}})
-    columns, rows = sweep.table([evaluated], [])
+    columns, rows = sweep.table([evaluated], {}, [])
     assert rows[0]["evaluate/sam.accuracy"] == 0.4
     assert rows[0]["seed"] == 7, "of params.yaml, since the grid does not set it"
+
+
+def test_the_table_keeps_what_it_had_of_another_clone(repository: Repository) -> None:
+    one, two, *_ = runs(runs=[*GRID["runs"]])
+    keep(repository, one, {"select": {"backbone": "A"}, "sam": {"epochs": 3}})
+    figures = {"select/backbone": "A", "sam/epochs": "5", "evaluate/none": "", "seconds": "7.5"}
+    columns = ["name", "status", "seed", *figures]
+    cells = [[two.name, "succeeded", "0", *figures.values()], ["other", "failed", "0", "", "", "", "7.5"]]
+    reporting.write_csv("grid.csv", columns, cells)
+    kept = sweep.read_kept(Path("grid.csv"))
+    assert list(kept) == [two.name]
+    _, rows = sweep.table([one, two], kept, [])
+    assert rows[0]["sam/epochs"] == 3
+    assert (rows[1]["status"], rows[1]["seed"]) == ("succeeded", two.values["seed"])
+    assert {key: rows[1].get(key, "") for key in figures} == figures
+    assert sweep.read_kept(Path("other.csv")) == {}
 
 
 ROWS = [
@@ -297,6 +314,10 @@ def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tm
     assert killed.run("git", "for-each-ref", "refs/exps") == refs
     assert (killed.folder / "grid.csv").read_bytes() == table
     assert rows_of(killed)[0]["name"] in killed.run("dvc", "exp", "show", "--csv")
+    for ref in refs.split()[2::3]:
+        killed.run("git", "update-ref", "-d", ref)
+    assert "4 experiments: 4 have succeeded, 0 to run" in killed.run(*COMMAND), "the table has them"
+    assert (killed.folder / "grid.csv").read_bytes() == table
 
 
 @pytest.mark.slow
