@@ -40,7 +40,7 @@ def original_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, An
 
     train = records.images("train").cache().shuffle(records.count("train"), seed=settings.seed).batch(batch_size)
     val = records.images("val").cache().batch(batch_size)
-    return train.map(varied, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE), val.prefetch(tf.data.AUTOTUNE)
+    return train.map(varied, tf.data.AUTOTUNE).prefetch(2), val.prefetch(2)
 
 
 def keras_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, Any]:
@@ -62,7 +62,7 @@ def keras_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, Any]:
     train = records.images("train").map(resized, tf.data.AUTOTUNE).cache()
     train = train.shuffle(records.count("train"), seed=settings.seed).batch(batch_size)
     val = records.images("val").map(resized, tf.data.AUTOTUNE).cache().batch(batch_size)
-    return train.map(varied, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE), val.prefetch(tf.data.AUTOTUNE)
+    return train.map(varied, tf.data.AUTOTUNE).prefetch(2), val.prefetch(2)
 
 
 def network(start: Any, pixels: Any, resize: bool) -> Any:

@@ -429,7 +429,7 @@ class Records:
         """(scalar string: an encoded image, scalar int32: its label), always in the same order."""
         self._role(role)
         shards = sorted(name for name in self.info["files"] if name.startswith(f"{role}-"))
-        return tf.data.TFRecordDataset([str(self._folder / name) for name in shards]).map(_parse)
+        return not_tuned(tf.data.TFRecordDataset([str(self._folder / name) for name in shards]).map(_parse))
 
     def images(self, role: str, wanted: Callable[[Any], Any] | None = None) -> tf.data.Dataset:
         """(uint8 [height, width, 3], scalar int32), always in the same order; sizes may differ.
@@ -456,6 +456,16 @@ class Records:
             labels.flags.writeable = False
             self._index[role] = [name for name, _ in rows], labels
         return self._index[role]
+
+
+def not_tuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Without tf.data's tuning of itself: its thread can take five seconds to see that an iterator is gone.
+
+    Whoever iterates waits for it then, at the end of an epoch or of a view.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def _parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

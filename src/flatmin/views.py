@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,20 +21,25 @@ from flatmin import cache, reporting, runtime, trunk
 from flatmin.augment import CHUNK, Augmenter
 from flatmin.classifier import Classifier
 from flatmin.params import Params
-from flatmin.records import Records
+from flatmin.records import Records, not_tuned
 from flatmin.reporting import InputError
 
 # So many bytes of decoded images are held to be shuffled; data sets below it are shuffled as a whole.
 SHUFFLE_BYTES = 2**30
-TRUNK_BATCH = 64
+TRUNK_BATCH = CHUNK
 DTYPE = np.dtype(np.float16)
 # Whose code decides what a view holds.
 MODULES = ("augment", "augment_ops", "backbones", "classifier", "records", "trunk", "views")
 
 
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """uint8 [h, w, 3] to float32 [size, size, 3], still 0 to 255; bilinear, smoothed where it shrinks."""
-    return tf.ensure_shape(tf.image.resize(image, (size, size), antialias=True), (size, size, 3))
+    """uint8 [..., h, w, 3] to float32 [..., size, size, 3], still 0 to 255; bilinear, smoothed where it shrinks."""
+    resized = tf.cond(
+        tf.reduce_any(tf.shape(image)[-3:-1] > size),
+        lambda: tf.image.resize(image, (size, size), antialias=True),
+        lambda: tf.image.resize(image, (size, size)),  # the same where it grows, and twice as quick
+    )
+    return tf.ensure_shape(resized, (*image.shape[:-3], size, size, 3))
 
 
 def plain(records: Records, role: str, size: int, batch_size: int) -> tf.data.Dataset:
@@ -50,7 +55,12 @@ def augmented(
     Batches are as `plain`'s; the last may be smaller. Equal (seed, epoch) give equal batches.
     """
     order = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0] >> 1)
-    dataset = _augmented_in_order(records, augmenter, epoch, Share())
+
+    def one_by_one() -> Iterator[tuple[np.ndarray, np.int32]]:
+        for images, labels in _chunks(records, augmenter, epoch, Share()):
+            yield from zip(images, labels, strict=True)
+
+    dataset = _generated(one_by_one, (tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((), tf.int32)))
     dataset = dataset.shuffle(_shuffle_buffer(records), seed=order, reshuffle_each_iteration=False)
     return _batches(dataset, size, batch_size)
 
@@ -80,22 +90,26 @@ class Share:
         return example // CHUNK % (self.workers * self.replicas) // self.replicas == self.worker
 
 
-def _augmented_in_order(records: Records, augmenter: Augmenter, epoch: int, share: Share) -> tf.data.Dataset:
-    """(uint8 [h, w, 3], int32 []) of a share's training images in the records' order."""
+def _chunks(
+    records: Records, augmenter: Augmenter, epoch: int, share: Share
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """A share's training images in the records' order, augmented, and their labels, chunk by chunk."""
     labels = records.labels("train")
     mine = [chunk for chunk in range(math.ceil(len(labels) / CHUNK)) if share.has(chunk * CHUNK)]
+    images = (image for image, _ in records.images("train", share.has).as_numpy_iterator())
+    for number, chunk in zip(mine, augmenter.chunks(images, epoch, mine), strict=True):
+        yield chunk, labels[number * CHUNK :][: len(chunk)]
 
-    def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        images = (image for image, _ in records.images("train", share.has).as_numpy_iterator())
-        for number, chunk in zip(mine, augmenter.chunks(images, epoch, mine), strict=True):
-            of_chunk = labels[number * CHUNK :][: len(chunk)]
-            if len({image.shape for image in chunk}) == 1:
-                yield np.stack(chunk), of_chunk
-            else:
-                yield from ((image[None], label[None]) for image, label in zip(chunk, of_chunk, strict=True))
 
-    signature = (tf.TensorSpec((None, None, None, 3), tf.uint8), tf.TensorSpec((None,), tf.int32))
-    return tf.data.Dataset.from_generator(chunks, output_signature=signature).unbatch()
+def _generated(make: Callable[[], Iterator[Any]], signature: Any) -> tf.data.Dataset:
+    return not_tuned(tf.data.Dataset.from_generator(make, output_signature=signature))
+
+
+def _resized(images: list[np.ndarray], size: int) -> Any:
+    """float32 [len(images), size, size, 3]; one call where they are alike."""
+    if len({image.shape for image in images}) == 1:
+        return resize(tf.constant(np.stack(images)), size)
+    return tf.stack([resize(tf.constant(image), size) for image in images])
 
 
 def _shuffle_buffer(records: Records) -> int:
@@ -194,11 +208,6 @@ class Views:
     def _fill(self, folder: Path, view: int | None, title: str, augmenter: Augmenter) -> None:
         """Run the trunk over a view, batch by batch, into `folder`."""
         count = self._count(view)
-        if view is None:
-            images = self.records.images("val")
-        else:
-            images = _augmented_in_order(self.records, augmenter, view, self.share)
-        batches = _batches(images, self.size, TRUNK_BATCH).as_numpy_iterator()
         started = time.monotonic()
         with ExitStack() as stack:
             files = []
@@ -207,10 +216,26 @@ class Views:
                 header = {"descr": DTYPE.str, "fortran_order": False, "shape": (count, *tensor.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
                 files.append(file)
-            for pixels, _ in reporting.progress(batches, title, math.ceil(count / TRUNK_BATCH), "batch"):
+            for pixels in reporting.progress(
+                self._pixels(view, augmenter), title, math.ceil(count / TRUNK_BATCH), "batch"
+            ):
                 for tensor, file in zip(self._run(pixels), files, strict=True):
-                    file.write(_halved(tensor).tobytes())
+                    file.write(_halved(tensor).data)
         reporting.log(f"{title}: {count} images, {self._bytes(view)} bytes ({time.monotonic() - started:.1f} s)")
+
+    def _pixels(self, view: int | None, augmenter: Augmenter) -> Iterator[np.ndarray]:
+        """A view's images for the trunk, float32 [at most TRUNK_BATCH, size, size, 3] at a time."""
+        if view is None:
+            images = plain(self.records, "val", self.size, TRUNK_BATCH).map(lambda pixels, _: pixels)
+        else:
+
+            def resized() -> Iterator[Any]:
+                for chunk, _ in _chunks(self.records, augmenter, view, self.share):
+                    yield _resized(chunk, self.size)
+
+            signature = tf.TensorSpec((None, self.size, self.size, 3), tf.float32)
+            images = _generated(resized, signature).prefetch(2)
+        yield from images.as_numpy_iterator()
 
     def epoch(self, number: int, batch_size: int) -> tf.data.Dataset:
         """The share's parts of an epoch's batches: (tuple of float16 boundary tensors, int32 labels).
@@ -231,7 +256,7 @@ class Views:
                     part = examples[replicas == replica]
                     yield of_view.read(np.searchsorted(self._examples, part)), labels[part]
 
-        return tf.data.Dataset.from_generator(parts, output_signature=of_view.signature()).prefetch(4)
+        return _generated(parts, of_view.signature()).prefetch(4)
 
     def val_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, ...]]:
         """Boundary tensors, float16, of val in the records' order."""
