@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,23 +44,25 @@ Run = dict[str, Any]
 class Plan:
     """How much is measured.
 
-    train, val: images. seeds: of the trainings. baseline_epochs: that a baseline is run for; None for all, which its
-    accuracy needs. small: train images of the memory's two stages, the second with four times as many. chunks: of 32
-    images, augmented for the rate. turns: of the trunk's two engines.
+    train, val: images of the timed trainings. compared: train images of those whose accuracies are compared, whole and
+    for each of the seeds; 0 leaves them out. small: train images of the memory's two stages, the second with four times
+    as many. chunks: of 32 images, augmented for the rate. turns: of the trunk's two engines.
     """
 
     train: int
     val: int
+    compared: int
     seeds: Sequence[int]
-    baseline_epochs: int | None
     small: int
     chunks: int
     turns: int
 
 
-FULL = Plan(train=2400, val=600, seeds=(0, 1, 2), baseline_epochs=None, small=1000, chunks=100, turns=5)
-DIGITS = {"train": 1000, "val": 500, "small": 250}  # as many as there are
-QUICK = Plan(train=2000, val=500, seeds=(0,), baseline_epochs=2, small=500, chunks=30, turns=2)
+FULL = Plan(train=10_000, val=500, compared=2400, seeds=(0, 1, 2), small=1000, chunks=100, turns=5)
+DIGITS = {"train": 1000, "compared": 1000, "small": 250}  # at most, as there are no more
+QUICK = Plan(train=2000, val=500, compared=0, seeds=(), small=500, chunks=30, turns=2)
+BASELINE_EPOCHS = 2  # timed; the others cost the same
+TIMED = "timed"  # what stands in the name of a run in place of a seed
 
 
 def has_cifar() -> bool:
@@ -193,37 +195,34 @@ def seconds(run: Run, epochs: int) -> float:
     return first + (epochs - 1) * (last - first) / others
 
 
-def compare(bench: Bench, plan: Plan, folder: Folder) -> None:
-    """Time both sides in turns, for each seed."""
-    for seed in plan.seeds:
-        params = settings(plan.train, plan.val, seed)
-        folder.prepare(params)
+def compare(bench: Bench, folder: Folder, params: dict[str, Any], title: str) -> None:
+    """Run both sides in turns, as `title`: a seed, for their accuracies, or TIMED."""
+    folder.prepare(params)
 
-        def flatmin(*stage: str) -> Run:
-            folder.forget()
-            return folder.run(HERE / "stage.py", *stage)
+    def flatmin(*stage: str) -> Run:
+        folder.forget()
+        return folder.run(HERE / "stage.py", *stage)
 
-        def baseline(pipeline: str, stage: str, epochs: int | None) -> Run:
-            return folder.run(HERE / "baselines.py", pipeline, stage, epochs or EPOCHS[stage])
+    def baseline(pipeline: str, stage: str) -> Run:
+        return folder.run(HERE / "baselines.py", pipeline, stage, BASELINE_EPOCHS if title == TIMED else EPOCHS[stage])
 
-        def selected() -> None:
-            """Both fine-tune what Flatmin's first extract gave."""
-            if not (folder.path / "models/selected").exists():
-                if not (folder.path / "models/extract").exists():
-                    flatmin("extract", BACKBONE)
-                shutil.copytree(folder.path / "models/extract" / BACKBONE, folder.path / "models/selected")
+    def finetune(run: Callable[..., Run], *arguments: Any) -> Run:
+        """Both sides fine-tune what Flatmin's first extract gave."""
+        if not (folder.path / "models/selected").exists():
+            if not (folder.path / "models/extract").exists():
+                flatmin("extract", BACKBONE)
+            shutil.copytree(folder.path / "models/extract" / BACKBONE, folder.path / "models/selected")
+        return run(*arguments)
 
-        def finetune(run: Callable[..., Run], *arguments: Any) -> Run:
-            selected()
-            return run(*arguments)
-
-        bench.once(f"flatmin extract {seed}", lambda: flatmin("extract", BACKBONE))
-        bench.once(f"keras extract {seed}", lambda: baseline("keras", "extract", 2))
-        bench.once(f"original extract {seed}", lambda: baseline("original", "extract", plan.baseline_epochs))
-        bench.once(f"flatmin finetune {seed}", lambda: finetune(flatmin, "finetune"))
-        bench.once(
-            f"original finetune {seed}", lambda: finetune(baseline, "original", "finetune", plan.baseline_epochs)
-        )
+    bench.once(f"flatmin extract {title}", lambda: flatmin("extract", BACKBONE))
+    if title == TIMED:
+        bench.once(f"keras extract {title}", lambda: baseline("keras", "extract"))
+    bench.once(f"original extract {title}", lambda: baseline("original", "extract"))
+    bench.once(f"flatmin finetune {title}", lambda: finetune(flatmin, "finetune"))
+    bench.once(f"original finetune {title}", lambda: finetune(baseline, "original", "finetune"))
+    if title == TIMED:
+        folder.prepare(params | {"runtime": {"math": "bfloat16"}})
+        bench.once(f"bfloat16 finetune {title}", lambda: finetune(flatmin, "finetune"))
 
 
 def peak_memory(plan: Plan, folder: Path, times: int) -> int:
@@ -303,42 +302,38 @@ def noop_seconds(folder: Path) -> float:
 
 
 def difference(bench: Bench, plan: Plan, stage: str) -> dict[str, Any] | None:
-    """Flatmin's best val accuracy less the original's in points, over the seeds; None where no baseline is whole."""
-    if plan.baseline_epochs is not None:
+    """Flatmin's best val accuracy less the original's in points, over the seeds; None where they are left out."""
+    if not plan.compared:
         return None
-    points = [
-        100 * (max(ours["val_accuracy"]) - max(theirs["val_accuracy"]))
-        for ours, theirs in pairs(bench, plan, "original", stage)
+    best = [
+        [100 * max(bench.runs[f"{side} {stage} {seed}"]["val_accuracy"]) for side in ("flatmin", "original")]
+        for seed in plan.seeds
     ]
+    points = [ours - theirs for ours, theirs in best]
     error = statistics.stdev(points) / len(points) ** 0.5
     return {"mean": round(statistics.mean(points), 2), "standard_error": round(error, 2), "seeds": len(points)}
 
 
-def pairs(bench: Bench, plan: Plan, pipeline: str, stage: str) -> Iterator[tuple[Run, Run]]:
-    """Flatmin's run and the baseline's, for each seed."""
-    for seed in plan.seeds:
-        yield bench.runs[f"flatmin {stage} {seed}"], bench.runs[f"{pipeline} {stage} {seed}"]
-
-
-def speedup(bench: Bench, plan: Plan, pipeline: str, stage: str) -> float:
-    """The baseline's time over Flatmin's, the median over the seeds."""
-    epochs = EPOCHS[stage]
-    both = pairs(bench, plan, pipeline, stage)
-    return round(statistics.median(seconds(theirs, epochs) / seconds(ours, epochs) for ours, theirs in both), 2)
+def speedup(bench: Bench, side: str, stage: str, ours: str = "flatmin") -> float:
+    """One side's time over another's."""
+    theirs, our = (seconds(bench.runs[f"{name} {stage} {TIMED}"], EPOCHS[stage]) for name in (side, ours))
+    return round(theirs / our, 2)
 
 
 def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
     """All keys but those of the sharpness-aware step."""
-    place = Folder(folder / "stages")
-    compare(bench, plan, place)
-    place.prepare(settings(plan.train, plan.val, plan.seeds[0]))
+    place = Folder(folder / "timed")
+    compare(bench, place, settings(plan.train, plan.val, 0), TIMED)
+    for seed in plan.seeds:
+        compare(bench, Folder(folder / "compared"), settings(plan.compared, plan.val, seed), str(seed))
     memory = [bench.once(f"peak memory {times}x", lambda t=times: peak_memory(plan, folder, t)) for times in (1, 4)]
     with reporting.quiet():
         rates = bench.once("trunk", lambda: trunk_rates(plan.turns))
     return {
-        "extract_speedup": speedup(bench, plan, "original", "extract"),
-        "keras_speedup": speedup(bench, plan, "keras", "extract"),
-        "finetune_speedup": speedup(bench, plan, "original", "finetune"),
+        "extract_speedup": speedup(bench, "original", "extract"),
+        "keras_speedup": speedup(bench, "keras", "extract"),
+        "finetune_speedup": speedup(bench, "original", "finetune"),
+        "finetune_bfloat16_speedup": speedup(bench, "original", "finetune", "bfloat16"),
         "torch_speedup": None,
         "extract_accuracy_difference": difference(bench, plan, "extract"),
         "finetune_accuracy_difference": difference(bench, plan, "finetune"),
@@ -356,7 +351,7 @@ def main() -> None:
     is_quick = parser.parse_args().quick
     plan, name = (QUICK, "results-quick.json") if is_quick else (FULL, "results.json")
     if not has_cifar():
-        plan = replace(plan, **DIGITS)
+        plan = replace(plan, **{field: min(getattr(plan, field), most) for field, most in DIGITS.items()})
     with reporting.quiet():
         bench = Bench(HERE / name, plan)
     with tempfile.TemporaryDirectory(prefix="flatmin-bench-") as folder:
