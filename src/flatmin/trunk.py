@@ -21,8 +21,8 @@ from flatmin.params import Runtime
 from flatmin.reporting import InputError
 
 # Of the largest activation. Activations are kept in float16, which rounds by 1e-3; bfloat16 rounds each of a trunk's
-# products by 4e-3.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+# products by 4e-3, which adds up to a tenth behind five blocks of EfficientNetLite2.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
