@@ -1,0 +1,203 @@
+"""Collect a study's experiments in its results.json, and write the tables and the picture of its page from that.
+
+    python scripts/results.py studies/cifar100
+
+results.json keeps every run that sweep.csv ever had as succeeded. What stands between the two comment lines of
+README.md is written anew, and accuracy.png.
+
+An experiment that reached evaluate compares two of the four methods: finetune for twice the epochs of sam-finetune with
+it, at equal gradient evaluations; or finetune with a cheaper SAM for the same epochs. Experiments of the same data and
+of several seeds make a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import scipy.stats
+from matplotlib.figure import Figure
+
+from flatmin import reporting
+
+BEGIN, END = "<!-- from results.json, by scripts/results.py -->\n", "<!-- end -->\n"
+METHODS = {  # with its gradient evaluations an image and epoch of the first
+    "finetune": ("finetune", "1"),
+    "twice": ("finetune, twice the epochs", "2"),
+    "sam": ("sam-finetune", "2"),
+    "every": ("sam-finetune, `every: 5`", "1.2"),
+}
+DATA = ("data.train_per_class", "data.label_noise")
+FIGURES = {
+    "test accuracy": "test.accuracy",
+    "ECE": "test.ece",
+    "gradient rise": "sharpness.gradient_rise",
+    "largest eigenvalue": "sharpness.eigenvalue_1",
+}
+Run = Mapping[str, Any]
+Group = tuple[Any, ...]
+
+
+def collect(folder: Path) -> list[Run]:
+    """The runs of results.json with those of sweep.csv that succeeded, by name."""
+    path = folder / "results.json"
+    runs = {run["name"]: run for run in (reporting.read_json(path)["runs"] if path.exists() else [])}
+    with (folder / "sweep.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row.pop("status") == "succeeded":
+                runs[row["name"]] = {key: _value(cell) for key, cell in row.items() if cell != ""}
+    reporting.write_json(path, {"runs": list(runs.values())})
+    return list(runs.values())
+
+
+def _value(cell: str) -> Any:
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return cell
+
+
+def methods(runs: Sequence[Run]) -> dict[Group, dict[str, dict[Any, Run]]]:
+    """Data -> method -> seed -> its figures, of the runs that were evaluated."""
+    found: dict[Group, dict[str, dict[Any, Run]]] = {}
+    for run in runs:
+        if "evaluate/sam.test.accuracy" not in run or "sam.epochs" not in run:
+            continue
+        cheaper = run.get("sam.every", 1) > 1
+        group = found.setdefault(tuple(run.get(key) for key in DATA), {})
+        for method, role in (
+            (("every", "sam"), ("finetune", "finetune")) if cheaper else (("sam", "sam"), ("twice", "finetune"))
+        ):
+            figures = {title: run[f"evaluate/{role}.{key}"] for title, key in FIGURES.items()}
+            images = {end: run[f"evaluate/sam_minus_finetune.{end}"] for end in ("accuracy", "low", "high")}
+            group.setdefault(method, {})[run["seed"]] = figures | {"over images": images}
+    return found
+
+
+def title(group: Group) -> str:
+    per_class, noise = group
+    images = f"{per_class} training images a class" if per_class else "All training images"
+    return images + (f", {100 * noise:g} % of their labels wrong" if noise else "")
+
+
+def paired(first: Mapping[Any, Run], second: Mapping[Any, Run]) -> str:
+    """The difference of test accuracies over the seeds that both have, in points, with its 95 % interval (t)."""
+    seeds = sorted(first.keys() & second.keys())
+    points = [100 * (first[seed]["test accuracy"] - second[seed]["test accuracy"]) for seed in seeds]
+    mean = statistics.mean(points)
+    if len(points) < 2:
+        return f"{mean:+.2f}"
+    half = scipy.stats.t.ppf(0.975, len(points) - 1) * statistics.stdev(points) / len(points) ** 0.5
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def table(group: Mapping[str, Mapping[Any, Run]]) -> str:
+    """A row for each method; then SAM beside finetune of twice the epochs, seed by seed, over images."""
+    lines = [
+        f"| method | gradients | seeds | {' | '.join(FIGURES)} | less finetune, points | less twice the epochs |",
+        f"|{'---|' * (5 + len(FIGURES))}",
+    ]
+    for method, (name, gradients) in METHODS.items():
+        seeds = group.get(method)
+        if not seeds:
+            continue
+        cells = [_spread([run[figure] for run in seeds.values()]) for figure in FIGURES]
+        for other in ("finetune", "twice"):
+            cells.append(paired(seeds, group[other]) if other != method and group.get(other) else "")
+        lines.append(f"| {name} | {gradients} | {len(seeds)} | {' | '.join(cells)} |")
+    for seed, run in sorted(group.get("sam", {}).items()):
+        ends = {end: 100 * value for end, value in run["over images"].items()}
+        lines += [""] if seed == min(group["sam"]) else []
+        lines.append(
+            f"- Seed {seed}: sam-finetune less finetune of twice the epochs {ends['accuracy']:+.2f} points, over "
+            f"images [{ends['low']:+.2f}, {ends['high']:+.2f}]."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    digits = 4 if max(values) < 1 else 1
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def trials(runs: Sequence[Run]) -> str:
+    """Every run that was not evaluated, by its val accuracy."""
+    lines = ["| run | seed | val accuracy | minutes |", "|---|---|---|---|"]
+    figures = [(_val(run), run) for run in runs if "evaluate/sam.test.accuracy" not in run]
+    for accuracy, run in sorted(figures, key=lambda pair: -pair[0]):
+        known = ("name", "targets", "seed", "seconds")
+        values = ", ".join(f"`{key}: {_shown(run[key])}`" for key in run if key not in known and "/" not in key)
+        lines.append(
+            f"| {run['targets']}: {values} | {run['seed']} | {accuracy:.4f} | {float(run['seconds']) / 60:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _val(run: Run) -> float:
+    return float(run["sam/val.accuracy"] if "sam/val.accuracy" in run else run["finetune/val.accuracy"])
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value).replace('"', "")
+
+
+def section(runs: Sequence[Run]) -> str:
+    """All that stands between the page's two comment lines."""
+    parts = [f"### {title(group)}\n\n{table(found)}" for group, found in _sorted(methods(runs))]
+    return "\n".join([*parts, f"### Trials, chosen among by val\n\n{trials(runs)}"])
+
+
+def _sorted(groups: Mapping[Group, Any]) -> list[tuple[Group, Any]]:
+    return sorted(groups.items(), key=lambda pair: [value or 0 for value in pair[0]])
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Test accuracy by method: each seed a dot, their mean a bar; a panel for each data."""
+    groups = _sorted(methods(runs))
+    figure = Figure(figsize=(3.4 * max(1, len(groups)), 3.6), dpi=100, layout="constrained")
+    for index, (group, found) in enumerate(groups):
+        axis = figure.add_subplot(1, len(groups), index + 1)
+        for place, method in enumerate(each for each in METHODS if each in found):
+            values = [run["test accuracy"] for run in found[method].values()]
+            axis.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.6)
+            axis.plot([place - 0.3, place + 0.3], [statistics.mean(values)] * 2, color=f"C{place}", linewidth=2)
+        names = [METHODS[method][0].replace("`", "").replace(", ", ",\n") for method in METHODS if method in found]
+        axis.set_xticks(range(len(names)), names, fontsize=7)
+        axis.set_title(title(group).replace(", ", ",\n"), fontsize=9)
+        axis.set_ylabel("test accuracy" if index == 0 else "")
+        axis.grid(axis="y", alpha=0.3)
+    with reporting.whole(path) as aside:
+        figure.savefig(aside, format="png", metadata={"Software": None})
+
+
+def write(folder: Path) -> None:
+    """Everything of a study's folder that comes from its runs."""
+    if not (folder / "sweep.csv").is_file():
+        raise reporting.InputError(f"{folder}/sweep.csv: expected the table of `make study-sweep`, found none")
+    runs = collect(folder)
+    page = folder / "README.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise reporting.InputError(f"{page}: expected the lines {BEGIN.strip()} and {END.strip()} once each")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    with reporting.whole(page) as aside:
+        aside.write_text(f"{before}{BEGIN}\n{section(runs)}\n{END}{after}", encoding="utf-8")
+    if methods(runs):
+        draw(runs, folder / "accuracy.png")
+    reporting.log(f"{len(runs)} runs: {folder}/results.json, README.md")
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description="write a study's tables from its experiments")
+    parser.add_argument("folder", type=Path)
+    write(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    reporting.run(_main)

@@ -1,0 +1,107 @@
+"""A study's page: its tables and picture come from results.json, which keeps every run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from repository import ROOT
+
+from flatmin.reporting import InputError
+
+sys.path.append(str(ROOT / "scripts"))
+results: Any = importlib.import_module("results")
+
+PAGES = sorted(path.parent for path in (ROOT / "studies").glob("*/results.json"))
+
+
+def evaluated(name: str, seed: int, accuracies: tuple[float, float], **values: Any) -> dict[str, Any]:
+    """A run with these test accuracies of finetune and sam."""
+    run: dict[str, Any] = {"name": name, "targets": "", "seed": seed, "sam.epochs": 2, "seconds": 60.0} | values
+    for role, accuracy in zip(("finetune", "sam"), accuracies, strict=True):
+        keys = {
+            "test.accuracy": accuracy,
+            "test.ece": 0.05,
+            "sharpness.gradient_rise": 0.2,
+            "sharpness.eigenvalue_1": 9.5,
+        }
+        run |= {f"evaluate/{role}.{key}": value for key, value in keys.items()}
+    run |= {"evaluate/sam_minus_finetune.accuracy": accuracies[1] - accuracies[0]}
+    return run | {"evaluate/sam_minus_finetune.low": -0.02, "evaluate/sam_minus_finetune.high": 0.01}
+
+
+RUNS = [
+    evaluated("a", 1, (0.70, 0.69), **{"finetune.epochs": 4}),
+    evaluated("b", 2, (0.72, 0.70), **{"finetune.epochs": 4}),
+    evaluated("c", 1, (0.66, 0.67), **{"finetune.epochs": 2, "sam.every": 5}),
+    evaluated("d", 2, (0.68, 0.68), **{"finetune.epochs": 2, "sam.every": 5}),
+    evaluated("e", 1, (0.50, 0.51), **{"data.train_per_class": 10}),
+    {"name": "f", "targets": "finetune", "seed": 1, "backbones": ["A"], "finetune/val.accuracy": 0.5, "seconds": 90},
+    {
+        "name": "g",
+        "targets": "sam-finetune",
+        "seed": 1,
+        "sam/val.accuracy": 0.75,
+        "finetune/val.accuracy": 0.5,
+        "seconds": 30,
+    },
+]
+
+
+def test_methods_stand_beside_each_other_seed_by_seed() -> None:
+    text = results.section(RUNS)
+    assert "### All training images\n" in text
+    assert "### 10 training images a class\n" in text
+    assert (
+        "| finetune, twice the epochs | 2 | 2 | 0.7100 ± 0.0141 | 0.0500 ± 0.0000 | 0.2000 ± 0.0000 | 9.5 ± 0.0 |"
+        in text
+    )
+    # 3 and 2 points less, whose mean has a standard error of half a point and an interval of 12.706 of these.
+    assert (
+        "| sam-finetune | 2 | 2 | 0.6950 ± 0.0071 | 0.0500 ± 0.0000 | 0.2000 ± 0.0000 | 9.5 ± 0.0 | +2.50 [-3.85, +8.85] | -1.50 ["
+        in text
+    )
+    assert "- Seed 2: sam-finetune less finetune of twice the epochs -2.00 points, over images [-2.00, +1.00]." in text
+
+
+def test_trials_are_ranked_by_val_and_have_no_test_figure() -> None:
+    text = results.section(RUNS).split("### Trials")[1]
+    assert text.index("| sam-finetune: ") < text.index("| finetune: `backbones: [A]` | 1 | 0.5000 | 2 |")
+    assert "0.7500" in text
+
+
+def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"sweep.csv: expected the table of `make study-sweep`, found none"):
+        results.write(folder)
+    (folder / "results.json").write_text(json.dumps({"runs": RUNS[:2]}))
+    rows = "h,succeeded,finetune,3,0.25,[1],12.5\ni,failed,finetune,4,,,1.5\n"
+    (folder / "sweep.csv").write_text("name,status,targets,seed,finetune/val.accuracy,extract.views,seconds\n" + rows)
+    with pytest.raises(InputError, match=r"README.md: expected the lines <!-- from results.json"):
+        results.write(folder)
+    (folder / "README.md").write_text(f"before\n{results.BEGIN}old{results.END}after\n")
+    results.write(folder)
+    runs = json.loads((folder / "results.json").read_text())["runs"]
+    assert [run["name"] for run in runs] == ["a", "b", "h"]
+    assert runs[2]["extract.views"] == [1]
+    text = (folder / "README.md").read_text()
+    assert text.startswith(f"before\n{results.BEGIN}")
+    assert text.endswith(f"{results.END}after\n")
+    assert "0.2500" in text
+    with Image.open(folder / "accuracy.png") as picture:
+        assert picture.height > 200
+
+
+@pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
+def test_a_page_shows_what_its_runs_give(folder: Path) -> None:
+    runs = json.loads((folder / "results.json").read_text())["runs"]
+    assert results.section(runs) in (folder / "README.md").read_text()
+    for run in runs:
+        evaluated = any(key.startswith("evaluate/") for key in run)
+        assert evaluated == (run["targets"] in ("", "evaluate")), "a trial has no test figure"
