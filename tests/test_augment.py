@@ -174,6 +174,21 @@ def test_randaugment_takes_every_magnitude(n: int, m: int) -> None:
     assert [image.shape for image in changed] == [image.shape for image in images]
 
 
+def test_randaugment_varies_a_share_of_the_pictures() -> None:
+    images = pictures(320)
+    often, rarely = (
+        [
+            not np.array_equal(one, other)
+            for one, other in zip(images, augment(images, Augment(n=3, m=9, p=p), 0, 0, 0), strict=True)
+        ]
+        for p in (0.75, 0.25)
+    )
+    assert 200 < sum(often) < 260
+    assert 60 < sum(rarely) < 100
+    assert all(one for one, other in zip(often, rarely, strict=True) if other), "the same pictures are drawn first"
+    assert augment([], Augment(n=3), 0, 0, 0) == []
+
+
 def test_imgaugs_own_mirroring_is_taken_out() -> None:
     ours = _randaugment(2, 9)
     theirs = type(ours).__bases__[0](n=2, m=9)

@@ -45,15 +45,25 @@ def augment(images: list[np.ndarray], settings: Augment, seed: int, epoch: int, 
         ]
     if settings.crop:
         images = [_crop(image, settings.crop, random) for image in images]
-    if settings.n and settings.engine == "tensorflow":
+    if settings.n:
+        chosen = [index for index, drawn in enumerate(random.random(len(images))) if drawn < settings.p]
+        varied = _randaugmented([images[index] for index in chosen], settings, randaugment_seed)
+        images = list(images)
+        for index, image in zip(chosen, varied, strict=True):
+            images[index] = image
+    return [np.ascontiguousarray(image) for image in images]
+
+
+def _randaugmented(images: list[np.ndarray], settings: Augment, seed: np.random.SeedSequence) -> list[np.ndarray]:
+    if not images:
+        return []
+    if settings.engine == "tensorflow":
         from flatmin import augment_ops  # TensorFlow, which imgaug's workers do without
 
-        images = augment_ops.randaugment(images, settings.n, settings.m, np.random.default_rng(randaugment_seed))
-    elif settings.n:
-        augmenter = _randaugment(settings.n, settings.m)
-        augmenter.seed_(int(randaugment_seed.generate_state(1)[0] >> 1))
-        images = augmenter(images=[np.ascontiguousarray(image) for image in images])
-    return [np.ascontiguousarray(image) for image in images]
+        return augment_ops.randaugment(images, settings.n, settings.m, np.random.default_rng(seed))
+    augmenter = _randaugment(settings.n, settings.m)
+    augmenter.seed_(int(seed.generate_state(1)[0] >> 1))
+    return augmenter(images=[np.ascontiguousarray(image) for image in images])
 
 
 def _crop(image: np.ndarray, padding: int, random: np.random.Generator) -> np.ndarray:

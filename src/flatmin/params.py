@@ -163,13 +163,14 @@ class Augment(Section):
     """How a training image is varied, at its stored resolution.
 
     engine: `imgaug`, `tensorflow` or `none`. n, m: RandAugment's operations per image (0 turns it off) and their
-    magnitude (0 to 30). flip: mirror left and right with probability 0.5. crop: pad by so many pixels by reflection,
-    then cut out the old size anywhere (0 turns it off).
+    magnitude (0 to 30). p: RandAugment's probability, drawn for each image. flip: mirror left and right with
+    probability 0.5. crop: pad by so many pixels by reflection, then cut out the old size anywhere (0 turns it off).
     """
 
     engine: Literal["imgaug", "tensorflow", "none"] = "imgaug"
     n: Annotated[int, Field(ge=0, le=14)] = 3
     m: Annotated[int, Field(ge=0, le=30)] = 7
+    p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     flip: bool = False
     crop: Annotated[int, Field(ge=0)] = 0
 
