@@ -89,6 +89,19 @@ def figures(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tails(results: dict[str, Any]) -> str:
+    """The third table: images a second of the tail by what was tried, and how many times the plain one's."""
+    rates = results["tail"]["images_per_second"]
+    cuts = sorted(rates, key=lambda cut: rates[cut]["plain"])
+    variants = dict.fromkeys(name for cut in cuts for name in rates[cut])
+    lines = [f"| the tail, forward and backward | {' | '.join(cuts)} |", f"|---|{'---|' * len(cuts)}"]
+    for variant in variants:
+        of_cuts = ((rates[cut].get(variant), rates[cut]["plain"]) for cut in cuts)
+        cells = (f"{rate:.0f} ({rate / plain:.2f})" if rate else "" for rate, plain in of_cuts)
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def section(results: dict[str, Any]) -> str:
     """All that stands between the page's two comment lines."""
     plan = results["plan"]
@@ -97,7 +110,7 @@ def section(results: dict[str, Any]) -> str:
         f"EfficientNetLite0 at 128 pixels, batches of 128, RandAugment (n 3, m 7) and flips, four views. "
         f"Accuracies are of {plan['compared']:,} train images.\n"
     )
-    return "\n".join([said, times(results), figures(results)])
+    return "\n".join([said, times(results), figures(results), tails(results)])
 
 
 def draw(results: dict[str, Any]) -> None:

@@ -33,6 +33,16 @@ if [ "${2:-}" = sweep ]; then
     exec python scripts/sweep.py "$root/studies/$name/sweep.yaml" "$@"
 fi
 dvc repro
+export PYTHONPATH=src
 rm -rf "$root/studies/$name/metrics" "$root/studies/$name/plots"
 cp -R metrics plots dvc.lock "$root/studies/$name/"
+if [ -f predictions/predict.csv ]; then  # of images whose labels nobody knows here
+    python - "$root/studies/$name/test_predictions.csv" <<'END'
+import csv, sys
+from flatmin import reporting
+columns = ("name", "finetune", "sam")
+with open("predictions/predict.csv", encoding="utf-8", newline="") as file:
+    reporting.write_csv(sys.argv[1], columns, [[row[column] for column in columns] for row in csv.DictReader(file)])
+END
+fi
 echo "study $name: figures in studies/$name"

@@ -118,6 +118,7 @@ def whole_results(bench: Any) -> dict[str, Any]:
         **rest,
         "runs": runs,
         "augment_images_per_second": {"1": 1500.0},
+        "tail": {"images_per_second": {"late": {"plain": 200.0}, "whole": {"plain": 50.0, "fold": 75.0}}},
         "extract_accuracy_difference": difference,
         "finetune_accuracy_difference": None,
     }
@@ -127,6 +128,8 @@ def test_the_table_tells_what_was_measured(bench: Any) -> None:
     text = page.section(whole_results(bench))
     assert "| extract, 20 epochs | Keras' guide | 202 | Flatmin | 25 | 5.0 | 3 of 20 | 3.0, 3.0 s |" in text
     assert "| the original study's pipeline | 102 | Flatmin, `math: bfloat16` | 15 | 5.0 |" in text
+    assert "| the tail, forward and backward | whole | late |\n|---|---|---|\n| plain | 50 (1.00) |" in text
+    assert "| fold | 75 (1.50) |  |" in text
     assert "-0.25 points, standard error 0.12, 2 seeds" in text
     assert "| finetune's val accuracy less the original pipeline's | not measured |" in text
 

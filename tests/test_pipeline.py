@@ -286,12 +286,18 @@ def test_a_named_study_leaves_the_root_clean(tmp_path: Path) -> None:
     repository = Repository(tmp_path, TINY)
     other = copy.deepcopy(TINY)
     other["seed"] = 8
+    other["data"]["splits"]["predict"] = "train[50%:52%]"
     (repository.folder / "studies/other").mkdir()
     (repository.folder / "studies/other/params.yaml").write_text(yaml.safe_dump(other))
     repository.commit("another study")
     repository.run("sh", "scripts/study.sh", "other")
     changed = repository.run("git", "status", "--porcelain").split()
-    assert changed[1::2] == ["studies/other/dvc.lock", "studies/other/metrics/", "studies/other/plots/"]
+    kept = ("dvc.lock", "metrics/", "plots/", "test_predictions.csv")
+    assert changed[1::2] == [f"studies/other/{name}" for name in kept]
+    with (repository.folder / "studies/other/test_predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == round(0.02 * 1797)
+    assert all(list(row) == ["name", "finetune", "sam"] and int(row["sam"]) in range(10) for row in rows)
     assert json.loads((repository.folder / "studies/other/metrics/evaluate.json").read_text())
     assert stages_run(repository.run("sh", "scripts/study.sh", "other")) == []
     for wrong in ("", "nothing", "../other"):
