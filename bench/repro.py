@@ -1,0 +1,113 @@
+"""Where the seconds of the default study go: `dvc repro` in a clone of this checkout's last commit, stage by stage.
+
+    python bench/repro.py [COMMIT]
+
+Prints a table and adds the key `profile` to bench/results.json, or for another commit `profile_before`. Views and
+epochs are timed by the lines that stages print; importing by a process that does nothing else; the rest of a stage is
+building, converting and tracing its network, checking and saving. What is left of the whole is DVC's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from sam_cost import RESULTS, add
+from speed import ROOT
+
+STAGE = re.compile(r"Running stage '([^'@]+)(?:@(.+))?'")
+VIEW = re.compile(r"^(?:view \d+/\d+|val activations): .*\((?P<seconds>[\d.]+) s\)")
+EPOCH = re.compile(r"^\S+ \d+/\d+: loss .*\((?P<seconds>[\d.]+) s\)")
+IMPORTS = {  # what each stage imports once it runs
+    "prepare": "from flatmin import params, records",
+    "augment-preview": "from flatmin import params, preview",
+    "extract-train": "from flatmin import params, training",
+    "select-best": "from flatmin import params, selection",
+    "finetune": "from flatmin import params, training",
+    "sam-finetune": "from flatmin import params, training",
+    "evaluate": "from flatmin import evaluation, params",
+}
+PARTS = ("importing", "views", "epochs", "rest")
+
+
+def clone(folder: Path, commit: str) -> dict[str, str]:
+    """A clone of the checkout at a commit without what it has computed, and the environment to run it in."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=folder, check=True)
+    (folder / "dvc.lock").unlink()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "FLATMIN_CACHE": str(folder / "cache"), "PYTHONPATH": "src"}
+
+
+def importing(folder: Path, environment: dict[str, str]) -> dict[str, float]:
+    """Seconds of each stage's imports, the second time, when the files are in memory."""
+    found = {}
+    for stage, imports in IMPORTS.items():
+        for _ in range(2):
+            started = time.monotonic()
+            subprocess.run(
+                [sys.executable, "-c", imports], cwd=folder, env=environment, check=True, capture_output=True
+            )
+            found[stage] = time.monotonic() - started
+    return found
+
+
+def measure(commit: str) -> dict[str, dict[str, float]]:
+    """Stage -> part -> seconds; with `dvc` and `whole`, which have one part."""
+    with tempfile.TemporaryDirectory(prefix="flatmin-profile-") as name:
+        folder = Path(name) / "clone"
+        environment = clone(folder, commit)
+        imports = importing(folder, environment)
+        command = ["dvc", "repro"]
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        found: dict[str, dict[str, float]] = {}
+        stage, since = "", started
+        with process.stdout:
+            for line in process.stdout:
+                now = time.monotonic()
+                if match := STAGE.search(line):
+                    stage = match[1] if match[2] is None else f"{match[1]} {match[2]}"
+                    found[stage] = dict.fromkeys(PARTS, 0.0) | {"importing": imports[match[1]]}
+                    since = now
+                elif stage and line.startswith("Updating lock file"):
+                    found[stage]["rest"] = now - since - sum(found[stage].values())
+                    stage = ""
+                elif stage and (match := VIEW.match(line)):
+                    found[stage]["views"] += float(match["seconds"])
+                elif stage and (match := EPOCH.match(line)):
+                    found[stage]["epochs"] += float(match["seconds"])
+        if process.wait():
+            raise RuntimeError(f"dvc repro exited {process.returncode}")
+        whole = time.monotonic() - started
+    stages = sum(sum(parts.values()) for parts in found.values())
+    return found | {"dvc": {"rest": whole - stages}, "whole": {"rest": whole}}
+
+
+def table(profile: dict[str, dict[str, float]]) -> str:
+    """A row for each stage."""
+    lines = [f"| seconds | {' | '.join(PARTS)} | all |", f"|---|{'---|' * (len(PARTS) + 1)}"]
+    for stage, parts in profile.items():
+        cells = (f"{parts[part]:.1f}" if parts.get(part) else "" for part in PARTS)
+        lines.append(f"| {stage} | {' | '.join(cells)} | {sum(parts.values()):.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(commit: str = "HEAD") -> None:
+    """Measure, write and print."""
+    profile = {
+        stage: {part: round(seconds, 1) for part, seconds in parts.items()} for stage, parts in measure(commit).items()
+    }
+    add(RESULTS, {"profile" if commit == "HEAD" else "profile_before": profile})
+    print(table(profile), end="")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
