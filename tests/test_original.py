@@ -1,0 +1,69 @@
+"""studies/cifar100-original: its settings, its networks, and an epoch of each on few images with random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from repository import ROOT
+
+from flatmin import classifier, params, records, training
+
+VALUES: dict[str, Any] = yaml.safe_load((ROOT / "studies/cifar100-original/params.yaml").read_text())
+SIZES = dict.fromkeys(VALUES["backbones"], 180) | {"NASNetMobile": 224}
+PUBLISHED_CUTS = {"ResNet50": 120, "MobileNetV2": 100}
+
+
+def few_images(backbone: str) -> params.Params:
+    """The study's params for an epoch on 200 images: of CIFAR-100, else of the digits."""
+    values = {**VALUES, "extract": VALUES["extract"] | {"epochs": 1, "weights": {backbone: "none"}}}
+    if "TFDS_DATA_DIR" in os.environ:
+        splits = {"train": "train[:4000]", "val": "validation[:40]", "test": "test[:8]"}
+        values["data"] = VALUES["data"] | {"splits": splits, "train_per_class": 2}
+    else:
+        splits = {"train": "train[:400]", "val": "train[400:440]", "test": "train[440:448]"}
+        data = {"source": "bundled", "name": "digits", "image_size": 72, "splits": splits, "train_per_class": 20}
+        values["data"] = data
+    return params.parse(values)
+
+
+def test_the_recipes_are_the_published_ones() -> None:
+    settings = params.parse(VALUES)
+    for recipe, rate in ((settings.extract, 1e-3), (settings.finetune, 1e-4)):
+        assert (recipe.optimizer, recipe.learning_rate, recipe.batch_size, recipe.epochs) == ("adam", rate, 128, 100)
+        assert (recipe.dropout, recipe.label_smoothing, recipe.weight_decay, recipe.ema) == (0.2, 0, 0, None)
+        assert recipe.early_stopping == params.EarlyStopping(patience=5, min_delta=1e-3)
+        plateau = params.Plateau(name="plateau", factor=0.2, patience=3, min_delta=1e-4, minimum=1e-6)
+        assert recipe.schedule == plateau
+        assert recipe.views == 0
+    assert settings.augment == params.Augment(engine="imgaug", n=3, m=7, flip=True)
+    assert len(settings.backbones) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", SIZES)
+def test_an_epoch_of_each_backbone(backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLATMIN_CACHE", str(tmp_path / "cache"))
+    settings = few_images(backbone)
+    records.write(settings.data, settings.seed, "data/records")
+    training.extract(settings, backbone)
+    found = json.loads(Path(f"metrics/extract/{backbone}.json").read_text())
+    assert (found["epochs"], found["gradient_evaluations"], found["image_size"]) == (1, 200, SIZES[backbone])
+    assert np.isfinite(found["val"]["loss"])
+    cut = VALUES["finetune"]["fine_tune_at"][backbone]
+    network = classifier.load(Path("models/extract") / backbone, fine_tune_at=cut)
+    layers = network.base.layers
+    assert [type(layer).__name__ for layer in network.head.layers] == ["GlobalAveragePooling2D", "Dropout", "Dense"]
+    first_trained = classifier.layer_index(network.base, cut)
+    assert first_trained == PUBLISHED_CUTS.get(backbone, first_trained)
+    _, tail = network.cut(network.description.fine_tune_at)
+    trained = {id(variable) for variable in tail.trainable_variables}
+    for index, layer in enumerate(layers):
+        of_layer = [id(variable) in trained for variable in layer.trainable_variables]
+        assert of_layer == [index >= first_trained] * len(of_layer), layer.name
