@@ -122,8 +122,9 @@ def read_grid(path: Path) -> tuple[list[Run], str, str]:
                 raise InputError(f"{where}: expected a key of params.yaml such as sam.rho, received {key!r}")
             if not isinstance(choices, list) or not choices:
                 raise InputError(f"{where}.{key}: expected a list of at least one value, received {choices!r}")
+        told = [key for key, choices in values.items() if len(choices) > 1] or list(values)
         for chosen in itertools.product(*values.values()):
-            run = make_run(dict(zip(values, chosen, strict=True)), targets, where)
+            run = make_run(dict(zip(values, chosen, strict=True)), told, targets, where)
             runs.setdefault(run.name, run)
     return list(runs.values()), *_picture(grid.get("picture"), list(runs.values()), path)
 
@@ -161,8 +162,8 @@ def _picture(picture: Any, runs: Sequence[Run], path: Path) -> tuple[str, str]:
     return picture["x"], picture["y"]
 
 
-def make_run(values: Mapping[str, Any], targets: Sequence[str], where: str) -> Run:
-    """A run with its settings, checked by the schema, and its name; `where` begins a message."""
+def make_run(values: Mapping[str, Any], told: Sequence[str], targets: Sequence[str], where: str) -> Run:
+    """A run with its settings, checked by the schema; `told` are the keys in its name, `where` begins a message."""
     settings, given = _yaml(Path("params.yaml")), []
     for key, value in values.items():
         *sections, last = key.split(".")
@@ -182,7 +183,7 @@ def make_run(values: Mapping[str, Any], targets: Sequence[str], where: str) -> R
     digest = hashlib.sha256(json.dumps([settings, list(targets)]).encode())
     for file in sorted({dep for stage in stages for dep in dvc[stage]["deps"] if dep.endswith(".py")}):
         digest.update(Path(file).read_bytes())
-    words = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items()]
+    words = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items() if key in told]
     name = re.sub(r"[^A-Za-z0-9.]+|\.\.+", "-", "-".join([*words, *targets]))
     name = f"{name[:80].strip('-.')}-{digest.hexdigest()[:8]}"
     return Run(name, ["dvc", "exp", "run", "--name", name, *given, *targets], targets, values, settings, stages)
