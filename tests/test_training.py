@@ -237,16 +237,32 @@ def test_an_unknown_layer_is_named(checkout: Path) -> None:
 def test_state_is_whole_or_not_there(tmp_path: Path) -> None:
     state = training.State(tmp_path / "state")
     variables = [keras.Variable(np.arange(3.0)), keras.Variable(7, dtype="int32")]
-    assert state.load(variables) == ([], [])
+    assert (state.epochs(), state.has(1)) == (0, False)
     state.save([{"val_loss": 0.1 + 0.2}], variables, [np.ones(2)])
     for variable in variables:
         variable.assign(variable * 0)
-    found, best = state.load(variables)
+    assert (state.epochs(), state.has(1)) == (1, True)
+    found, best = state.load(1, variables)
     assert found == [{"val_loss": 0.1 + 0.2}]
     np.testing.assert_array_equal(best[0], np.ones(2))
     np.testing.assert_array_equal(np.array(variables[0]), np.arange(3.0))
     state.remove()
     assert not (tmp_path / "state").exists()
+
+
+def test_of_several_workers_each_keeps_two_epochs(tmp_path: Path) -> None:
+    alone, one_of_two = training.State(tmp_path / "alone"), training.State(tmp_path / "together", 1, 2)
+    variables = [keras.Variable(0.0)]
+    for epochs in (1, 2, 3):
+        variables[0].assign(float(epochs))
+        for state in (alone, one_of_two):
+            state.save([{"val_loss": 1.0}] * epochs, variables, [])
+    assert [alone.has(epochs) for epochs in (1, 2, 3)] == [False, False, True]
+    assert [one_of_two.has(epochs) for epochs in (1, 2, 3)] == [False, True, True]
+    assert one_of_two.load(2, variables)[0] == [{"val_loss": 1.0}] * 2
+    assert float(variables[0]) == 2.0
+    one_of_two.remove()
+    assert not (tmp_path / "together").exists()
 
 
 def test_half_a_state_is_never_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +278,8 @@ def test_half_a_state_is_never_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(np, "savez", interrupted)
     with pytest.raises(KeyboardInterrupt):
         state.save([{"val_loss": 1.0}, {"val_loss": 0.5}], variables, [np.zeros(2)])
-    assert state.load(variables)[0] == [{"val_loss": 1.0}]
+    assert state.epochs() == 1
+    assert state.load(1, variables)[0] == [{"val_loss": 1.0}]
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["worker_0.npz"]
 
 
@@ -757,15 +774,20 @@ def test_two_workers_give_what_one_gives_killed_or_not(study: Path) -> None:
     # Once the second has saved an epoch the first will, and cannot finish the next one alone.
     while time.monotonic() < deadline:
         states = list((study / "worker_1/cache").rglob("worker_1.npz"))
-        if states and training.State(states[0].parent, 1).epochs() >= 2:
+        if states and training.State(states[0].parent, 1).epochs() >= 3:
             break
         time.sleep(0.02)
     other.kill()
     other.wait()
     assert chief.wait(120) == 1
-    assert "error: sam: expected all workers to the end, lost one in epoch" in logs[0].read_text()
+    assert "error: sam: expected all workers to the end, lost one; start" in logs[0].read_text()
+    assert "AutoGraph" not in logs[0].read_text()
+    # As if it had been killed before it saved its last epoch: they go on from the one before.
+    (before,) = (study / "worker_1/cache").rglob("worker_1_before.npz")
+    before.replace(before.with_name("worker_1.npz"))
+    kept = training.State(before.parent, 1, 2).epochs()
     assert [worker.wait(300) for worker in start_workers(study, free_ports(2), "sam")] == [0, 0]
-    assert all("going on after epoch" in log.read_text() for log in logs)
+    assert all(f"going on after epoch {kept}\n" in log.read_text() for log in logs)
     assert (study / "worker_0/models/sam/classifier.weights.h5").read_bytes() == whole
 
 
@@ -815,7 +837,27 @@ def test_two_workers_in_two_network_namespaces(study: Path, namespaces: list[str
     assert together["val"]["accuracy"] == alone["val"]["accuracy"]
 
 
-@pytest.mark.parametrize("config", [None, "no json", '{"cluster": {}}', '{"cluster": {"worker": ["a:1"]}, "task": {}}'])
+TASK = '"task": {"type": "worker", "index": 0}'
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        "no json",
+        "[]",
+        '{"cluster": {}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": true}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+        '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}',
+        f'{{"cluster": {{"worker": "a:1"}}, {TASK}}}',
+        f'{{"cluster": {{"worker": [1]}}, {TASK}}}',
+        f'{{"cluster": {{"worker": ["a"]}}, {TASK}}}',
+        f'{{"cluster": {{"worker": ["http://a:1"]}}, {TASK}}}',
+        f'{{"cluster": ["a:1"], {TASK}}}',
+    ],
+)
 def test_several_workers_need_a_tf_config(config: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TF_CONFIG", raising=False)
     if config is not None:

@@ -6,13 +6,16 @@ import json
 import os
 import platform
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
 
+from flatmin import reporting
 from flatmin.params import Runtime
 from flatmin.reporting import InputError
 
@@ -58,12 +61,24 @@ def _workers() -> tf.distribute.Strategy:
         raise InputError(f"{expected}, found none")
     try:
         values = json.loads(config)
-        workers, task = values["cluster"]["worker"], values["task"]
-        if task["type"] not in values["cluster"] or task["index"] not in range(len(workers)):
-            raise ValueError(f"task {task}")
-    except (ValueError, KeyError, TypeError) as error:
+        addresses = _addresses(values["cluster"], values["task"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{expected}, received {config[:200]!r} ({error})") from None
+    reporting.log(f"waiting for all of {len(addresses)} workers: {', '.join(addresses)}")
     return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+def _addresses(cluster: Mapping[str, Sequence[str]], task: Mapping[str, Any]) -> list[str]:
+    """Where all workers listen, the chief's first; ValueError where this is none of them."""
+    jobs = {"chief": list(cluster.get("chief", ())), "worker": list(cluster["worker"])}
+    index = task["index"]
+    if type(index) is not int or task["type"] not in jobs or index not in range(len(jobs[task["type"]])):
+        raise ValueError(f"task {task['type']} {index}")
+    addresses = [*jobs["chief"], *jobs["worker"]]
+    for address in addresses:
+        if not re.fullmatch(r"[^\s/]+:\d+", address):
+            raise ValueError(f"address {address!r}")
+    return addresses
 
 
 def worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:

@@ -27,6 +27,8 @@ from flatmin.views import Share, Views
 RECORDS = Path("data/records")
 SELECTED = Path("models/selected")
 SGD_MOMENTUM = 0.9
+# What TensorFlow raises where another worker is gone.
+LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.InternalError)
 CHECKED = 1000  # val images on which views and assembled network are compared
 
 Epoch = dict[str, float]
@@ -110,11 +112,12 @@ def _run(job: Job) -> None:
     runtime.configure(job.params.runtime, job.params.seed)
     records = Records(RECORDS)
     worker, workers = runtime.worker(strategy)
-    state = State(job.state(records), worker)
+    state = State(job.state(records), worker, workers)
     with strategy.scope():
         model = job.start(records)
         trainer = Trainer(job, model, records, strategy)
     with ExitStack() as stack:
+        stack.enter_context(trainer.together())
         if job.recipe.views:
             share = Share(worker, workers, strategy.num_replicas_in_sync // workers)
             kept = Views(records, model, job.params, job.recipe.views, share)
@@ -122,6 +125,7 @@ def _run(job: Job) -> None:
         history = trainer.train(state)
         if worker == 0 or os.environ.get("FLATMIN_WRITERS") == "all":
             _write(job, trainer, history)
+        trainer.of_all([0.0])  # nobody drops a state before the first has written
     state.remove()
 
 
@@ -180,41 +184,49 @@ class Trainer:
     def train(self, state: State) -> list[Epoch]:
         """Run the epochs that are left, leave the best one's weights in the model, and return what each gave."""
         variables = [*self.tail.variables, *self.optimizer.variables, *self.step.variables]
-        history: list[Epoch] = []
-        best: list[np.ndarray] = []
-        epochs = self._of_all([state.epochs()])
-        if len(set(epochs.flat)) == 1:  # killed while they saved, workers may have saved different epochs
-            history, best = state.load(variables)
-        if history:
-            reporting.log(f"{self.job.name}: going on after epoch {len(history)}")
+        history, best = self._resume(state, variables)
         with Augmenter(self.job.params.augment, self.job.params.seed) as augmenter:
             while len(history) < self.recipe.epochs and not stops(history, self.recipe.early_stopping):
-                with self._together(len(history)):
-                    history.append(self._epoch(history, augmenter))
+                history.append(self._epoch(history, augmenter))
                 if best_epoch(history) == len(history) - 1:
                     best = self._kept_weights()
                 state.save(history, variables, best)
         _assign(self.tail.trainable_variables, best)
         return history
 
-    def _of_all(self, values: Sequence[float]) -> np.ndarray:
+    def _resume(self, state: State, variables: Sequence[Any]) -> tuple[list[Epoch], list[np.ndarray]]:
+        """History and best weights of the last epoch that all workers kept, to which the variables are set."""
+        kept = self.of_all([state.epochs()])
+        common = int(kept.min())
+        if common and self.of_all([state.has(common)]).all():
+            reporting.log(f"{self.job.name}: going on after epoch {common}")
+            return state.load(common, variables)
+        if kept.any():
+            reporting.log(f"{self.job.name}: starting anew, since the workers have no epoch in common")
+        return [], []
+
+    def of_all(self, values: Sequence[float]) -> np.ndarray:
         """float64 [replicas, values]: each replica's, all its worker's; with one worker [1, values]."""
         if not isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):
             return np.array([values], np.float64)
-        each = tf.function(lambda: self.strategy.run(lambda: tf.constant([values], tf.float64)))()
+
+        def own() -> tf.Tensor:
+            return tf.constant([values], tf.float64)
+
+        each = tf.function(lambda: self.strategy.run(own), autograph=False)()
         return self.strategy.gather(each, axis=0).numpy()
 
     @contextmanager
-    def _together(self, epochs: int) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         """Say in one line that another worker is gone, which TensorFlow notices within a minute."""
         try:
             yield
-        except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.InternalError):
+        except LOST as error:
             if not isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):
                 raise
             raise InputError(
-                f"{self.job.name}: expected all workers to the end, lost one in epoch {epochs + 1}; start all of them "
-                f"again, and the training goes on after epoch {epochs}"
+                f"{self.job.name}: expected all workers to the end, lost one; start all of them again, and the "
+                f"training goes on after the last epoch that all have kept ({str(error).splitlines()[0][:200]})"
             ) from None
 
     def _epoch(self, history: list[Epoch], augmenter: Augmenter) -> Epoch:
@@ -232,7 +244,7 @@ class Trainer:
         with self._averaged():
             scores = self._validate()
         if self._replicated:  # all go by the first's, so that all decide alike
-            scores = dict(zip(scores, self._of_all(list(scores.values()))[0].tolist(), strict=True))
+            scores = dict(zip(scores, self.of_all(list(scores.values()))[0].tolist(), strict=True))
         epoch = {"learning_rate": rate, "loss": loss / count, "accuracy": correct / count} | scores
         if not all(map(math.isfinite, epoch.values())):
             raise InputError(
@@ -443,10 +455,14 @@ def plateau(history: Sequence[Epoch], schedule: Plateau, rate: float) -> float:
 
 
 class State:
-    """What a killed training needs to go on: every variable, the best weights and the history of its epochs."""
+    """What a killed training needs to go on: every variable, the best weights and the history of its epochs.
 
-    def __init__(self, folder: Path, worker: int = 0) -> None:
+    Of several workers each keeps the epoch before the last one too: killed while they save, they have one in common.
+    """
+
+    def __init__(self, folder: Path, worker: int = 0, workers: int = 1) -> None:
         self.file = folder / f"worker_{worker}.npz"
+        self._before = folder / f"worker_{worker}_before.npz" if workers > 1 else None
         try:  # now, not after the first epoch
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -458,27 +474,39 @@ class State:
         arrays = {f"variable_{index}": np.asarray(variable) for index, variable in enumerate(variables)}
         arrays |= {f"best_{index}": value for index, value in enumerate(best)}
         arrays["history"] = np.array(json.dumps(list(history)))
-        with reporting.whole(self.file) as aside, aside.open("wb") as file:
-            np.savez(file, **arrays)
+        with reporting.whole(self.file) as aside:
+            with aside.open("wb") as file:
+                np.savez(file, **arrays)
+            if self._before and self.file.exists():
+                os.replace(self.file, self._before)
+
+    def _files(self) -> dict[int, Path]:
+        """Number of epochs -> the file that was saved after them."""
+        found = {}
+        for path in (self._before, self.file):
+            if path and path.exists():
+                with np.load(path, allow_pickle=False) as saved:
+                    found[len(json.loads(str(saved["history"])))] = path
+        return found
 
     def epochs(self) -> int:
         """How many epochs were saved."""
-        if not self.file.exists():
-            return 0
-        with np.load(self.file, allow_pickle=False) as saved:
-            return len(json.loads(str(saved["history"])))
+        return max(self._files(), default=0)
 
-    def load(self, variables: Sequence[Any]) -> tuple[list[Epoch], list[np.ndarray]]:
-        """Set the variables to what was saved; return history and best weights, empty where nothing was saved."""
-        if not self.file.exists():
-            return [], []
-        with np.load(self.file, allow_pickle=False) as saved:
+    def has(self, epochs: int) -> bool:
+        """Whether the state after so many epochs is kept."""
+        return epochs in self._files()
+
+    def load(self, epochs: int, variables: Sequence[Any]) -> tuple[list[Epoch], list[np.ndarray]]:
+        """Set the variables to what was saved after so many epochs; return history and best weights."""
+        with np.load(self._files()[epochs], allow_pickle=False) as saved:
             for index, variable in enumerate(variables):
                 variable.assign(saved[f"variable_{index}"])
             best = [saved[f"best_{index}"] for index in range(sum(name.startswith("best_") for name in saved.files))]
             return json.loads(str(saved["history"])), best
 
     def remove(self) -> None:
-        self.file.unlink(missing_ok=True)
+        for path in self._files().values():
+            path.unlink()
         with suppress(OSError):  # another worker's may be there
             self.file.parent.rmdir()
