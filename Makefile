@@ -48,8 +48,8 @@ lock:  ## compile the locks anew (needs uv)
 	cd requirements && $(COMPILE) dev.in -o dev.txt
 
 # docs/container.md tells more. LOCK=cpu does without the CUDA wheels, ENGINE=podman without docker.
-LOCK := gpu
-ENGINE := docker
+LOCK ?= gpu
+ENGINE ?= docker
 IMAGE := flatmin$(if $(filter cpu,$(LOCK)),-cpu)
 INSIDE := ENGINE=$(ENGINE) IMAGE=$(IMAGE) scripts/container.sh
 

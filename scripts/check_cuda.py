@@ -21,13 +21,15 @@ LOADER = "/lib64/ld-linux-x86-64.so.2"
 FROM_DRIVER = ("libcuda.so", "libnvidia-")  # of the host; the NVIDIA container toolkit mounts them
 OPTIONAL = ("libnvinfer", "libnvshmem")  # TensorRT, NVSHMEM: not among what tensorflow[and-cuda] installs
 
-# DsoLoader's functions take no argument; the buffer takes the StatusOr that they return.
+# DsoLoader's functions take no argument; the buffer takes the StatusOr that they return. The process ends
+# without what libraries do at its end, so that its exit code tells of the function.
 OPEN = """
-import ctypes, sys
+import ctypes, os, sys
 library = ctypes.CDLL(sys.argv[1])
 function = library[sys.argv[2]]
 function.restype = None
 function(ctypes.create_string_buffer(64))
+os._exit(0)
 """
 
 
@@ -40,6 +42,8 @@ def opened(library: Path, function: str) -> dict[str, str | None]:
         text=True,
         check=False,
     )
+    if done.returncode != 0:
+        sys.exit(f"error: {function}: expected exit code 0, received {done.returncode}")
     asked = re.findall(r"file=(\S+) \[0\];  (?:needed|dynamically loaded) by", done.stderr)
     loaded = {Path(path).name: path for path in re.findall(r"calling init: (\S+)", done.stderr)}
     return {Path(name).name: loaded.get(Path(name).name) for name in asked}
@@ -102,6 +106,8 @@ def main() -> int:
         f"asked for by {len(openers)} functions of TensorFlow's and {len(wheels)} libraries in NVIDIA's wheels: "
         f"{len(where)} files, {len(missing)} missing"
     )
+    if not openers or not wheels:
+        sys.exit("error: expected functions of TensorFlow's and libraries in NVIDIA's wheels, found none of either")
     return 1 if missing else 0
 
 

@@ -3,12 +3,28 @@
 # From the environment: ENGINE (docker), IMAGE (flatmin), VOLUMES (flatmin, what the two volumes' names start with),
 # OPTIONS (more options for the engine's `run`, split at spaces).
 set -eu
+unset CDPATH
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 engine=${ENGINE:-docker}
 volumes=${VOLUMES:-flatmin}
+case "$checkout" in
+    *:*)
+        echo "error: $checkout: expected a path without ':', at which the engine parts a volume's, received one" >&2
+        exit 1
+        ;;
+esac
+if [ -f "$checkout/.git" ]; then
+    echo "error: $checkout/.git: expected a clone's folder, received a worktree's file: git would not work inside" >&2
+    exit 1
+fi
 
 set -- "${IMAGE:-flatmin}" "$@"
-if [ -t 0 ] && [ -t 1 ]; then set -- --interactive --tty "$@"; fi
+# What is piped in is passed on; a terminal's keys only where it shows the output too.
+if [ ! -t 0 ]; then set -- --interactive "$@"; elif [ -t 1 ]; then set -- --interactive --tty "$@"; fi
+# Without root podman would take the caller's number for another user of the host.
+case "${engine##*/}" in
+    podman*) if [ "$(id -u)" != 0 ]; then set -- --userns=keep-id "$@"; fi ;;
+esac
 if [ -e /dev/nvidia0 ] && [ "$engine" = docker ]; then set -- --gpus all "$@"; fi
 # What is committed inside has the author that it would have outside.
 if name=$(git -C "$checkout" config user.name) && email=$(git -C "$checkout" config user.email); then

@@ -3,6 +3,7 @@
 # holds in the image: see the steps below. Runs the last commit's default study twice, outside the image and inside.
 # Called by `make image-test`, which makes .venv first. Needs root on Debian.
 set -eu
+unset CDPATH
 cd "$(dirname "$0")/.."
 root=$(pwd)
 work=$(mktemp -d)
@@ -19,10 +20,10 @@ fail() {
     if [ -f "$work/log" ]; then tail -n 25 "$work/log"; fi
     exit 1
 }
-# shellcheck disable=SC2317,SC2086  # called by the trap; several process ids
+# shellcheck disable=SC2317  # called by the trap
 clean() {
     trap - EXIT INT TERM
-    if [ -n "$children" ]; then kill $children 2>/dev/null || true; fi
+    if [ -n "$children" ]; then kill -- "$children" 2>/dev/null || true; fi
     wait
     "$ENGINE" volume rm --force "$VOLUMES-dvc" "$VOLUMES-cache" >/dev/null 2>&1 || true
     rm -rf "$work"
@@ -42,12 +43,13 @@ chmod -R a+rwX "$work/inside" "$work/tested"
 if [ -n "$(git status --porcelain)" ]; then say "what is not committed is left out"; fi
 
 say "outside: dvc repro, in the background; building the image"
+# In a process group of its own, all of which is ended with it: DVC leaves its stage running.
 (
     cd "$work/outside"
-    PATH="$root/.venv/bin:$PATH" FLATMIN_CACHE="$work/outside-cache" exec dvc repro
+    PATH="$root/.venv/bin:$PATH" FLATMIN_CACHE="$work/outside-cache" exec setsid dvc repro
 ) >"$work/outside.log" 2>&1 &
 outside=$!
-children=$outside
+children=-$outside
 "$ENGINE" build --build-arg LOCK=cpu --tag "$IMAGE" "$work/outside" >"$work/log" 2>&1 || fail "the build"
 say "built, $("$ENGINE" image inspect --format '{{.Size}}' "$IMAGE" | awk '{printf "%.2f GB", $1 / 1e9}')"
 "$ENGINE" build --build-arg LOCK=cpu --tag "$IMAGE" "$work/outside" >"$work/log" 2>&1 || fail "the second build"

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Podman where no container registry can be reached: from Debian's packages, and so is the base image. For root on Debian.
 #   podman.sh ready        install podman, make the base image, start a container from it
-#   podman.sh ARGUMENT...  podman with settings that work on such a machine; `build` gets BASE, pip's settings, certificates
+#   podman.sh ARGUMENT...  podman with settings that work there; `build` gets BASE, apt's and pip's settings, certificates
 set -eu
 base=localhost/flatmin-base:bookworm
 state=${XDG_CACHE_HOME:-$HOME/.cache}/flatmin-podman
@@ -23,27 +23,42 @@ install_tools() {
         echo "podman, runc and debootstrap: not all here, and only root can have them installed by apt-get"
         return 1
     fi
-    apt-get update -qq
+    apt-get update -qq || return
     DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends podman runc debootstrap
 }
 
-# What `FROM debian` would give: the smallest system from the archive that this machine uses itself, with its sources and
-# its settings on how to reach them. (dpkg is told as in Debian's own slim images to leave out documentation.)
+# What `FROM debian` would give: the smallest system from the archive that this machine uses itself, with its sources.
+# (dpkg is told as in Debian's own slim images to leave out documentation.) `set -e` is off in what `if` asks.
 make_base() {
-    rm -rf "$state/tree"
-    debootstrap --variant=minbase bookworm "$state/tree"
+    rm -rf "$state/tree" "$state/tree.tar"
+    debootstrap --variant=minbase bookworm "$state/tree" || return
     # shellcheck disable=SC2016  # apt-get expands these
     apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
         grep ' bookworm' | sort -u >"$state/tree/etc/apt/sources.list"
-    apt-config dump | grep -E '^Acquire::(https?::|Check-|Retries)' >"$state/tree/etc/apt/apt.conf.d/90machine" || true
+    if [ ! -s "$state/tree/etc/apt/sources.list" ]; then
+        echo "apt's sources: expected Debian bookworm's, found none"
+        return 1
+    fi
     for kind in doc man locale info; do
-        echo "path-exclude /usr/share/$kind/*" >>"$state/tree/etc/dpkg/dpkg.cfg.d/slim"
+        echo "path-exclude /usr/share/$kind/*" >>"$state/tree/etc/dpkg/dpkg.cfg.d/slim" || return
         rm -rf "$state/tree/usr/share/$kind"/*
     done
     rm -rf "$state"/tree/var/cache/apt/* "$state"/tree/var/lib/apt/lists/* "$state"/tree/var/log/*
-    tar -C "$state/tree" -c . | podman import - "$base"
-    rm -rf "$state/tree"
+    tar -C "$state/tree" -cf "$state/tree.tar" . || return
+    podman import "$state/tree.tar" "$base" || return
+    rm -rf "$state/tree" "$state/tree.tar"
 }
+
+# Whether the base image starts; one that does not is made again the next time.
+try_base() {
+    podman run --rm --network none "$base" true || {
+        podman image rm --force "$base" >/dev/null 2>&1
+        return 1
+    }
+}
+
+# This machine's settings on how to reach Debian's archive.
+apt_settings() { apt-config dump | grep -E '^Acquire::(https?::|Check-|Retries)' || true; }
 
 # Those of this machine's pip settings that hold in a container too; of two the environment's, which are listed first.
 pip_settings() {
@@ -57,8 +72,7 @@ pip_settings() {
 
 case "${1:?ready, or a command of podman}" in
     ready)
-        if ! { install_tools && { podman image exists "$base" || make_base; } &&
-            podman run --rm --network none "$base" true; } >"$state/log" 2>&1; then
+        if ! { install_tools && { podman image exists "$base" || make_base; } && try_base; } >"$state/log" 2>&1; then
             echo "no container engine here: $(tail -n 1 "$state/log")" >&2
             exit 1
         fi
@@ -66,9 +80,11 @@ case "${1:?ready, or a command of podman}" in
     build)
         shift
         pip_settings >"$state/pip.conf"
+        apt_settings >"$state/apt.conf"
         certificates=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
-        # The mounts last while RUN does; the image keeps an empty file for each.
+        # The mounts last while RUN does: a proxy's password stays out of the image, which keeps an empty file for each.
         exec podman build --format docker --network host --pull-never --build-arg "BASE=$base" \
+            --volume "$state/apt.conf:/etc/apt/apt.conf.d/90machine:ro" \
             --volume "$state/pip.conf:/etc/pip.conf:ro" --volume "$certificates:/run/certificates.pem:ro" "$@"
         ;;
     *)

@@ -9,17 +9,24 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from fnmatch import fnmatchcase
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 import yaml
-from repository import ROOT
+from repository import ROOT, Repository
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import check_cuda
 
 APT_PACKAGES = [["ca-certificates", "dumb-init", "git", "python3"], ["python3-pip"]]
 LOCKS = ("cpu", "gpu")
@@ -182,6 +189,29 @@ def test_it_asks_for_gpus_and_runs_the_pipeline() -> None:
     assert json.loads(arguments("CMD")[-1]) == ["dvc", "repro"]
 
 
+def test_an_image_test_that_is_stopped_leaves_nothing_running(tmp_path: Path) -> None:
+    repository = Repository(tmp_path)
+    for name in ("metrics/a", "plots/a", "dvc.lock"):
+        (repository.folder / name).parent.mkdir(exist_ok=True)
+        (repository.folder / name).touch()
+    stage = tmp_path / "stage"
+    scripts = {
+        ".venv/bin/dvc": f"sleep 60 & echo $! >{stage}; wait",
+        "scripts/podman.sh": f'if [ "$1" = build ]; then until [ -s {stage} ]; do sleep 0.1; done; exit 1; fi',
+    }
+    for name, text in scripts.items():
+        (repository.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository.folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (repository.folder / name).chmod(0o755)
+    repository.commit("an engine that fails when a stage is there")
+    output = repository.run("scripts/image_test.sh", expect=1)
+    assert "FAILED: the build" in output
+    until = time.monotonic() + 10
+    while Path(f"/proc/{stage.read_text().strip()}").exists():
+        assert time.monotonic() < until, "the stage goes on"
+        time.sleep(0.1)
+
+
 def test_it_says_what_it_is() -> None:
     (text,) = arguments("LABEL")
     labels = dict(word.split("=", 1) for word in shlex.split(text))
@@ -202,14 +232,18 @@ def engine(tmp_path: Path) -> Path:
     path = tmp_path / "engine"
     path.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\nexit 7\n")
     path.chmod(0o755)
+    (tmp_path / "checkout/scripts").mkdir(parents=True)
+    shutil.copy2(ROOT / "scripts/container.sh", tmp_path / "checkout/scripts")
     return path
 
 
-def container(engine: Path, *command: str, **variables: str) -> list[str]:
+def container(engine: Path, *command: str, keys: int = subprocess.DEVNULL, **variables: str) -> list[str]:
+    """What the engine is given for a checkout beside it, with `keys` as the script's input."""
     done = subprocess.run(
-        [ROOT / "scripts/container.sh", *command],
+        ["scripts/container.sh", *command],
         env={**os.environ, "ENGINE": str(engine), **variables},
-        stdin=subprocess.DEVNULL,
+        cwd=engine.parent / "checkout",
+        stdin=keys,
         capture_output=True,
         text=True,
         check=False,
@@ -229,7 +263,7 @@ def test_commands_run_on_this_checkout_as_the_caller(engine: Path) -> None:
     assert values(words, "--user") == [f"{os.getuid()}:{os.getgid()}"]
     assert "--tty" not in words
     assert values(words, "--volume") == [
-        f"{ROOT}:{arguments('WORKDIR')[-1]}",
+        f"{engine.parent}/checkout:{arguments('WORKDIR')[-1]}",
         "flatmin-dvc:/cache/dvc",
         f"flatmin-cache:{environment()['FLATMIN_CACHE']}",
     ]
@@ -243,6 +277,45 @@ def test_names_and_options_come_from_the_environment(engine: Path) -> None:
     assert words[-2:] == ["flatmin", "true"]
 
 
+def test_another_folder_on_cdpath_is_not_mounted(engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    words = container(engine, "true", CDPATH=str(tmp_path))
+    assert values(words, "--volume")[0].startswith(f"{tmp_path}/checkout:")
+
+
+def test_what_is_piped_in_is_passed_on_and_a_terminal_whose_output_goes_elsewhere_is_not(engine: Path) -> None:
+    assert "--interactive" in container(engine, "cat")
+    ours, theirs = pty.openpty()
+    try:
+        assert "--interactive" not in container(engine, "cat", keys=theirs)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.mark.parametrize(("name", "user", "kept"), [("podman", 1000, True), ("podman", 0, False), ("docker", 5, False)])
+def test_podman_without_root_keeps_the_callers_number(engine: Path, name: str, user: int, kept: bool) -> None:
+    engine.rename(engine.with_name(name))
+    fake = tools(engine.parent / "bin", id=f"echo {user}")["PATH"]
+    words = container(engine.with_name(name), "true", PATH=f"{fake}{os.pathsep}{os.environ['PATH']}")
+    assert values(words, "--user") == [f"{user}:{user}"]
+    assert ("--userns=keep-id" in words) == kept
+
+
+@pytest.mark.parametrize(("folder", "message"), [("a:b", "a path without ':'"), ("tree", "a clone's folder")])
+def test_a_checkout_that_cannot_be_mounted_is_refused_in_one_line(tmp_path: Path, folder: str, message: str) -> None:
+    (tmp_path / folder / "scripts").mkdir(parents=True)
+    (tmp_path / folder / ".git").write_text("gitdir: elsewhere\n")
+    script = shutil.copy2(ROOT / "scripts/container.sh", tmp_path / folder / "scripts")
+    done = subprocess.run(
+        [script, "true"], env={**os.environ, "ENGINE": "echo"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / folder}")
+    assert f"expected {message}" in line
+
+
 def test_credentials_of_the_environment_are_passed_by_name_alone(engine: Path) -> None:
     secret = "a-secret-that-nobody-else-says"  # noqa: S105
     words = container(engine, "true", AWS_SECRET_ACCESS_KEY=secret)
@@ -252,7 +325,7 @@ def test_credentials_of_the_environment_are_passed_by_name_alone(engine: Path) -
 
 def test_compose_runs_what_the_script_runs(engine: Path) -> None:
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
-    words = container(engine, "true")
+    words = container(engine, "true", VOLUMES="other")
     assert set(compose["services"]) == set(LOCKS)
     for name, service in compose["services"].items():
         assert service["profiles"] == [name]
@@ -260,8 +333,8 @@ def test_compose_runs_what_the_script_runs(engine: Path) -> None:
         assert service["user"].startswith("${FLATMIN_USER:?")
         for volume in service["volumes"]:
             source, target = volume.split(":")
-            source = str(ROOT) if source == "." else compose["volumes"][source]["name"]
-            assert f"{source}:{target}" in words
+            host = f"{engine.parent}/checkout" if source == "." else compose["volumes"][source]["name"]
+            assert f"{host.replace('${VOLUMES:-flatmin}', 'other')}:{target}" in words
         assert sorted(service["environment"]) == sorted(name for name in values(words, "--env") if "=" not in name)
     (device,) = compose["services"]["gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
@@ -279,12 +352,17 @@ def test_make_builds_and_runs_the_image_that_compose_names(target: str, name: st
     image = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"][name]["image"]
     assert f"build --tag {image} --build-arg LOCK={name} " in done.stdout
     assert (f"IMAGE={image} scripts/container.sh " in done.stdout) == (target != "image")
+    chosen = {**os.environ, "LOCK": name, "ENGINE": "podman"}
+    again = subprocess.run(
+        ["make", "--dry-run", target], cwd=ROOT, env=chosen, capture_output=True, text=True, check=True
+    )
+    assert again.stdout == done.stdout.replace("docker build", "podman build").replace("ENGINE=docker", "ENGINE=podman")
 
 
 def tools(folder: Path, *names: str, **scripts: str) -> dict[str, str]:
     """An environment where nothing is on PATH but the tools named and the scripts given."""
     folder.mkdir()
-    for name in names:
+    for name in set(names) - set(scripts):  # a script written to a link would replace the tool
         found = shutil.which(name)
         assert found, name
         (folder / name).symlink_to(found)
@@ -314,6 +392,62 @@ def test_ci_fails_with_the_image_test(tmp_path: Path) -> None:
     assert done.returncode != 0
 
 
+APT = 'Acquire::https::Proxy "http://user:secret@proxy/";\nAcquire::Retries "3";\nDpkg::Lock "1";'
+TREE = 'for folder in etc/apt etc/dpkg/dpkg.cfg.d usr/share/doc; do mkdir -p "$3/$folder"; done'
+
+
+def podman(folder: Path, command: str, failing: str = "none", **scripts: str) -> tuple[int, list[str], str]:
+    """podman.sh where the machine's tools are scripts: exit code, podman's commands, standard error."""
+    calls = folder / "calls"
+    calls.touch()
+    fakes = {
+        "podman": f"""echo "$*" >>{calls}; case "$1 $2" in "image exists" | "{failing} "*) exit 1 ;; esac
+        if [ "$1" = import ]; then cp "$2" {folder}/base.tar; fi""",
+        "runc": "",
+        "debootstrap": TREE,
+        "apt-get": "echo 'deb http://archive bookworm main'",
+        "apt-config": f"echo '{APT}'",
+        "python3": "",
+        **scripts,
+    }
+    names = ("sh", "mkdir", "cat", "tail", "rm", "grep", "sort", "tar", "sed", "head", "cp")
+    environment = tools(folder / "bin", *names, **fakes)
+    done = subprocess.run(
+        [ROOT / "scripts/podman.sh", command], env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, calls.read_text().splitlines(), done.stderr
+
+
+def test_a_base_image_is_made_where_there_is_none_and_has_no_setting_of_this_machines_apt(tmp_path: Path) -> None:
+    assert podman(tmp_path, "ready")[0] == 0
+    with tarfile.open(tmp_path / "base.tar") as tree:
+        tree.extractall(tmp_path / "base", filter="data")
+    files = {path.name: path.read_text() for path in (tmp_path / "base").rglob("*") if path.is_file()}
+    assert files["sources.list"] == "deb http://archive bookworm main\n"
+    assert not [name for name, text in files.items() if "secret" in text]
+
+
+def test_a_build_gets_apts_settings_by_a_mount(tmp_path: Path) -> None:
+    code, (build,), _ = podman(tmp_path, "build")
+    (kept,) = re.findall(r"--volume (\S+):/etc/apt/apt.conf.d/90machine:ro ", build)
+    assert Path(kept).read_text().splitlines() == APT.splitlines()[:2]
+    assert (code, "secret" in build) == (0, False)
+
+
+@pytest.mark.parametrize("tool", ["debootstrap", "tar"])
+def test_a_base_image_that_could_not_be_made_is_not_kept(tmp_path: Path, tool: str) -> None:
+    code, calls, told = podman(tmp_path, "ready", **{tool: f"echo no {tool}; exit 3"})
+    assert (code, told) == (1, f"no container engine here: no {tool}\n")
+    assert [call.split()[:2] for call in calls] == [["image", "exists"]]
+
+
+def test_a_base_image_that_does_not_start_is_removed(tmp_path: Path) -> None:
+    code, calls, _ = podman(tmp_path, "ready", failing="run")
+    assert code == 1
+    assert calls[-1].startswith("image rm ")
+    assert calls[-1].split()[-1] == calls[0].split()[-1]
+
+
 def test_scripts_pass_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck")
     if shellcheck is None:
@@ -330,9 +464,33 @@ def test_check_cuda_asks_tensorflow_for_the_libraries() -> None:
     for name in ("libcudart.so.12", "libcudnn.so.9", "libcublas.so.12", "libcufft.so.11", "libcusolver.so.11"):
         assert any(row.startswith(f"{name} ") and row.endswith("by TensorFlow") for row in rows), done.stdout
     missing = [row.split()[0] for row in rows if " MISSING " in row]
-    assert done.returncode == (1 if missing else 0)
+    assert done.returncode == (1 if missing or " 0 libraries" in summary else 0)
     assert summary.endswith(f" {len(rows)} files, {len(missing)} missing")
     assert "libcuda.so.1" not in missing
+
+
+@pytest.mark.parametrize(("openers", "wheel"), [([], True), (["open"], False), (["open"], True)])
+def test_check_cuda_does_not_pass_on_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, openers: list[str], wheel: bool
+) -> None:
+    files = ["cuda_nvcc/bin/ptxas", "cuda_nvcc/nvvm/libdevice/libdevice.10.bc", *["a/lib/liba.so"] * wheel]
+    for name in files:
+        (tmp_path / "nvidia" / name).parent.mkdir(parents=True)
+        (tmp_path / "nvidia" / name).touch()
+    spec = ModuleSpec("tensorflow", None, origin=str(tmp_path / "tensorflow/__init__.py"))
+    fakes = {"find_spec": spec, "tensorflow_openers": openers, "opened": {}, "needed": {}}
+    for name, value in fakes.items():
+        monkeypatch.setattr(check_cuda, name, lambda *_, value=value: value)
+    if openers and wheel:
+        assert check_cuda.main() == 0
+    else:
+        with pytest.raises(SystemExit, match=r"^error: expected functions of TensorFlow's and libraries"):
+            check_cuda.main()
+
+
+def test_check_cuda_says_which_function_could_not_be_called() -> None:
+    with pytest.raises(SystemExit, match=r"^error: nothing: expected exit code 0, received 1$"):
+        check_cuda.opened(Path("no library"), "nothing")
 
 
 @pytest.mark.parametrize("name", LOCKS)
