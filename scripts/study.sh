@@ -15,11 +15,16 @@ fi
 if [ -n "$(git status --porcelain -- src stages dvc.yaml)" ]; then
     echo "note: the study runs the last commit; what is not committed in src, stages and dvc.yaml is left out"
 fi
+commit=$(git rev-parse --verify --quiet "${COMMIT:-HEAD}^{commit}") || {
+    echo "error: COMMIT: expected one of this checkout, received '${COMMIT:-HEAD}'" >&2
+    exit 1
+}
 if [ ! -d "$clone/.git" ]; then
     rm -rf "$clone"
     git clone --quiet --no-checkout . "$clone"
 fi
-git -C "$clone" fetch --quiet origin "${COMMIT:-HEAD}"
+# Not from origin, which is the path that this checkout had then: in a container it has another.
+git -C "$clone" fetch --quiet "$root" "$commit"
 git -C "$clone" checkout --quiet --force --detach FETCH_HEAD
 cp "studies/$name/params.yaml" "$clone/params.yaml"
 cd "$clone"
