@@ -21,6 +21,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import yaml
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from flatmin import params, reporting
 from flatmin.reporting import InputError
 
@@ -41,6 +43,9 @@ FIGURES = {  # of the stages that a table shows, in their order
     "sam-finetune": "sam",
     "evaluate": "evaluate",
 }
+# What `git apply` reads, whatever the user's settings make of a diff.
+DIFF = ["git", "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--unified=3"]
+DIFF += ["--src-prefix=a/", "--dst-prefix=b/", "HEAD"]
 Row = Mapping[str, Any]
 ALWAYS = ("prepare", "extract-train", "select-best")
 # Runs that differ in these sections alone have the stage in common: one makes it, the others find it in DVC's cache.
@@ -134,7 +139,7 @@ def _yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: expected a grid as in docs/sweeps.md, found no file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a 30th of February
         raise InputError(f"{path}: expected YAML, received {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping, received {type(values).__name__}")
@@ -152,7 +157,7 @@ def _targets(targets: Any, path: Path) -> tuple[str, ...]:
 def _picture(picture: Any, runs: Sequence[Run], path: Path) -> tuple[str, str]:
     if not isinstance(picture, dict) or set(picture) != {"x", "y"}:
         raise InputError(f"{path}: picture: expected x and y, received {picture!r}")
-    keys = {key: None for run in runs for key in run.values}
+    keys = list({key: None for run in runs for key in run.values})
     if picture["x"] not in keys:
         raise InputError(f"{path}: picture.x: expected one of {', '.join(keys)}, received {picture['x']!r}")
     files = [file for stage, file in FIGURES.items() if any(stage in run.stages for run in runs)]
@@ -167,10 +172,11 @@ def make_run(values: Mapping[str, Any], told: Sequence[str], targets: Sequence[s
     settings, given = _yaml(Path("params.yaml")), []
     for key, value in values.items():
         *sections, last = key.split(".")
-        section, known = settings, True
+        section = settings
         for name in sections:
-            known = known and isinstance(section.get(name), dict)
-            section = section[name] if known else section.setdefault(name, {})
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise InputError(f"{where}: {key}: expected a key within mappings, received one within {section!r}")
         if last in section and isinstance(value, dict):  # else it would be merged with the one that is there
             given += ["-S", f"~{key}"]
             del section[last]
@@ -194,7 +200,7 @@ def _hydra(value: Any) -> str:
         return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_hydra, value)) + "]"
-    return json.dumps(value)
+    return json.dumps(value, default=str)  # a date: the schema refuses it
 
 
 def run_all(runs: Sequence[Run], jobs: int, kept: Mapping[str, Row], failed: list[Run]) -> None:
@@ -245,7 +251,7 @@ def make_base() -> None:
     base = FOLDER / "base"
     _output("git", "clone", "--quiet", ".", str(base))
     _output("git", "checkout", "--quiet", "--detach", _output("git", "rev-parse", "HEAD").strip(), cwd=base)
-    changes = subprocess.run(["git", "diff", "--binary", "HEAD"], check=True, capture_output=True).stdout
+    changes = subprocess.run(DIFF, check=True, capture_output=True).stdout
     if changes:
         subprocess.run(["git", "apply", "--whitespace=nowarn"], cwd=base, input=changes, check=True)
     for key in ("user.name", "user.email"):
@@ -374,12 +380,20 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def spread(rows: Sequence[Row], x: str, y: str, keys: Sequence[str]) -> dict[str, dict[Any, list[float]]]:
-    """The seeds' y, for each line of a picture (the values of `keys` tell them apart) and each x in order."""
+    """The seeds' y, for each line of a picture (the values of `keys` tell them apart) and each x in order.
+
+    Raises:
+        InputError: a y is no number.
+    """
     others = [key for key in keys if key not in (x, "seed") and len({row[key] for row in rows}) > 1]
     lines: dict[str, dict[Any, list[float]]] = {}
     for row in sorted(rows, key=lambda row: _order(row[x])):
         label = ", ".join(f"{key} {row[key]}" for key in others) or "mean of seeds"
-        lines.setdefault(label, {}).setdefault(row[x], []).append(float(row[y]))
+        try:
+            value = float(row[y])
+        except (TypeError, ValueError):
+            raise InputError(f"picture.y: expected a metric that is a number, received {y}: {row[y]!r}") from None
+        lines.setdefault(label, {}).setdefault(row[x], []).append(value)
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import datetime
 import json
 import os
 import signal
@@ -63,10 +64,15 @@ def runs(**changes: Any) -> list[sweep.Run]:
         ({"runs": [{"a b": [1]}]}, "runs.0: expected a key of params.yaml such as sam.rho, received 'a b'"),
         ({"runs": [{"sam.roh": [1]}]}, "runs.0: sam.roh: expected no such key, received 1"),
         ({"runs": [{"sam.rho": [0.1, -1]}]}, "runs.0: sam.rho: expected greater than or equal to 0, received -1"),
+        ({"runs": [{"seed.x": [1]}]}, "runs.0: seed.x: expected a key within mappings, received one within 7"),
+        ({"runs": [{"sam.rho.x": [1]}]}, "runs.0: sam.rho.x: expected a key within mappings, received one within 0.05"),
+        ({"runs": [{"backbones.0": ["A"]}]}, "runs.0: backbones.0: expected a key within ... ['EfficientNetLite0']"),
+        ({"runs": [{"seed": [datetime.date(2026, 1, 2)]}]}, "runs.0: seed: expected ... datetime.date(2026, 1, 2)"),
         ({"targets": ["train"]}, "targets: expected a list of prepare, ... evaluate, received 'train'"),
         ({"targets": "finetune"}, "targets: expected a list of prepare, ... evaluate, received 'finetune'"),
         ({"picture": None}, "picture: expected x and y, received None"),
         ({"picture": {"x": "seeds", "y": "sam/epochs"}}, "picture.x: expected one of seed, sam.rho, received 'seeds'"),
+        ({"picture": {"x": ["seed"], "y": "sam/epochs"}}, "picture.x: expected one of ... received ['seed']"),
         (
             {"picture": {"x": "seed", "y": "evaluate/sam.test.accuracy"}},
             "picture.y: expected select or sam, a slash and a metric such as val.accuracy, "
@@ -88,7 +94,38 @@ def test_a_wrong_grid_is_one_line_of_the_command(repository: Repository) -> None
     output = repository.run(*COMMAND, expect=1)
     assert output.startswith("error: grid.yaml: targets: expected a list of prepare, ")
     assert len(output.splitlines()) == 1
+    repository.variables["PYTHONPATH"] = ""
     assert "found no file" in repository.run("python", "scripts/sweep.py", "nothing.yaml", expect=1)
+    Path("grid.yaml").write_text("runs: [{seed: [2026-02-30]}]")
+    assert repository.run(*COMMAND, expect=1).startswith("error: grid.yaml: expected YAML, received ")
+
+
+def test_a_picture_of_text_is_refused_in_one_line(repository: Repository) -> None:
+    cells = [[run.name, "succeeded", "A"] for run in runs(picture={"x": "seed", "y": "select/backbone"})]
+    reporting.write_csv("grid.csv", ["name", "status", "select/backbone"], cells)
+    output = repository.run(*COMMAND, expect=1).splitlines()
+    assert output[-1] == "error: picture.y: expected a metric that is a number, received select/backbone: 'A'"
+    assert not [line for line in output if "Traceback" in line]
+
+
+def test_changes_reach_the_clones_whatever_git_shows_its_user(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", repository.environment["PATH"])
+    settings = {
+        "color.ui": "always",
+        "diff.noprefix": "true",
+        "diff.external": "echo",
+        "diff.context": "0",
+        "diff.yaml.textconv": "wc",
+    }
+    for key, value in settings.items():
+        repository.run("git", "config", key, value)
+    Path(".git/info/attributes").write_text("*.yaml diff=yaml\n")
+    text = Path("params.yaml").read_text().replace("seed: 7", "seed: 8")
+    Path("params.yaml").write_text(text)
+    sweep.make_base()
+    assert (sweep.FOLDER / "base/params.yaml").read_text() == text
 
 
 @pytest.mark.usefixtures("repository")
@@ -334,6 +371,24 @@ def test_a_run_that_fails_is_named_and_the_others_succeed(tmp_path: Path) -> Non
     assert "nowhere" in (repository.folder / last.split(": ")[-1]).read_text()
     assert [row["status"] for row in rows_of(repository)] == ["failed", "succeeded"]
     assert not (repository.folder / "grid.png").exists()
+
+
+def test_a_study_goes_on_in_a_checkout_that_has_moved(tmp_path: Path) -> None:
+    """As it does in a container, where the checkout is mounted at another place."""
+    repository = Repository(tmp_path, TINY)
+    command = ("sh", "scripts/study.sh", "digits", "sweep", "--jobs", "none")
+    assert "argument --jobs" in repository.run(*command, expect=2)
+    (repository.folder / "README.md").write_text("later")
+    repository.commit("later")
+    repository.folder = repository.folder.rename(tmp_path / "elsewhere")
+    assert "argument --jobs" in repository.run(*command, expect=2)
+    assert (repository.folder / ".studies/digits/README.md").read_text() == "later"
+    start = repository.run("git", "rev-parse", "--short", "HEAD~").strip()
+    assert "argument --jobs" in repository.run("env", f"COMMIT={start}", *command, expect=2)
+    assert (repository.folder / ".studies/digits/README.md").read_text() != "later"
+    assert repository.run("env", "COMMIT=none", *command, expect=1) == (
+        "error: COMMIT: expected one of this checkout, received 'none'\n"
+    )
 
 
 @pytest.mark.slow
