@@ -216,6 +216,108 @@ class Pod:
         return (self.folder / "log").read_text()
 
 
+# Stages that stand for the study's, in a second: what they give follows from the params.
+QUICK = """
+stages:
+  prepare:
+    cmd: mkdir -p data metrics && echo ${seed} > data/records && echo {\\"seed\\":${seed}} > metrics/prepare.json
+    params: [seed]
+    outs: [data/records]
+    metrics: [metrics/prepare.json: {cache: false}]
+  sam-finetune:
+    cmd: mkdir -p models && echo ${seed} > models/sam && echo {\\"rho\\":${sam.rho}} > metrics/sam.json
+    deps: [data/records]
+    params: [sam]
+    outs: [models/sam]
+    metrics: [metrics/sam.json: {cache: false}]
+  evaluate:
+    cmd: mkdir -p plots && touch plots/confusion.csv && cp data/records metrics/evaluate.json
+    deps: [models/sam]
+    metrics: [metrics/evaluate.json: {cache: false}]
+"""
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Repository:
+    """A git repository with the results of QUICK at seed 7; the DVC remote has nothing yet."""
+    origin = Repository(tmp_path, TINY)
+    (origin.folder / "dvc.yaml").write_text(QUICK)
+    origin.run("dvc", "repro")
+    origin.commit("quick")
+    return origin
+
+
+def run(origin: Repository, name: str, script: str, **variables: str) -> Pod:
+    """Run a script in a pod of its own, which succeeds."""
+    pod = Pod(origin, origin.folder.parent / name)
+    assert pod.start(script, **variables).wait(200) == 0, pod.log
+    return pod
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed file")
+def test_a_revision_is_a_branch_a_tag_or_a_commit(quick: Repository) -> None:
+    quick.run("git", "checkout", "--quiet", "-b", "topic/other")
+    quick.run("git", "commit", "--quiet", "--allow-empty", "--message", "other")
+    quick.run("git", "tag", "v1")
+    commit = quick.run("git", "rev-parse", "HEAD").strip()
+    quick.run("git", "checkout", "--quiet", "main")
+    for index, revision in enumerate(("topic/other", "v1", commit, commit[:10])):
+        pod = run(quick, f"pod_{index}", "checkout.sh", REVISION=revision)
+        assert quick.run("git", "-C", str(pod.folder / "work/checkout"), "rev-parse", "HEAD").strip() == commit
+    pod = Pod(quick, quick.folder.parent / "wrong")
+    assert pod.start("checkout.sh", REVISION="topic/none").wait(60) == 1
+    assert pod.log == "error: REVISION: expected a commit, tag or branch of the repository, received topic/none\n"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed file")
+def test_a_second_study_pushes_to_the_same_branch(quick: Repository) -> None:
+    seen: list[str] = []
+    for seed in (8, 9):
+        quick.write_params(TINY | {"seed": seed})
+        quick.commit(f"seed {seed}")
+        run(quick, f"pod_{seed}", "study.sh", PUSH_BRANCH="results")
+        assert json.loads(quick.run("git", "show", "results:metrics/prepare.json")) == {"seed": seed}
+        assert quick.run("git", "diff", "--name-only", "main", "results", "--", "src", "params.yaml") == ""
+        seen.append(quick.run("git", "rev-parse", "results").strip())
+    quick.run("git", "merge-base", "--is-ancestor", *seen)
+
+    # A branch that is not of results alone is left as it is.
+    quick.run("git", "checkout", "--quiet", "results")
+    quick.run("git", "commit", "--quiet", "--allow-empty", "--message", "Work of somebody")
+    quick.run("git", "checkout", "--quiet", "main")
+    pod = Pod(quick, quick.folder.parent / "refused")
+    assert pod.start("study.sh", PUSH_BRANCH="results").wait(200) != 0
+    assert "non-fast-forward" in pod.log or "fetch first" in pod.log
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed file")
+def test_an_experiment_runs_its_targets_and_does_not_take_the_name_of_another(quick: Repository) -> None:
+    combinations = quick.folder.parent / "combinations"
+    settings = {"JOB_COMPLETION_INDEX": "0", "COMBINATIONS": str(combinations), "PUSH_EXPERIMENTS": "yes"}
+    combinations.write_text("seed=1 sam.rho=0.1\n")
+    pod = run(quick, "first", "experiment.sh", **settings)
+    assert stages_run(pod.log) == ["prepare", "sam-finetune"]
+    assert [line for line in pod.log.splitlines() if " metrics/" in line and line.startswith("0 ")] == [
+        '0 seed=1 sam.rho=0.1 metrics/prepare.json {"seed":1}',
+        '0 seed=1 sam.rho=0.1 metrics/sam.json {"rho":0.1}',
+    ]
+    pod = run(quick, "again", "experiment.sh", **settings)  # the same, whose name it may have
+    assert stages_run(pod.log) == []
+
+    combinations.write_text("seed=7 sam.rho=0.2\n")  # prepare is the revision's: pulled, with no run recorded
+    quick.run("dvc", "remote", "add", "--local", "--default", "cluster", str(quick.folder.parent / "remote"))
+    quick.run("dvc", "push")
+    pod = Pod(quick, quick.folder.parent / "other")
+    assert pod.start("experiment.sh", **settings).wait(200) == 1
+    assert stages_run(pod.log) == ["sam-finetune"]
+    assert pod.log.splitlines()[-1].startswith("error: SWEEP: expected a name that is new at this revision")
+    run(quick, "named", "experiment.sh", SWEEP="second", **settings)
+    assert {"sweep-0", "second-0"} <= set(re.findall(r"(?:sweep|second)-\d", quick.run("dvc", "exp", "list")))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed file")  # the log's, which the process has
 def test_two_workers_run_one_study_and_its_runs_are_restored_elsewhere(tmp_path: Path) -> None:
@@ -249,6 +351,7 @@ def test_two_workers_run_one_study_and_its_runs_are_restored_elsewhere(tmp_path:
         pods[2]
         .start(
             "experiment.sh",
+            TARGETS="augment-preview evaluate",
             JOB_COMPLETION_INDEX="1",
             COMBINATIONS=str(tmp_path / "combinations"),
             PUSH_EXPERIMENTS="yes",

@@ -16,7 +16,10 @@ fi
 rm -rf checkout
 git clone --quiet "$REPOSITORY" checkout
 cd checkout
-git checkout --quiet --detach "$REVISION" --
+commit=$(git rev-parse --quiet --verify "$REVISION^{commit}" ||
+    git rev-parse --quiet --verify "origin/$REVISION^{commit}") ||
+    fail "REVISION: expected a commit, tag or branch of the repository, received $REVISION"
+git checkout --quiet --detach "$commit"
 git config user.name "${GIT_NAME:-flatmin}"
 git config user.email "${GIT_EMAIL:-flatmin@localhost}"
 dvc remote add --quiet --local --force --default cluster "$REMOTE"

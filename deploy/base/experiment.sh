@@ -1,7 +1,7 @@
 #!/bin/sh
 # One experiment of a sweep: line $JOB_COMPLETION_INDEX + 1 of $COMBINATIONS, a file with a combination of params a line
 # as in `sam.rho=0.1 seed=1`. Its runs go to the DVC remote, where the same experiment finds them again; its metrics to
-# the log; with PUSH_EXPERIMENTS=yes itself to the git repository.
+# the log; with PUSH_EXPERIMENTS=yes itself to the git repository. It runs $TARGETS and the stages that they need.
 set -eu
 scripts=$(cd "$(dirname "$0")" && pwd)
 . "$scripts/checkout.sh"
@@ -15,11 +15,37 @@ for setting in $combination; do set -- "$@" --set-param "$setting"; done
 set +f
 
 dvc fetch --quiet --run-cache --max-size 0  # the records of runs alone
-dvc exp run --pull --name "${SWEEP:-sweep}-$index" "$@"
-for stage in $(dvc stage list --name-only); do python "$scripts/push.py" "$stage"; done
-for metrics in metrics/*.json; do
-    printf '%s %s %s ' "$index" "$combination" "$metrics"
-    tr -d '\n' < "$metrics"
-    echo
-done
-if [ "${PUSH_EXPERIMENTS-}" = yes ]; then dvc exp push --no-cache "$REPOSITORY" "${SWEEP:-sweep}-$index"; fi
+name=${SWEEP:-sweep}-$index
+targets=${TARGETS:-sam-finetune}
+# shellcheck disable=SC2086  # several words
+dvc exp run --pull --name "$name" "$@" $targets
+
+# What the targets need and its metrics: those of other stages are still the revision's.
+# shellcheck disable=SC2086
+python - $targets > ../needed <<'END'
+import sys
+
+from dvc.repo import Repo
+
+with Repo() as repo:
+    needed = {stage for target in sys.argv[1:] for stage in repo.stage.collect(target, with_deps=True)}
+    stages = [stage for stage in repo.stage.collect() if stage in needed]  # in the order of dvc.yaml
+for stage in stages:
+    print(stage.addressing, *(out.def_path for out in stage.outs if out.metric))
+END
+while read -r stage metrics; do
+    python "$scripts/push.py" "$stage"
+    for file in $metrics; do
+        printf '%s %s %s ' "$index" "$combination" "$file"
+        tr -d '\n' < "$file"
+        echo
+    done
+done < ../needed
+
+if [ "${PUSH_EXPERIMENTS-}" = yes ]; then
+    reference=$(git for-each-ref --format='%(refname)' "refs/exps/*/*/$name")
+    dvc exp push --no-cache "$REPOSITORY" "$name"  # exits with 0, too, where another experiment has the name
+    git fetch --quiet "$REPOSITORY" "$reference"
+    git diff --quiet FETCH_HEAD "$reference" -- ||
+        fail "SWEEP: expected a name that is new at this revision, found another experiment $name in the repository"
+fi

@@ -12,8 +12,10 @@ def main(name: str) -> None:
     with Repo() as repo, repo.lock:
         runs = repo.stage_cache
         for stage in repo.stage.collect(name):
-            recorded = runs._create_stage(runs._load(stage))
-            for objects in recorded.get_used_objs().values():
+            record = runs._load(stage)
+            if record is None:  # it is as dvc.lock has it, and came from the remote
+                continue
+            for objects in runs._create_stage(record).get_used_objs().values():
                 failed = repo.cloud.push(objects).failed
                 if failed:
                     sys.exit(f"error: {name}: expected to push all its files to the DVC remote, failed: {len(failed)}")
