@@ -146,6 +146,14 @@ def test_a_sweep_has_an_index_for_each_combination() -> None:
     assert template(job("sweep"))["spec"]["restartPolicy"] == "Never"
 
 
+def test_the_settings_name_a_sweep_and_the_stages_that_it_runs() -> None:
+    settings = dict(line.split("=", 1) for line in (SCRIPTS / "settings.env").read_text().splitlines())
+    assert settings["SWEEP"]
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert settings["TARGETS"].split()
+    assert set(settings["TARGETS"].split()) <= set(stages)
+
+
 def test_no_manifest_holds_a_secret() -> None:
     for name in JOBS:
         (container,) = template(job(name))["spec"]["containers"]
