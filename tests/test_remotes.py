@@ -330,6 +330,7 @@ def test_no_credential_is_anywhere_but_in_its_file(machine: Machine, server: Ser
     assert in_file[1] in machine.study.run("dvc", "config", "--list")
 
     listed = [str(path.relative_to(machine.study.folder)) for path in machine.study.folder.rglob("*") if path.is_file()]
+    # As test_docker reads .dockerignore: no image is built.
     context = [name for name in listed if not ignored(name, IGNORE)]
     assert "requirements/cpu.txt" in context
     assert ".dvc/config.local" in set(listed) - set(context)
