@@ -72,4 +72,5 @@ bench: setup  ## Flatmin beside the usual pipelines: bench/results.json and docs
 	$(if $(QUICK),,$(RUN) python bench/tail.py)
 	$(if $(QUICK),,$(RUN) python bench/augmentation.py)
 	$(RUN) python bench/speed.py $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(RUN) python bench/repro.py)
 	$(if $(QUICK),,$(RUN) python bench/page.py)

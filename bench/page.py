@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from repro import table
 from speed import EPOCHS, TIMED, seconds
 
 from flatmin import reporting
@@ -102,6 +103,12 @@ def tails(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def profiles(results: dict[str, Any]) -> str:
+    """The last tables: where the default study's seconds go, and where they went."""
+    titles = {"profile": "`dvc repro` of the default study:", "profile_before": "Before tf.data's tuning was off:"}
+    return "\n".join(f"{title}\n\n{table(results[key])}" for key, title in titles.items() if key in results)
+
+
 def section(results: dict[str, Any]) -> str:
     """All that stands between the page's two comment lines."""
     plan = results["plan"]
@@ -110,7 +117,7 @@ def section(results: dict[str, Any]) -> str:
         f"EfficientNetLite0 at 128 pixels, batches of 128, RandAugment (n 3, m 7) and flips, four views. "
         f"Accuracies are of {plan['compared']:,} train images.\n"
     )
-    return "\n".join([said, times(results), figures(results), tails(results)])
+    return "\n".join([said, times(results), figures(results), tails(results), profiles(results)])
 
 
 def draw(results: dict[str, Any]) -> None:

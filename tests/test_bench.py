@@ -118,6 +118,7 @@ def whole_results(bench: Any) -> dict[str, Any]:
         **rest,
         "runs": runs,
         "augment_images_per_second": {"1": 1500.0},
+        "profile": {"finetune": {"importing": 3.0, "views": 0.0, "epochs": 30.0, "rest": 4.5}, "whole": {"rest": 40.0}},
         "tail": {"images_per_second": {"late": {"plain": 200.0}, "whole": {"plain": 50.0, "fold": 75.0}}},
         "extract_accuracy_difference": difference,
         "finetune_accuracy_difference": None,
@@ -130,6 +131,7 @@ def test_the_table_tells_what_was_measured(bench: Any) -> None:
     assert "| the original study's pipeline | 102 | Flatmin, `math: bfloat16` | 15 | 5.0 |" in text
     assert "| the tail, forward and backward | whole | late |\n|---|---|---|\n| plain | 50 (1.00) |" in text
     assert "| fold | 75 (1.50) |  |" in text
+    assert "| finetune | 3.0 |  | 30.0 | 4.5 | 37.5 |\n| whole |  |  |  | 40.0 | 40.0 |\n" in text
     assert "-0.25 points, standard error 0.12, 2 seeds" in text
     assert "| finetune's val accuracy less the original pipeline's | not measured |" in text
 
