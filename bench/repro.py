@@ -9,7 +9,6 @@ building, converting and tracing its network, checking and saving. What is left 
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -18,10 +17,9 @@ import time
 from pathlib import Path
 
 from sam_cost import RESULTS, add
-from speed import ROOT
+from speed import VIEW_LINE, clone_checkout
 
 STAGE = re.compile(r"Running stage '([^'@]+)(?:@(.+))?'")
-VIEW = re.compile(r"^(?:view \d+/\d+|val activations): .*\((?P<seconds>[\d.]+) s\)")
 EPOCH = re.compile(r"^\S+ \d+/\d+: loss .*\((?P<seconds>[\d.]+) s\)")
 IMPORTS = {  # what each stage imports once it runs
     "prepare": "from flatmin import params, records",
@@ -33,15 +31,6 @@ IMPORTS = {  # what each stage imports once it runs
     "evaluate": "from flatmin import evaluation, params",
 }
 PARTS = ("importing", "views", "epochs", "rest")
-
-
-def clone(folder: Path, commit: str) -> dict[str, str]:
-    """A clone of the checkout at a commit without what it has computed, and the environment to run it in."""
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-    subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=folder, check=True)
-    (folder / "dvc.lock").unlink()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "FLATMIN_CACHE": str(folder / "cache"), "PYTHONPATH": "src"}
 
 
 def importing(folder: Path, environment: dict[str, str]) -> dict[str, float]:
@@ -61,7 +50,8 @@ def measure(commit: str) -> dict[str, dict[str, float]]:
     """Stage -> part -> seconds; with `dvc` and `whole`, which have one part."""
     with tempfile.TemporaryDirectory(prefix="flatmin-profile-") as name:
         folder = Path(name) / "clone"
-        environment = clone(folder, commit)
+        environment = clone_checkout(folder, commit) | {"PYTHONPATH": "src"}
+        (folder / "dvc.lock").unlink()  # as if nothing had been computed
         imports = importing(folder, environment)
         command = ["dvc", "repro"]
         started = time.monotonic()
@@ -80,7 +70,7 @@ def measure(commit: str) -> dict[str, dict[str, float]]:
                 elif stage and line.startswith("Updating lock file"):
                     found[stage]["rest"] = now - since - sum(found[stage].values())
                     stage = ""
-                elif stage and (match := VIEW.match(line)):
+                elif stage and (match := VIEW_LINE.match(line)):
                     found[stage]["views"] += float(match["seconds"])
                 elif stage and (match := EPOCH.match(line)):
                     found[stage]["epochs"] += float(match["seconds"])

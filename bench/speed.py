@@ -279,18 +279,24 @@ def augment_rates(folder: Folder, chunks: int) -> dict[str, float]:
     return rates
 
 
+def clone_checkout(folder: Path, commit: str) -> dict[str, str]:
+    """Clone this checkout at a commit into `folder`; the environment to run it in, with a cache of its own."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=folder, check=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "FLATMIN_CACHE": f"{folder}_cache"}
+
+
 def noop_seconds(folder: Path) -> float:
     """Of a `dvc repro` that finds nothing to do: the default study, cut to an epoch a stage, in a clone."""
     clone = folder / "clone"
     shutil.rmtree(clone, ignore_errors=True)
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    environment = clone_checkout(clone, "HEAD")
     params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
     for stage in ("extract", "finetune"):
         params[stage] |= {"epochs": 1, "views": 1, "schedule": None}
     params["evaluate"]["sharpness"] = {"images": 8, "steps": 5, "probes": 2}
     (clone / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "FLATMIN_CACHE": str(folder / "clone_cache")}
 
     def repro() -> float:
         started = time.monotonic()

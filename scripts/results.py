@@ -13,15 +13,18 @@ of several seeds make a table.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import scipy.stats
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from sweep import read_kept
 
 from flatmin import reporting
 
@@ -47,10 +50,8 @@ def collect(folder: Path) -> list[Run]:
     """The runs of results.json with those of sweep.csv that succeeded, by name."""
     path = folder / "results.json"
     runs = {run["name"]: run for run in (reporting.read_json(path)["runs"] if path.exists() else [])}
-    with (folder / "sweep.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row.pop("status") == "succeeded":
-                runs[row["name"]] = {key: _value(cell) for key, cell in row.items() if cell != ""}
+    for name, row in read_kept(folder / "sweep.csv").items():
+        runs[name] = {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
     reporting.write_json(path, {"runs": list(runs.values())})
     return list(runs.values())
 

@@ -38,11 +38,10 @@ if [ "${2:-}" = sweep ]; then
     exec python scripts/sweep.py "$root/studies/$name/sweep.yaml" "$@"
 fi
 dvc repro
-export PYTHONPATH=src
 rm -rf "$root/studies/$name/metrics" "$root/studies/$name/plots"
 cp -R metrics plots dvc.lock "$root/studies/$name/"
 if [ -f predictions/predict.csv ]; then  # of images whose labels nobody knows here
-    python - "$root/studies/$name/test_predictions.csv" <<'END'
+    PYTHONPATH=src python - "$root/studies/$name/test_predictions.csv" <<'END'
 import csv, sys
 from flatmin import reporting
 columns = ("name", "finetune", "sam")
