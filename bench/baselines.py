@@ -109,12 +109,13 @@ def main(pipeline: str, stage: str, epochs: str) -> None:
     with reporting.quiet():
         import keras
 
-        from flatmin import training
+        from flatmin import runtime, training
         from flatmin.records import Records
 
     print("ready", flush=True)
     settings = params.load()
     recipe = getattr(settings, stage)
+    runtime.set_math(settings.runtime)
     keras.utils.set_random_seed(settings.seed)
     records = Records("data/records")
     data = {"original": original_data, "keras": keras_data}[pipeline]

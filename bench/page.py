@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from repro import table
-from speed import EPOCHS, TIMED, seconds
+from speed import EPOCHS, TIMED, seconds, speedup
 
 from flatmin import reporting
 
@@ -18,24 +18,22 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/speed.md"
 CHART = PAGE.with_suffix(".png")
 BEGIN, END = "<!-- from bench/results.json, by bench/page.py -->\n", "<!-- end -->\n"
-# A pipeline, a stage, and the run of Flatmin's beside it.
+# A stage, a pipeline, and the run of Flatmin's beside it.
 ROWS = (
-    ("original", "extract", "flatmin"),
-    ("keras", "extract", "flatmin"),
-    ("original", "finetune", "flatmin"),
-    ("original", "finetune", "bfloat16"),
+    ("extract", "original", "flatmin"),
+    ("extract", "keras", "flatmin"),
+    ("extract", "original", "flatmin-float32"),
+    ("extract", "original-half", "flatmin"),
+    ("finetune", "original", "flatmin"),
+    ("finetune", "original", "flatmin-float32"),
+    ("finetune", "original-half", "flatmin"),
 )
 NAMES = {
-    "original": "the original study's pipeline",
+    "original": "original",
+    "original-half": "original, `math: half`",
     "keras": "Keras' guide",
-    "flatmin": "Flatmin",
-    "bfloat16": "Flatmin, `math: bfloat16`",
-}
-KEYS = {
-    "original extract flatmin": "extract_speedup",
-    "keras extract flatmin": "keras_speedup",
-    "original finetune flatmin": "finetune_speedup",
-    "original finetune bfloat16": "finetune_bfloat16_speedup",
+    "flatmin": "`math: half`",
+    "flatmin-float32": "float32",
 }
 
 
@@ -48,13 +46,13 @@ def timed(results: dict[str, Any], side: str, stage: str) -> tuple[float, int, f
 def times(results: dict[str, Any]) -> str:
     """The first table: both sides of each comparison."""
     lines = [
-        "| stage | beside | seconds | ours | seconds | quicker by | epochs measured | importing, both |",
+        "| stage | pipeline | seconds | Flatmin | seconds | quicker by | epochs measured | importing, both |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for side, stage, own in ROWS:
+    for stage, side, own in ROWS:
         theirs, measured, imports = timed(results, side, stage)
         ours, _, our_imports = timed(results, own, stage)
-        factor = results[KEYS[f"{side} {stage} {own}"]]
+        factor = speedup(results["runs"], stage, side, own)
         lines.append(
             f"| {stage}, {EPOCHS[stage]} epochs | {NAMES[side]} | {theirs:.0f} | {NAMES[own]} | {ours:.0f} "
             f"| {factor:.1f} | {measured} of {EPOCHS[stage]} | {imports:.1f}, {our_imports:.1f} s |"
@@ -64,11 +62,12 @@ def times(results: dict[str, Any]) -> str:
 
 def accuracy(results: dict[str, Any], stage: str) -> str:
     found = results[f"{stage}_accuracy_difference"]
+    title = f"{stage}'s val accuracy, `math: half`, less the original pipeline's in float32"
     return (
-        f"| {stage}'s val accuracy less the original pipeline's | {found['mean']:+.2f} points, standard error "
+        f"| {title} | {found['mean']:+.2f} points, standard error "
         f"{found['standard_error']:.2f}, {found['seeds']} seeds |"
         if found
-        else f"| {stage}'s val accuracy less the original pipeline's | not measured |"
+        else f"| {title} | not measured |"
     )
 
 
@@ -81,6 +80,7 @@ def figures(results: dict[str, Any]) -> str:
         accuracy(results, "extract"),
         accuracy(results, "finetune"),
         f"| the trunk in LiteRT, TensorFlow = 1 | {results['trunk_litert_speedup']:.2f} |",
+        f"| the same with `math: half` | {results['trunk_litert_half_speedup']:.2f} |",
         *(f"| images a second augmented by {count} processes | {rate:.0f} |" for count, rate in sorted(rates.items())),
         f"| peak memory of extract with four times the images, 1 = with one | {results['peak_memory_growth']:.2f} |",
         f"| `dvc repro` with nothing to do | {results['repro_noop_seconds']:.1f} s |",
@@ -122,10 +122,13 @@ def section(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any]) -> None:
     """Bars: the seconds of each stage on both sides."""
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
-    runs = dict.fromkeys((stage, name) for side, stage, own in ROWS for name in (side, own))
-    bars = {f"{stage}\n{NAMES[name].replace('`', '')}": timed(results, name, stage)[0] for stage, name in sorted(runs)}
+    runs = dict.fromkeys((stage, name) for stage, side, own in ROWS for name in (side, own))
+    bars = {}
+    for stage, name in sorted(runs):
+        whose = "Flatmin, " if name.startswith("flatmin") else ""
+        bars[f"{stage}\n{whose}{NAMES[name].replace('`', '')}"] = timed(results, name, stage)[0]
     drawn = axes.barh(list(bars), list(bars.values()), color=["C1" if "Flatmin" in name else "C0" for name in bars])
     axes.bar_label(drawn, fmt="%.0f", padding=3)
     axes.invert_yaxis()

@@ -53,15 +53,24 @@ class Plan:
     val: int
     compared: int
     seeds: Sequence[int]
+    same_math: bool
     small: int
     chunks: int
     turns: int
 
 
-FULL = Plan(train=10_000, val=500, compared=2400, seeds=(0, 1, 2), small=1000, chunks=100, turns=5)
+FULL = Plan(train=10_000, val=500, compared=2400, seeds=(0, 1, 2), same_math=True, small=1000, chunks=100, turns=5)
 DIGITS = {"train": 1000, "compared": 1000, "small": 250}  # at most, as there are no more
-QUICK = Plan(train=2000, val=500, compared=0, seeds=(), small=500, chunks=30, turns=2)
+QUICK = Plan(train=2000, val=500, compared=0, seeds=(), same_math=False, small=500, chunks=30, turns=2)
 BASELINE_EPOCHS = 2  # timed; the others cost the same
+# runtime.math: Flatmin's setting for speed, and the pipelines as they are found; then each in the other's.
+SIDES = {
+    "flatmin": "half",
+    "original": "float32",
+    "keras": "float32",
+    "flatmin-float32": "float32",
+    "original-half": "half",
+}
 TIMED = "timed"  # what stands in the name of a run in place of a seed
 
 
@@ -195,34 +204,27 @@ def seconds(run: Run, epochs: int) -> float:
     return first + (epochs - 1) * (last - first) / others
 
 
-def compare(bench: Bench, folder: Folder, params: dict[str, Any], title: str) -> None:
-    """Run both sides in turns, as `title`: a seed, for their accuracies, or TIMED."""
-    folder.prepare(params)
+def compare(bench: Bench, folder: Folder, params: dict[str, Any], title: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """Run pairs of a side and a stage, as `title`: a seed, for their accuracies, or TIMED."""
 
-    def flatmin(*stage: str) -> Run:
-        folder.forget()
-        return folder.run(HERE / "stage.py", *stage)
-
-    def baseline(pipeline: str, stage: str) -> Run:
+    def run(side: str, stage: str) -> Run:
+        folder.prepare(params | {"runtime": {"math": SIDES[side]}})
+        pipeline = side.partition("-")[0]
+        if pipeline == "flatmin":
+            folder.forget()
+            return folder.run(HERE / "stage.py", stage, *([BACKBONE] if stage == "extract" else []))
         return folder.run(HERE / "baselines.py", pipeline, stage, BASELINE_EPOCHS if title == TIMED else EPOCHS[stage])
 
-    def finetune(run: Callable[..., Run], *arguments: Any) -> Run:
-        """Both sides fine-tune what Flatmin's first extract gave."""
-        if not (folder.path / "models/selected").exists():
+    def measured(side: str, stage: str) -> Run:
+        """To fine-tune, all start from what Flatmin's first extract gave."""
+        if stage == "finetune" and not (folder.path / "models/selected").exists():
             if not (folder.path / "models/extract").exists():
-                flatmin("extract", BACKBONE)
+                run("flatmin", "extract")
             shutil.copytree(folder.path / "models/extract" / BACKBONE, folder.path / "models/selected")
-        return run(*arguments)
+        return run(side, stage)
 
-    bench.once(f"flatmin extract {title}", lambda: flatmin("extract", BACKBONE))
-    if title == TIMED:
-        bench.once(f"keras extract {title}", lambda: baseline("keras", "extract"))
-    bench.once(f"original extract {title}", lambda: baseline("original", "extract"))
-    bench.once(f"flatmin finetune {title}", lambda: finetune(flatmin, "finetune"))
-    bench.once(f"original finetune {title}", lambda: finetune(baseline, "original", "finetune"))
-    if title == TIMED:
-        folder.prepare(params | {"runtime": {"math": "bfloat16"}})
-        bench.once(f"bfloat16 finetune {title}", lambda: finetune(flatmin, "finetune"))
+    for side, stage in pairs:
+        bench.once(f"{side} {stage} {title}", lambda side=side, stage=stage: measured(side, stage))
 
 
 def peak_memory(plan: Plan, folder: Path, times: int) -> int:
@@ -233,7 +235,7 @@ def peak_memory(plan: Plan, folder: Path, times: int) -> int:
 
 
 def trunk_rates(turns: int) -> dict[str, float]:
-    """Images a second of the frozen backbone in LiteRT and in TensorFlow, the quickest of the turns they take."""
+    """Images a second of the frozen backbone by each engine, the quickest of the turns they take."""
     import numpy as np
 
     from flatmin import classifier, trunk
@@ -243,8 +245,13 @@ def trunk_rates(turns: int) -> dict[str, float]:
     frozen, _ = model.cut(None)
     sample = np.random.default_rng(0).uniform(0, 255, (64, 128, 128, 3)).astype(np.float32)
     engines = {}
-    for name in ("litert", "tensorflow"):
-        _, engines[name] = trunk.engine(frozen, model.trunk_identity(None), Runtime(trunk=name), sample)
+    chosen = {
+        "litert": Runtime(trunk="litert"),
+        "litert half": Runtime(trunk="litert", math="half"),
+        "tensorflow": Runtime(trunk="tensorflow"),
+    }
+    for name, runtime in chosen.items():
+        _, engines[name] = trunk.engine(frozen, model.trunk_identity(None), runtime, sample)
         engines[name](sample)
     quickest = dict.fromkeys(engines, float("inf"))
     for _ in range(turns):
@@ -320,26 +327,35 @@ def difference(bench: Bench, plan: Plan, stage: str) -> dict[str, Any] | None:
     return {"mean": round(statistics.mean(points), 2), "standard_error": round(error, 2), "seeds": len(points)}
 
 
-def speedup(bench: Bench, side: str, stage: str, ours: str = "flatmin") -> float:
+def speedup(runs: Mapping[str, Run], stage: str, side: str, ours: str = "flatmin") -> float:
     """One side's time over another's."""
-    theirs, our = (seconds(bench.runs[f"{name} {stage} {TIMED}"], EPOCHS[stage]) for name in (side, ours))
+    theirs, our = (seconds(runs[f"{name} {stage} {TIMED}"], EPOCHS[stage]) for name in (side, ours))
     return round(theirs / our, 2)
+
+
+def same_math(runs: Mapping[str, Run]) -> dict[str, dict[str, float]]:
+    """The speedups with both sides in the same arithmetic, where that was measured."""
+    sides = {"float32": ("original", "flatmin-float32"), "half": ("original-half", "flatmin")}
+    return {name: {stage: speedup(runs, stage, *pair) for stage in EPOCHS} for name, pair in sides.items()}
 
 
 def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
     """All keys but those of the sharpness-aware step."""
     place = Folder(folder / "timed")
-    compare(bench, place, settings(plan.train, plan.val, 0), TIMED)
+    both = [(side, stage) for stage in EPOCHS for side in ("flatmin", "original")]
+    others = [(side, stage) for stage in EPOCHS for side in ("flatmin-float32", "original-half")]
+    pairs = [*both, ("keras", "extract"), *(others if plan.same_math else [])]
+    compare(bench, place, settings(plan.train, plan.val, 0), TIMED, pairs)
     for seed in plan.seeds:
-        compare(bench, Folder(folder / "compared"), settings(plan.compared, plan.val, seed), str(seed))
+        compare(bench, Folder(folder / "compared"), settings(plan.compared, plan.val, seed), str(seed), both)
     memory = [bench.once(f"peak memory {times}x", lambda t=times: peak_memory(plan, folder, t)) for times in (1, 4)]
     with reporting.quiet():
         rates = bench.once("trunk", lambda: trunk_rates(plan.turns))
     return {
-        "extract_speedup": speedup(bench, "original", "extract"),
-        "keras_speedup": speedup(bench, "keras", "extract"),
-        "finetune_speedup": speedup(bench, "original", "finetune"),
-        "finetune_bfloat16_speedup": speedup(bench, "original", "finetune", "bfloat16"),
+        "extract_speedup": speedup(bench.runs, "extract", "original"),
+        "keras_speedup": speedup(bench.runs, "extract", "keras"),
+        "finetune_speedup": speedup(bench.runs, "finetune", "original"),
+        "same_math_speedups": same_math(bench.runs) if plan.same_math else None,
         "torch_speedup": None,
         "extract_accuracy_difference": difference(bench, plan, "extract"),
         "finetune_accuracy_difference": difference(bench, plan, "finetune"),
@@ -347,6 +363,7 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
         "peak_memory_growth": round(memory[1] / memory[0], 3),
         "repro_noop_seconds": bench.once("noop", lambda: noop_seconds(folder)),
         "trunk_litert_speedup": round(rates["litert"] / rates["tensorflow"], 2),
+        "trunk_litert_half_speedup": round(rates["litert half"] / rates["tensorflow"], 2),
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from flatmin import cache, classifier, trunk
+from flatmin import cache, classifier, runtime, trunk
 from flatmin.params import Runtime
 from flatmin.reporting import InputError
 
@@ -57,6 +57,20 @@ def test_litert_gives_what_tensorflow_gives(
     changed = [path.stat().st_mtime_ns for path in kept]
     trunk.engine(frozen, identity, Runtime(trunk="litert"), PIXELS)
     assert [path.stat().st_mtime_ns for path in sorted((cache.folder() / "litert").glob("*/*.tflite"))] == changed
+
+
+@pytest.mark.slow
+def test_half_precision_rounds_where_the_processor_can() -> None:
+    built = classifier.create("EfficientNetLite0", ["a", "b"], SIZE, 0.2, 0, "imagenet")
+    frozen, _ = built.cut(None)
+    name, run = trunk.engine(frozen, built.trunk_identity(None), Runtime(math="half"), PIXELS)
+    assert name == "litert"
+    expected = frozen(PIXELS, training=False).numpy()
+    error = float(np.linalg.norm(run(PIXELS)[0] - expected) / np.linalg.norm(expected))
+    if runtime.has_float16():
+        assert 1e-3 < error < 3e-2
+    else:
+        assert error < 1e-5
 
 
 def test_tensorflow_runs_it_where_it_is_asked_for() -> None:

@@ -22,12 +22,17 @@ from flatmin.reporting import InputError
 
 def configure(runtime: Runtime, seed: int) -> None:
     """Set precision, seeds and determinism for this process, before it computes anything."""
-    if runtime.math == "bfloat16":  # for TensorFlow, and for oneDNN below it
-        os.environ |= {"TF_SET_ONEDNN_FPMATH_MODE": "BF16", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}
+    set_math(runtime)
     keras.utils.set_random_seed(seed)
     if runtime.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.config.set_dtype_policy(runtime.precision)
+
+
+def set_math(runtime: Runtime) -> None:
+    """What oneDNN multiplies float32 tensors in, before the process's first product."""
+    if runtime.math == "half":  # for TensorFlow, and for oneDNN below it
+        os.environ |= {"TF_SET_ONEDNN_FPMATH_MODE": "BF16", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}
 
 
 def strategy(runtime: Runtime) -> tf.distribute.Strategy:
@@ -97,7 +102,17 @@ def machine() -> list[str]:
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         return [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in gpus]
-    models: list[str] = []
-    with suppress(OSError):
-        models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    models = re.findall(r"^model name\s*: (.*)$", _cpuinfo(), re.MULTILINE)
     return [*sorted(set(models) or {platform.machine()}), f"{len(os.sched_getaffinity(0))} cores"]
+
+
+def has_float16() -> bool:
+    """Whether the processor computes in float16 itself, many numbers at a time: AVX512_FP16, or Arm's like."""
+    return bool(re.search(r"^(flags|Features)\s*:.*\b(avx512_fp16|asimdhp)\b", _cpuinfo(), re.MULTILINE))
+
+
+def _cpuinfo() -> str:
+    """What Linux says of the processor; nothing where there is no Linux."""
+    with suppress(OSError):
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return ""

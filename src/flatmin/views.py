@@ -105,11 +105,11 @@ def _generated(make: Callable[[], Iterator[Any]], signature: Any) -> tf.data.Dat
     return not_tuned(tf.data.Dataset.from_generator(make, output_signature=signature))
 
 
-def _resized(images: list[np.ndarray], size: int) -> Any:
-    """float32 [len(images), size, size, 3]; one call where they are alike."""
-    if len({image.shape for image in images}) == 1:
-        return resize(tf.constant(np.stack(images)), size)
-    return tf.stack([resize(tf.constant(image), size) for image in images])
+def _stacked(images: list[np.ndarray], size: int) -> np.ndarray:
+    """float32 [len(images), height, width, 3]: as they are where they are alike, else resized to `size`."""
+    if len({image.shape for image in images}) > 1:
+        images = [resize(tf.constant(image), size).numpy() for image in images]
+    return np.stack(images).astype(np.float32)
 
 
 def _shuffle_buffer(records: Records) -> int:
@@ -189,7 +189,7 @@ class Views:
         depends_on: dict[str, Any] = {
             "trunk": identity,
             "engine": self.engine,
-            "math": self.params.runtime.math if self.engine == "tensorflow" else None,
+            "math": self.params.runtime.math,
             "machine": runtime.machine(),
             "records": self.records.digest,
         }
@@ -229,12 +229,13 @@ class Views:
             images = plain(self.records, "val", self.size, TRUNK_BATCH).map(lambda pixels, _: pixels)
         else:
 
-            def resized() -> Iterator[Any]:
+            def stacked() -> Iterator[np.ndarray]:
                 for chunk, _ in _chunks(self.records, augmenter, view, self.share):
-                    yield _resized(chunk, self.size)
+                    yield _stacked(chunk, self.size)
 
-            signature = tf.TensorSpec((None, self.size, self.size, 3), tf.float32)
-            images = _generated(resized, signature).prefetch(2)
+            # Resized behind the generator: LiteRT holds Python's lock while it computes.
+            images = _generated(stacked, tf.TensorSpec((None, None, None, 3), tf.float32)).prefetch(4)
+            images = images.map(lambda chunk: resize(chunk, self.size)).prefetch(2)
         yield from images.as_numpy_iterator()
 
     def epoch(self, number: int, batch_size: int) -> tf.data.Dataset:
