@@ -204,11 +204,17 @@ def seconds(run: Run, epochs: int) -> float:
     return first + (epochs - 1) * (last - first) / others
 
 
-def compare(bench: Bench, folder: Folder, params: dict[str, Any], title: str, pairs: Sequence[tuple[str, str]]) -> None:
-    """Run pairs of a side and a stage, as `title`: a seed, for their accuracies, or TIMED."""
+def compare(
+    bench: Bench, folder: Folder, plan: tuple[int, int], seed: int, title: str, pairs: Sequence[tuple[str, str]]
+) -> None:
+    """Run pairs of a side and a stage, as `title`: a seed, for their accuracies, or TIMED.
 
-    def run(side: str, stage: str) -> Run:
-        folder.prepare(params | {"runtime": {"math": SIDES[side]}})
+    plan: how many train and val images. They are seed 0's, whatever the seed and in whatever run of the bench.
+    """
+    folder.prepare(settings(*plan, 0))
+
+    def run(side: str, stage: str, seed: int = seed) -> Run:
+        folder.prepare(settings(*plan, seed) | {"runtime": {"math": SIDES[side]}})
         pipeline = side.partition("-")[0]
         if pipeline == "flatmin":
             folder.forget()
@@ -216,10 +222,9 @@ def compare(bench: Bench, folder: Folder, params: dict[str, Any], title: str, pa
         return folder.run(HERE / "baselines.py", pipeline, stage, BASELINE_EPOCHS if title == TIMED else EPOCHS[stage])
 
     def measured(side: str, stage: str) -> Run:
-        """To fine-tune, all start from what Flatmin's first extract gave."""
+        """To fine-tune, all start from what Flatmin's extract gave for seed 0."""
         if stage == "finetune" and not (folder.path / "models/selected").exists():
-            if not (folder.path / "models/extract").exists():
-                run("flatmin", "extract")
+            run("flatmin", "extract", seed=0)
             shutil.copytree(folder.path / "models/extract" / BACKBONE, folder.path / "models/selected")
         return run(side, stage)
 
@@ -345,9 +350,9 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
     both = [(side, stage) for stage in EPOCHS for side in ("flatmin", "original")]
     others = [(side, stage) for stage in EPOCHS for side in ("flatmin-float32", "original-half")]
     pairs = [*both, ("keras", "extract"), *(others if plan.same_math else [])]
-    compare(bench, place, settings(plan.train, plan.val, 0), TIMED, pairs)
+    compare(bench, place, (plan.train, plan.val), 0, TIMED, pairs)
     for seed in plan.seeds:
-        compare(bench, Folder(folder / "compared"), settings(plan.compared, plan.val, seed), str(seed), both)
+        compare(bench, Folder(folder / "compared"), (plan.compared, plan.val), seed, str(seed), both)
     memory = [bench.once(f"peak memory {times}x", lambda t=times: peak_memory(plan, folder, t)) for times in (1, 4)]
     with reporting.quiet():
         rates = bench.once("trunk", lambda: trunk_rates(plan.turns))

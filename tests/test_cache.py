@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +114,21 @@ def test_two_processes_make_it_once(folder: Path) -> None:
         process.join()
         assert process.exitcode == 0
     assert (folder.parent / "made").read_text() == "x"
+
+
+def test_who_made_it_may_go_on_using_it(folder: Path) -> None:
+    """Two find none at the same time; one makes it and holds it for a training that waits for the other."""
+    make("a")
+    folder.joinpath("a").rename(folder.parent / "made")
+    with open(folder / "a.lock", "rb") as maker:
+        fcntl.flock(maker, fcntl.LOCK_SH)
+        other = threading.Thread(target=Entry, args=("kind", "a", refusing), daemon=True)
+        other.start()
+        other.join(timeout=0.5)
+        assert other.is_alive()
+        (folder.parent / "made").rename(folder / "a")
+        other.join(timeout=10)
+        assert not other.is_alive()
 
 
 def test_the_longest_unused_goes_first_and_nothing_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from repository import ROOT
+
+from flatmin import runtime
+from flatmin.params import Runtime
 
 PROGRAM = """
 import sys
@@ -40,3 +45,9 @@ def test_half_rounds_products_where_the_processor_can(tmp_path: Path) -> None:
         assert 5e-4 < error < 1e-2
     else:
         assert error < 1e-5
+
+
+def test_params_decide_and_not_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    runtime.set_math(Runtime())
+    assert "ONEDNN_DEFAULT_FPMATH_MODE" not in os.environ

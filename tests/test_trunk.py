@@ -119,4 +119,4 @@ def test_what_differs_runs_in_tensorflow(capsys: pytest.CaptureFixture[str]) -> 
     assert trunk.engine(doubled, identity, Runtime(), PIXELS)[0] == "litert"
     tripled, _ = model(lambda x: x * 3)
     assert trunk.engine(tripled, identity, Runtime(), PIXELS)[0] == "tensorflow"
-    assert "activations that differ by 255, with 765 the largest" in capsys.readouterr().out
+    assert "activations that differ by 0.333 of their norm" in capsys.readouterr().out

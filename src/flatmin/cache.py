@@ -1,6 +1,7 @@
 """Folders under `$FLATMIN_CACHE` that can be made again: found by what they depend on, checked, pruned to a limit.
 
-`$FLATMIN_CACHE_LIMIT` is how many bytes they may take in all. Neither variable changes a result.
+`$FLATMIN_CACHE_LIMIT` is how many bytes views may take in all; conversions for LiteRT, as large as weights, are kept.
+Neither variable changes a result.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -86,9 +89,13 @@ class Entry:
     def _hold(self) -> None:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         while not _intact(self.folder):
-            fcntl.flock(self._lock, fcntl.LOCK_EX)  # lets go of the shared lock first: another may have made it since
-            if not _intact(self.folder):
-                self._fill()
+            try:  # not waiting: who has made it holds a shared lock for long
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another makes it; the shared lock is lost all the same
+                time.sleep(0.1)
+            else:
+                if not _intact(self.folder):
+                    self._fill()
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         os.utime(self.folder)  # the most recently used
 
@@ -172,12 +179,17 @@ def _limit() -> int:
 
 
 def _last_use(lock: Path) -> float:
-    entry = lock.with_suffix("")
-    return entry.stat().st_mtime if entry.exists() else 0.0
+    with suppress(FileNotFoundError):
+        return lock.with_suffix("").stat().st_mtime
+    return 0.0
 
 
 def _used(root: Path) -> int:
-    return sum(path.stat().st_size for path in root.glob("*/*"))
+    found = 0
+    for entry in root.iterdir():
+        with suppress(FileNotFoundError, NotADirectoryError):  # another process removes or renames it meanwhile; a lock
+            found += sum(path.stat().st_size for path in entry.iterdir())
+    return found
 
 
 def _free(root: Path) -> int:

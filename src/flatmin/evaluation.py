@@ -27,7 +27,8 @@ def evaluate(params: Params) -> None:
     Writes metrics/evaluate.json, plots/sharpness.png, predictions/{role}.csv, and for a labelled test
     plots/confusion.csv and plots/class_accuracy.csv.
     """
-    runtime.configure(params.runtime, params.seed)
+    # Scores are the network's own, and second derivatives are beyond half precision, whatever the training's.
+    runtime.configure(params.runtime.model_copy(update={"math": "float32"}), params.seed)
     records = Records("data/records")
     logits = {role: _logits(records, role, params.evaluate) for role in ("test", "predict") if role in records.roles}
     with reporting.whole("predictions") as aside:

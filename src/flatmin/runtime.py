@@ -31,8 +31,11 @@ def configure(runtime: Runtime, seed: int) -> None:
 
 def set_math(runtime: Runtime) -> None:
     """What oneDNN multiplies float32 tensors in, before the process's first product."""
-    if runtime.math == "half":  # for TensorFlow, and for oneDNN below it
-        os.environ |= {"TF_SET_ONEDNN_FPMATH_MODE": "BF16", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}
+    for variable in ("TF_SET_ONEDNN_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"):
+        if runtime.math == "half":
+            os.environ[variable] = "BF16"
+        else:
+            os.environ.pop(variable, None)
 
 
 def strategy(runtime: Runtime) -> tf.distribute.Strategy:

@@ -120,7 +120,7 @@ def _run(job: Job) -> None:
         stack.enter_context(trainer.together())
         if job.recipe.views:
             share = Share(worker, workers, strategy.num_replicas_in_sync // workers)
-            kept = Views(records, model, job.params, job.recipe.views, share)
+            kept = Views(records, model, job.params, min(job.recipe.views, job.recipe.epochs), share)
             trainer.views = stack.enter_context(closing(kept))
         history = trainer.train(state)
         if worker == 0 or os.environ.get("FLATMIN_WRITERS") == "all":

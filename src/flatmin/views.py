@@ -166,14 +166,14 @@ class Views:
         self.trunk, _ = model.cut(model.description.fine_tune_at)
         identity = model.trunk_identity(model.description.fine_tune_at)
         sample = next(iter(plain(records, "train", self.size, TRUNK_BATCH)))[0].numpy()
-        self.engine, self._run = trunk.engine(self.trunk, identity, params.runtime, sample)
+        self.engine, run = trunk.engine(self.trunk, identity, params.runtime, sample)
         self._examples = np.flatnonzero(share.has(np.arange(records.count("train"))))
         keys = {view: self._key(identity, view) for view in (None, *range(number))}
         with ExitStack() as stack, Augmenter(params.augment, params.seed) as augmenter:
 
             def opened(view: int | None) -> Activations:
                 title = "val activations" if view is None else f"view {view + 1}/{number}"
-                entry = cache.Entry("views", keys[view], lambda folder: self._fill(folder, view, title, augmenter))
+                entry = cache.Entry("views", keys[view], lambda folder: self._fill(folder, view, title, augmenter, run))
                 return stack.enter_context(closing(Activations(entry)))
 
             missing = [view for view, key in keys.items() if not cache.exists("views", key)]
@@ -189,7 +189,7 @@ class Views:
         depends_on: dict[str, Any] = {
             "trunk": identity,
             "engine": self.engine,
-            "math": self.params.runtime.math,
+            "math": [self.params.runtime.math, runtime.has_float16()],
             "machine": runtime.machine(),
             "records": self.records.digest,
         }
@@ -205,7 +205,7 @@ class Views:
         values = sum(math.prod(tensor.shape[1:]) for tensor in self.trunk.outputs)
         return self._count(view) * values * DTYPE.itemsize
 
-    def _fill(self, folder: Path, view: int | None, title: str, augmenter: Augmenter) -> None:
+    def _fill(self, folder: Path, view: int | None, title: str, augmenter: Augmenter, run: trunk.Run) -> None:
         """Run the trunk over a view, batch by batch, into `folder`."""
         count = self._count(view)
         started = time.monotonic()
@@ -219,7 +219,7 @@ class Views:
             for pixels in reporting.progress(
                 self._pixels(view, augmenter), title, math.ceil(count / TRUNK_BATCH), "batch"
             ):
-                for tensor, file in zip(self._run(pixels), files, strict=True):
+                for tensor, file in zip(run(pixels), files, strict=True):
                     file.write(_halved(tensor).data)
         reporting.log(f"{title}: {count} images, {self._bytes(view)} bytes ({time.monotonic() - started:.1f} s)")
 
