@@ -35,7 +35,7 @@ METHODS = {  # with its gradient evaluations an image and epoch of the first
     "sam": ("sam-finetune", "2"),
     "every": ("sam-finetune, `every: 5`", "1.2"),
 }
-DATA = ("data.train_per_class", "data.label_noise")
+DATA = ("data.name", "data.train_per_class", "data.label_noise")
 FIGURES = {
     "test accuracy": "test.accuracy",
     "ECE": "test.ece",
@@ -81,9 +81,10 @@ def methods(runs: Sequence[Run]) -> dict[Group, dict[str, dict[Any, Run]]]:
 
 
 def title(group: Group) -> str:
-    per_class, noise = group
-    images = f"{per_class} training images a class" if per_class else "All training images"
-    return images + (f", {100 * noise:g} % of their labels wrong" if noise else "")
+    name, per_class, noise = group
+    images = f"{per_class} training images a class" if per_class else "all training images"
+    wrong = f", {100 * noise:g} % of their labels wrong" if noise else ""
+    return f"{name.rpartition('/')[2]}, {images}{wrong}"
 
 
 def paired(first: Mapping[Any, Run], second: Mapping[Any, Run]) -> str:
@@ -155,7 +156,7 @@ def section(runs: Sequence[Run]) -> str:
 
 
 def _sorted(groups: Mapping[Group, Any]) -> list[tuple[Group, Any]]:
-    return sorted(groups.items(), key=lambda pair: [value or 0 for value in pair[0]])
+    return sorted(groups.items(), key=lambda pair: (pair[0][0], *[value or 0 for value in pair[0][1:]]))
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:

@@ -22,7 +22,8 @@ PAGES = sorted(path.parent for path in (ROOT / "studies").glob("*/results.json")
 
 def evaluated(name: str, seed: int, accuracies: tuple[float, float], **values: Any) -> dict[str, Any]:
     """A run with these test accuracies of finetune and sam."""
-    run: dict[str, Any] = {"name": name, "seed": seed, "sam.epochs": 2, "seconds": 60.0} | values
+    run: dict[str, Any] = {"name": name, "seed": seed, "data.name": "visual/cifar", "sam.epochs": 2, "seconds": 60.0}
+    run |= values
     for role, accuracy in zip(("finetune", "sam"), accuracies, strict=True):
         keys = {
             "test.accuracy": accuracy,
@@ -41,6 +42,7 @@ RUNS = [
     evaluated("c", 1, (0.66, 0.67), **{"finetune.epochs": 2, "sam.every": 5}),
     evaluated("d", 2, (0.68, 0.68), **{"finetune.epochs": 2, "sam.every": 5}),
     evaluated("e", 1, (0.50, 0.51), **{"data.train_per_class": 10}),
+    evaluated("h", 1, (0.90, 0.91), **{"data.name": "digits", "data.label_noise": 0.2}),
     {"name": "f", "targets": "finetune", "seed": 1, "backbones": ["A"], "finetune/val.accuracy": 0.5, "seconds": 90},
     {
         "name": "g",
@@ -55,8 +57,9 @@ RUNS = [
 
 def test_methods_stand_beside_each_other_seed_by_seed() -> None:
     text = results.section(RUNS)
-    assert "### All training images\n" in text
-    assert "### 10 training images a class\n" in text
+    assert "### cifar, all training images\n" in text
+    assert "### cifar, 10 training images a class\n" in text
+    assert "### digits, all training images, 20 % of their labels wrong\n" in text
     same = "0.0500 ± 0.0000 | 0.2000 ± 0.0000 | 9.5 ± 0.0 |"
     assert f"| finetune, twice the epochs | 2 | 2 | 0.7100 ± 0.0141 | {same}" in text
     # 3 and 2 points less, whose mean has a standard error of half a point and an interval of 12.706 of these.
