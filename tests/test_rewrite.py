@@ -120,6 +120,16 @@ def test_each_part_gives_the_same_alone(fold: bool, depthwise: bool) -> None:
     assert_same(outputs_and_gradients(fast, boundary), outputs_and_gradients(tail, boundary))
 
 
+def test_half_precision_rounds_what_one_pixel_is_multiplied_with() -> None:
+    tail, boundary = tail_of("EfficientNetLite0", "block6a_expand_conv", "float32")
+    plain = rewrite.faster(tail)
+    expected = outputs_and_gradients(plain, boundary)
+    received = outputs_and_gradients(rewrite.faster(tail, half=True), boundary)
+    away = [np.linalg.norm(one - other) / np.linalg.norm(other) for one, other in zip(received, expected, strict=True)]
+    assert 2**-12 < away[0] < 2**-6  # bfloat16 rounds to 8 bits
+    assert max(away) < 0.5  # in few and small images, ReLUs that switch count for much
+
+
 def test_a_cut_inside_a_residual_block_gives_several_boundary_tensors() -> None:
     tail, boundary = tail_of("EfficientNetLite0", "block6b_dwconv")
     assert len(boundary) == 2
@@ -206,6 +216,22 @@ def _other_layers(x: Any) -> Any:
     x = keras.layers.SeparableConv2D(6, 3)(keras.layers.ZeroPadding2D()(x))
     x = keras.layers.BatchNormalization()(keras.layers.Conv2D(6, 3)(keras.layers.BatchNormalization()(x)))
     return keras.activations.gelu(x) * 2.0
+
+
+def test_a_product_of_bfloat16_matrices_convolves() -> None:
+    random = np.random.default_rng(0)
+    inputs, kernel, upstream = (  # integers, which bfloat16 holds exactly
+        tf.constant(random.integers(-2, 3, shape), tf.float32) for shape in ((2, 3, 4, 5), (1, 1, 5, 6), (2, 3, 4, 6))
+    )
+
+    def run(convolve: Callable[[Any, Any], Any]) -> list[np.ndarray]:
+        with tf.GradientTape() as tape:
+            tape.watch([inputs, kernel])
+            outputs = convolve(inputs, kernel)
+        return [each.numpy() for each in (outputs, *tape.gradient(outputs, [inputs, kernel], upstream))]
+
+    for one, other in zip(run(rewrite._pointwise), run(lambda x, w: tf.nn.conv2d(x, w, 1, "SAME")), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("build", [_bias, _multiplier, _groups, _wide_with_activation, _other_layers])

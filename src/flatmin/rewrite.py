@@ -1,9 +1,13 @@
-"""The same tail, quicker on CPU: BatchNorm folded into convolutions, a quicker gradient of wide depthwise kernels."""
+"""The same tail, quicker on CPU: BatchNorm folded into convolutions, quicker gradients of wide depthwise kernels.
+
+And, where half precision is asked for, convolutions of one pixel as products of bfloat16 matrices.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import keras
@@ -15,13 +19,14 @@ FULL = ("float32", "float64")
 Calls = dict[int, Callable[..., Any]]  # the id of an operation -> what is called in its place
 
 
-def faster(tail: Tail, fold: bool = True, depthwise: bool = True) -> Tail:
+def faster(tail: Tail, fold: bool = True, depthwise: bool = True, half: bool = False) -> Tail:
     """A tail with the same variables in the same order, outputs and gradients, but for rounding.
 
     Args:
         fold: multiply a convolution's kernel by the scale of the BatchNorm behind it, whose statistics the tail never
             changes, in place of its outputs. Gradients of kernel, gamma and beta then need no pass over activations.
         depthwise: take the gradient of depthwise kernels wider than three by TensorFlow's own code (`_depthwise`).
+        half: multiply in bfloat16 what convolutions of one pixel do in float32 (`_pointwise`), which rounds to 8 bits.
 
     Returns:
         the tail itself where there is a GPU or nothing to gain. Layers that are of no such kind, or compute in half
@@ -29,7 +34,7 @@ def faster(tail: Tail, fold: bool = True, depthwise: bool = True) -> Tail:
     """
     if tail.body is None or tf.config.list_logical_devices("GPU"):
         return tail
-    calls = _calls(tail.body, fold, depthwise)
+    calls = _calls(tail.body, fold, depthwise, half)
     return Tail(_Rewritten(tail.body, calls), tail.head) if calls else tail
 
 
@@ -47,16 +52,23 @@ class _Rewritten(keras.Model):
         return self.plain._run_through_graph(inputs, operation_fn=lambda each: self._calls.get(id(each), each))
 
 
-def _calls(model: keras.Model, fold: bool, depthwise: bool) -> Calls:
+def _calls(model: keras.Model, fold: bool, depthwise: bool, half: bool) -> Calls:
+    def convolve(layer: Any) -> Callable[[Any, Any], Any] | None:
+        """What convolves in the layer's place, where something does."""
+        if half and _is_pointwise(layer):
+            return _pointwise
+        if depthwise and _is_wide(layer):
+            return partial(_depthwise, stride=layer.strides[0], padding=layer.padding.upper())
+        return None
+
     calls: Calls = {}
     if fold:
         for layer, norm in _pairs(model):
-            calls[id(layer)] = _convolution(layer, norm, depthwise)
+            calls[id(layer)] = _convolution(layer, norm, convolve(layer) or _own(layer))
             calls[id(norm)] = lambda inputs, mask=None: inputs
-    if depthwise:
-        for layer in model.layers:
-            if id(layer) not in calls and _is_plain(layer) and _is_wide(layer):
-                calls[id(layer)] = _convolution(layer, None, depthwise)
+    for layer in model.layers:
+        if id(layer) not in calls and _is_plain(layer) and (convolution := convolve(layer)):
+            calls[id(layer)] = _convolution(layer, None, convolution)
     return calls
 
 
@@ -101,7 +113,26 @@ def _is_wide(layer: Any) -> bool:
     )
 
 
-def _convolution(layer: Any, norm: Any | None, depthwise: bool) -> Callable[[Any], Any]:
+def _is_pointwise(layer: Any) -> bool:
+    """Whether a layer in float32 multiplies each pixel's channels by one matrix, not too small."""
+    return (
+        isinstance(layer, keras.layers.Conv2D)
+        and layer.compute_dtype == "float32"
+        and min(layer.kernel.shape[2:]) >= 32  # below, casting takes what multiplying saves
+        and (layer.kernel_size, layer.strides, layer.groups) == ((1, 1), (1, 1), 1)
+    )
+
+
+def _own(layer: Any) -> Callable[[Any, Any], Any]:
+    """How a layer convolves."""
+    if isinstance(layer, keras.layers.Conv2D):
+        return layer.convolution_op
+    return lambda inputs, kernel: keras.ops.depthwise_conv(
+        inputs, kernel, layer.strides, layer.padding, layer.data_format, layer.dilation_rate
+    )
+
+
+def _convolution(layer: Any, norm: Any | None, convolve: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
     """What calls the layer, and the BatchNorm behind it if there is one, reading variables when it is called."""
 
     def call(inputs: Any) -> Any:
@@ -114,17 +145,21 @@ def _convolution(layer: Any, norm: Any | None, depthwise: bool) -> Callable[[Any
             bias = norm.beta - mean * scale if norm.center else -mean * scale
             # A depthwise kernel's last two axes are those of the outputs.
             kernel = kernel * (scale if isinstance(layer, keras.layers.Conv2D) else tf.reshape(scale, kernel.shape[2:]))
-        if isinstance(layer, keras.layers.Conv2D):
-            outputs = layer.convolution_op(inputs, kernel)
-        elif depthwise and _is_wide(layer) and None not in inputs.shape[1:3]:
-            outputs = _depthwise(inputs, kernel, layer.strides[0], layer.padding.upper())
-        else:
-            outputs = keras.ops.depthwise_conv(
-                inputs, kernel, layer.strides, layer.padding, layer.data_format, layer.dilation_rate
-            )
+        outputs = convolve(inputs, kernel)
         return layer.activation(outputs if bias is None else tf.nn.bias_add(outputs, bias))
 
     return call
+
+
+def _pointwise(inputs: Any, kernel: Any) -> Any:
+    """A convolution of one pixel as the product of two bfloat16 matrices, forward and backward; in and out float32.
+
+    oneDNN's BF16 mode leaves small ones of these in float32, and takes more than twice as long for them.
+    """
+    shape = tf.shape(inputs)
+    pixels = tf.cast(tf.reshape(inputs, (-1, kernel.shape[2])), "bfloat16")
+    products = tf.cast(tf.matmul(pixels, tf.cast(kernel[0, 0], "bfloat16")), "float32")
+    return tf.reshape(products, tf.concat([shape[:3], kernel.shape[3:]], axis=0))
 
 
 def _depthwise(inputs: Any, kernel: Any, stride: int, padding: str) -> Any:
@@ -134,6 +169,8 @@ def _depthwise(inputs: Any, kernel: Any, stride: int, padding: str) -> Any:
     quicker in oneDNN.
     """
     strides = [1, stride, stride, 1]
+    if None in inputs.shape[1:3]:
+        return tf.nn.depthwise_conv2d(inputs, kernel, strides, padding)
 
     @tf.custom_gradient
     def convolve(inputs: Any, kernel: Any) -> Any:

@@ -111,7 +111,16 @@ def machine() -> list[str]:
 
 def has_float16() -> bool:
     """Whether the processor computes in float16 itself, many numbers at a time: AVX512_FP16, or Arm's like."""
-    return bool(re.search(r"^(flags|Features)\s*:.*\b(avx512_fp16|asimdhp)\b", _cpuinfo(), re.MULTILINE))
+    return _has("avx512_fp16", "asimdhp")
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself: AMX, AVX512_BF16, or Arm's like."""
+    return _has("amx_bf16", "avx512_bf16", "bf16")
+
+
+def _has(*features: str) -> bool:
+    return bool(re.search(rf"^(flags|Features)\s*:.*\b({'|'.join(features)})\b", _cpuinfo(), re.MULTILINE))
 
 
 def _cpuinfo() -> str:

@@ -167,7 +167,7 @@ class Trainer:
         self.views: Views | None = None
         self.steps = math.ceil(records.count("train") / self.recipe.batch_size)
         self.trunk, tail = model.cut(model.description.fine_tune_at)
-        self.tail = rewrite.faster(tail)
+        self.tail = rewrite.faster(tail, half=job.params.runtime.math == "half" and runtime.has_bfloat16())
         _build(self.trunk, self.tail, model.description.image_size)
         settings = sam.Settings(rho=0.0) if job.sam is None else sam.Settings(**job.sam.settings())
         self.optimizer = make_optimizer(self.recipe, self.steps / settings.accumulate)
