@@ -27,6 +27,7 @@ PARTS = {
     "fold": {"fold": True, "depthwise": False},
     "depthwise": {"fold": False, "depthwise": True},
     "both": {"fold": True, "depthwise": True},
+    "both, bfloat16 products": {"fold": True, "depthwise": True, "half": True},
 }
 # The cut of the ideas beside the rewrite, each tried on top of it and compared with `both`.
 SHORT = "behind block 8"
@@ -118,8 +119,8 @@ def main() -> None:
     """Measure all, write the results and print the table."""
     found = {cut: process({}, cut, ["plain", *PARTS], cut == SHORT) for cut in CUTS}
     for name, environment in ENVIRONMENTS.items():
-        made = process(environment, SHORT, ["plain", "both"])
-        found[SHORT] |= {f"{name}, plain": made["plain"], f"{name}, both": made["both"]}
+        made = process(environment, SHORT, ["plain", "both", "both, bfloat16 products"])
+        found[SHORT] |= {f"{name}, {variant}": rate for variant, rate in made.items()}
     speedups = {cut: round(of["both"] / of["plain"], 2) for cut, of in found.items()}
     add(RESULTS, {"tail": {"images_per_second": found, "speedup": speedups}})
     print("| tail | variant | images a second | plain = 1 |\n|---|---|---|---|")

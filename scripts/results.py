@@ -2,12 +2,12 @@
 
     python scripts/results.py studies/cifar100
 
-results.json keeps every run that sweep.csv ever had as succeeded. What stands between the two comment lines of
-README.md is written anew, and accuracy.png.
+results.json keeps every run that sweep.csv ever had as succeeded, and the one of `make study`. What stands between the
+two comment lines of README.md is written anew, and accuracy.png.
 
-An experiment that reached evaluate compares two of the four methods: finetune for twice the epochs of sam-finetune with
-it, at equal gradient evaluations; or finetune with a cheaper SAM for the same epochs. Experiments of the same data and
-of several seeds make a table.
+An experiment with `sam.epochs` that reached evaluate compares two of the four methods: finetune for twice the epochs of
+sam-finetune with it, at equal gradient evaluations; or finetune with a cheaper SAM for the same epochs. Experiments of
+the same data and of several seeds make a table. One without `sam.epochs` is the study's recipe, with another seed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from sweep import read_kept
+from sweep import FIGURES as FILES
+from sweep import leaves, read_kept
 
-from flatmin import reporting
+from flatmin import params, reporting
 
 BEGIN, END = "<!-- from results.json, by scripts/results.py -->\n", "<!-- end -->\n"
 METHODS = {  # with its gradient evaluations an image and epoch of the first
@@ -52,6 +53,11 @@ def collect(folder: Path) -> list[Run]:
     runs = {run["name"]: run for run in (reporting.read_json(path)["runs"] if path.exists() else [])}
     for name, row in read_kept(folder / "sweep.csv").items():
         runs[name] = {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
+    if (folder / "metrics/evaluate.json").exists():
+        runs["study"] = {"name": "study", "targets": "evaluate", "seed": params.load(folder / "params.yaml").seed}
+        for file in FILES.values():
+            metrics = reporting.read_json(folder / f"metrics/{file}.json")
+            runs["study"] |= {f"{file}/{key}": value for key, value in leaves(metrics)}
     reporting.write_json(path, {"runs": list(runs.values())})
     return list(runs.values())
 
@@ -63,11 +69,32 @@ def _value(cell: str) -> Any:
         return cell
 
 
+def recipe(runs: Sequence[Run]) -> str:
+    """What each stage of the study's own params gave, a row for each seed; nothing before `make study`."""
+    found = [run for run in runs if _is_evaluated(run) and "sam.epochs" not in run]
+    if not found:
+        return ""
+    lines = ["| seed | stage | val accuracy | test accuracy | test top-5 | ECE |", "|---|---|---|---|---|---|"]
+    for run in sorted(found, key=lambda run: run["seed"]):
+        for stage, file in {"extract": "select", "finetune": "finetune", "sam": "sam"}.items():
+            figures = [f"{run[f'evaluate/{stage}.test.{key}']:.4f}" for key in ("accuracy", "top5_accuracy", "ece")]
+            lines.append(f"| {run['seed']} | {stage} | {run[f'{file}/val.accuracy']:.4f} | {' | '.join(figures)} |")
+    for run in found:
+        points = [100 * run[f"evaluate/sam_minus_finetune.{end}"] for end in ("accuracy", "low", "high")]
+        text = "- Seed {}: sam less finetune {:+.2f} points, over images [{:+.2f}, {:+.2f}], p {:.2g}."
+        lines += ["", text.format(run["seed"], *points, run["evaluate/sam_minus_finetune.p_value"])]
+    return "### The recipe, on the official validation images\n\n" + "\n".join(lines) + "\n"
+
+
+def _is_evaluated(run: Run) -> bool:
+    return "evaluate/sam.test.accuracy" in run
+
+
 def methods(runs: Sequence[Run]) -> dict[Group, dict[str, dict[Any, Run]]]:
     """Data -> method -> seed -> its figures, of the runs that were evaluated."""
     found: dict[Group, dict[str, dict[Any, Run]]] = {}
     for run in runs:
-        if "evaluate/sam.test.accuracy" not in run or "sam.epochs" not in run:
+        if not _is_evaluated(run) or "sam.epochs" not in run:
             continue
         cheaper = run.get("sam.every", 1) > 1
         group = found.setdefault(tuple(run.get(key) for key in DATA), {})
@@ -131,7 +158,7 @@ def _spread(values: Sequence[float]) -> str:
 def trials(runs: Sequence[Run]) -> str:
     """Every run that was not evaluated, by its val accuracy."""
     lines = ["| run | seed | val accuracy | minutes |", "|---|---|---|---|"]
-    figures = [(_val(run), run) for run in runs if "evaluate/sam.test.accuracy" not in run]
+    figures = [(_val(run), run) for run in runs if not _is_evaluated(run)]
     for accuracy, run in sorted(figures, key=lambda pair: -pair[0]):
         known = ("name", "targets", "seed", "seconds")
         values = ", ".join(f"`{key}: {_shown(run[key])}`" for key in run if key not in known and "/" not in key)
@@ -152,7 +179,7 @@ def _shown(value: Any) -> str:
 def section(runs: Sequence[Run]) -> str:
     """All that stands between the page's two comment lines."""
     parts = [f"### {title(group)}\n\n{table(found)}" for group, found in _sorted(methods(runs))]
-    return "\n".join([*parts, f"### Trials, chosen among by val\n\n{trials(runs)}"])
+    return "\n".join([*filter(None, [recipe(runs)]), *parts, f"### Trials, chosen among by val\n\n{trials(runs)}"])
 
 
 def _sorted(groups: Mapping[Group, Any]) -> list[tuple[Group, Any]]:

@@ -352,7 +352,7 @@ def table(
         for stage, file in FIGURES.items() if ref else ():
             if stage in run.stages:
                 values = json.loads(_output("git", "show", f"{ref}:metrics/{file}.json"))
-                row |= {f"{file}/{key}": value for key, value in _leaves(values)}
+                row |= {f"{file}/{key}": value for key, value in leaves(values)}
         if not ref:
             row |= {key: value for key, value in before.items() if "/" in key and value != ""}
         figures |= {key: None for key in row if "/" in key}
@@ -371,10 +371,11 @@ def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict | list) else "" if value is None else value
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings, each with its keys joined by dots."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

@@ -67,6 +67,20 @@ def test_methods_stand_beside_each_other_seed_by_seed() -> None:
     assert "- Seed 2: sam-finetune less finetune of twice the epochs -2.00 points, over images [-2.00, +1.00]." in text
 
 
+def test_the_recipe_has_a_row_for_each_stage_and_seed() -> None:
+    assert "The recipe" not in results.section(RUNS)
+    run = evaluated("study", 7, (0.85, 0.86))
+    del run["sam.epochs"]
+    run |= {f"evaluate/{stage}.test.top5_accuracy": 0.97 for stage in ("extract", "finetune", "sam")}
+    run |= {"evaluate/extract.test.accuracy": 0.74, "evaluate/extract.test.ece": 0.03}
+    run |= {f"{file}/val.accuracy": 0.88 for file in ("select", "finetune", "sam")}
+    run["evaluate/sam_minus_finetune.p_value"] = 0.123
+    text = results.section([*RUNS, run])
+    assert "| 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |" in text
+    assert "| 7 | sam | 0.8800 | 0.8600 | 0.9700 | 0.0500 |" in text
+    assert "- Seed 7: sam less finetune +1.00 points, over images [-2.00, +1.00], p 0.12." in text
+
+
 def test_trials_are_ranked_by_val_and_have_no_test_figure() -> None:
     text = results.section(RUNS).split("### Trials")[1]
     assert text.index("| sam-finetune: ") < text.index("| finetune: `backbones: [A]` | 1 | 0.5000 | 2 |")
