@@ -164,15 +164,7 @@ def main() -> None:
     print("| | " + " | ".join(measured) + " |\n|---|" + "---|" * len(measured))
     for name in next(iter(measured.values())):
         print(f"| {name} | " + " | ".join(f"{of[name]:.0f}" for of in measured.values()) + " |")
-    default = measured[f"72 px, {next(iter(RECIPES))}"]
-    results = {
-        "augment_images_per_second": {
-            str(workers): default[f"imgaug, workers: {workers}"]
-            for workers in range(1, len(os.sched_getaffinity(0)) + 1)
-        },
-        "augmentation": {"images_per_second": measured, "operations_mean_difference": print_operations()},
-    }
-    add(RESULTS, results)
+    add(RESULTS, {"augmentation": {"images_per_second": measured, "operations_mean_difference": print_operations()}})
 
 
 if __name__ == "__main__":

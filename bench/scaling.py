@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from speed import CIFAR, has_cifar
 
 from flatmin import reporting
 from flatmin.reporting import InputError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("scaling.json")
-CIFAR = "visual_domain_decathlon/cifar100"
 BACKBONE = "EfficientNetLite0"
 STAGES = {
     "extract-train": ["stages/extract_train.py", BACKBONE],
@@ -481,11 +481,6 @@ def of_machine() -> dict[str, Any]:
     from flatmin import runtime
 
     return {"machine": runtime.machine(), "images": "CIFAR-100" if has_cifar() else "digits"}
-
-
-def has_cifar() -> bool:
-    folder = os.environ.get("TFDS_DATA_DIR")
-    return folder is not None and (Path(folder) / CIFAR).is_dir()
 
 
 def source_images() -> Iterator[tuple[bytes, int]]:

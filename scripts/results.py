@@ -160,7 +160,7 @@ def trials(runs: Sequence[Run]) -> str:
     lines = ["| run | seed | val accuracy | minutes |", "|---|---|---|---|"]
     figures = [(_val(run), run) for run in runs if not _is_evaluated(run)]
     for accuracy, run in sorted(figures, key=lambda pair: -pair[0]):
-        known = ("name", "targets", "seed", "seconds")
+        known = ("name", "targets", "seed", "seconds", "data.splits")
         values = ", ".join(f"`{key}: {_shown(run[key])}`" for key in run if key not in known and "/" not in key)
         lines.append(
             f"| {run['targets']}: {values} | {run['seed']} | {accuracy:.4f} | {float(run['seconds']) / 60:.0f} |"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shutil
 import sys
@@ -16,18 +16,8 @@ from flatmin.reporting import InputError
 
 PAGE = (ROOT / "docs/sizing.md").read_text()
 
-
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("scaling", ROOT / "bench/scaling.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scaling"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-scaling = load()
+sys.path.append(str(ROOT / "bench"))
+scaling: Any = importlib.import_module("scaling")
 RESULTS: dict[str, Any] = json.loads((ROOT / "bench/scaling.json").read_text())
 
 
