@@ -22,6 +22,7 @@ BEGIN, END = "<!-- from bench/results.json, by bench/page.py -->\n", "<!-- end -
 ROWS = (
     ("extract", "original", "flatmin"),
     ("extract", "keras", "flatmin"),
+    ("extract", "torch", "flatmin"),
     ("extract", "original", "flatmin-float32"),
     ("extract", "original-half", "flatmin"),
     ("finetune", "original", "flatmin"),
@@ -32,6 +33,7 @@ NAMES = {
     "original": "original",
     "original-half": "original, `math: half`",
     "keras": "Keras' guide",
+    "torch": "PyTorch",
     "flatmin": "`math: half`",
     "flatmin-float32": "float32",
 }
@@ -43,13 +45,18 @@ def timed(results: dict[str, Any], side: str, stage: str) -> tuple[float, int, f
     return seconds(run, EPOCHS[stage]), len(run["epoch_seconds"]), run["import_seconds"]
 
 
+def rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """ROWS without PyTorch where it was not installed."""
+    return [row for row in ROWS if f"{row[1]} {row[0]} {TIMED}" in results["runs"]]
+
+
 def times(results: dict[str, Any]) -> str:
     """The first table: both sides of each comparison."""
     lines = [
         "| stage | pipeline | seconds | Flatmin | seconds | quicker by | epochs measured | importing, both |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for stage, side, own in ROWS:
+    for stage, side, own in rows(results):
         theirs, measured, imports = timed(results, side, stage)
         ours, _, our_imports = timed(results, own, stage)
         factor = speedup(results["runs"], stage, side, own)
@@ -115,7 +122,7 @@ def section(results: dict[str, Any]) -> str:
     said = (
         f"{' '.join(results['machine'])}: {plan['train']:,} train and {plan['val']:,} val images of {results['data']}, "
         f"EfficientNetLite0 at 128 pixels, batches of 128, RandAugment (n 3, m 7) and flips, four views. "
-        f"Accuracies are of {plan['compared']:,} train images.\n"
+        f"Accuracies are of {plan['compared']:,} train and {plan['compared_val']:,} val images.\n"
     )
     return "\n".join([said, times(results), figures(results), tails(results), profiles(results)])
 
@@ -124,7 +131,7 @@ def draw(results: dict[str, Any]) -> None:
     """Bars: the seconds of each stage on both sides."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
-    runs = dict.fromkeys((stage, name) for stage, side, own in ROWS for name in (side, own))
+    runs = dict.fromkeys((stage, name) for stage, side, own in rows(results) for name in (side, own))
     bars = {}
     for stage, name in sorted(runs):
         whose = "Flatmin, " if name.startswith("flatmin") else ""

@@ -12,6 +12,7 @@ Each measurement is kept under `runs` as soon as it is made, so that a bench tha
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -44,7 +45,7 @@ Run = dict[str, Any]
 class Plan:
     """How much is measured.
 
-    train, val: images of the timed trainings. compared: train images of those whose accuracies are compared, whole and
+    train, val: images of the timed trainings. compared, compared_val: of those whose accuracies are compared, whole and
     for each of the seeds; 0 leaves them out. small: train images of the memory's two stages, the second with four times
     as many. chunks: of 32 images, augmented for the rate. turns: of the trunk's two engines.
     """
@@ -52,6 +53,7 @@ class Plan:
     train: int
     val: int
     compared: int
+    compared_val: int
     seeds: Sequence[int]
     same_math: bool
     small: int
@@ -59,9 +61,19 @@ class Plan:
     turns: int
 
 
-FULL = Plan(train=10_000, val=500, compared=2400, seeds=(0, 1, 2), same_math=True, small=1000, chunks=100, turns=5)
-DIGITS = {"train": 1000, "compared": 1000, "small": 250}  # at most, as there are no more
-QUICK = Plan(train=2000, val=500, compared=0, seeds=(), same_math=False, small=500, chunks=30, turns=2)
+FULL = Plan(
+    train=15_000,
+    val=500,
+    compared=2000,
+    compared_val=1000,
+    seeds=(0, 1, 2),
+    same_math=True,
+    small=1000,
+    chunks=100,
+    turns=5,
+)
+DIGITS = {"train": 1000, "compared": 1000, "compared_val": 500, "small": 250}  # at most, as there are no more
+QUICK = Plan(train=2000, val=500, compared=0, compared_val=0, seeds=(), same_math=False, small=500, chunks=30, turns=2)
 BASELINE_EPOCHS = 2  # timed; the others cost the same
 # runtime.math: Flatmin's setting for speed, and the pipelines as they are found; then each in the other's.
 SIDES = {
@@ -70,6 +82,7 @@ SIDES = {
     "keras": "float32",
     "flatmin-float32": "float32",
     "original-half": "half",
+    "torch": "float32",
 }
 TIMED = "timed"  # what stands in the name of a run in place of a seed
 
@@ -98,9 +111,9 @@ def settings(train: int, val: int, seed: int, epochs: Mapping[str, int] = EPOCHS
         "data": data(train, val),
         "augment": {"engine": "imgaug", "n": 3, "m": 7, "flip": True},
         "backbones": [BACKBONE],
-        "extract": recipe | {"learning_rate": 0.003, "epochs": epochs["extract"]},
+        "extract": recipe | {"learning_rate": 1e-3, "epochs": epochs["extract"]},  # the original study's rates
         "select": {},
-        "finetune": recipe | {"learning_rate": 0.0003, "epochs": epochs["finetune"]},
+        "finetune": recipe | {"learning_rate": 1e-4, "epochs": epochs["finetune"]},
         "sam": {},
         "evaluate": {},
     }
@@ -132,7 +145,8 @@ class Folder:
             epoch. val_accuracy: each epoch's. views_seconds: of each view. process_seconds: all. peak_bytes: of memory,
             by the process or one of its own, whichever has more.
         """
-        variables = {"FLATMIN_CACHE": str(self.cache), "PYTHONPATH": str(ROOT / "src")}
+        paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])  # a PyTorch may lie aside
+        variables = {"FLATMIN_CACHE": str(self.cache), "PYTHONPATH": paths}
         started = time.monotonic()
         ready, lines = 0.0, []
         found: Run = {"epoch_seconds": [], "val_accuracy": [], "views_seconds": []}
@@ -219,7 +233,10 @@ def compare(
         if pipeline == "flatmin":
             folder.forget()
             return folder.run(HERE / "stage.py", stage, *([BACKBONE] if stage == "extract" else []))
-        return folder.run(HERE / "baselines.py", pipeline, stage, BASELINE_EPOCHS if title == TIMED else EPOCHS[stage])
+        epochs = BASELINE_EPOCHS if title == TIMED else EPOCHS[stage]
+        if pipeline == "torch":
+            return folder.run(HERE / "torch_baseline.py", epochs)
+        return folder.run(HERE / "baselines.py", pipeline, stage, epochs)
 
     def measured(side: str, stage: str) -> Run:
         """To fine-tune, all start from what Flatmin's extract gave for seed 0."""
@@ -349,10 +366,11 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
     place = Folder(folder / "timed")
     both = [(side, stage) for stage in EPOCHS for side in ("flatmin", "original")]
     others = [(side, stage) for stage in EPOCHS for side in ("flatmin-float32", "original-half")]
-    pairs = [*both, ("keras", "extract"), *(others if plan.same_math else [])]
+    torch = [("torch", "extract")] if importlib.util.find_spec("torch") else []
+    pairs = [*both, ("keras", "extract"), *torch, *(others if plan.same_math else [])]
     compare(bench, place, (plan.train, plan.val), 0, TIMED, pairs)
     for seed in plan.seeds:
-        compare(bench, Folder(folder / "compared"), (plan.compared, plan.val), seed, str(seed), both)
+        compare(bench, Folder(folder / "compared"), (plan.compared, plan.compared_val), seed, str(seed), both)
     memory = [bench.once(f"peak memory {times}x", lambda t=times: peak_memory(plan, folder, t)) for times in (1, 4)]
     with reporting.quiet():
         rates = bench.once("trunk", lambda: trunk_rates(plan.turns))
@@ -361,7 +379,7 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
         "keras_speedup": speedup(bench.runs, "extract", "keras"),
         "finetune_speedup": speedup(bench.runs, "finetune", "original"),
         "same_math_speedups": same_math(bench.runs) if plan.same_math else None,
-        "torch_speedup": None,
+        "torch_speedup": speedup(bench.runs, "extract", "torch") if torch else None,
         "extract_accuracy_difference": difference(bench, plan, "extract"),
         "finetune_accuracy_difference": difference(bench, plan, "finetune"),
         "augment_images_per_second": bench.once("augment", lambda: augment_rates(place, plan.chunks)),

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,19 @@ def test_images_names_and_labels_belong_together(tmp_path: Path) -> None:
             np.testing.assert_array_equal(image, np.asarray(Image.open(source / name)))
             expected = -1 if role == "predict" else ["cat", "dog"].index(name.split("/")[1])
             assert label == expected
+
+
+@pytest.mark.parametrize("is_wanted", [None, lambda position: position % 3 == 1])
+def test_arrays_are_the_images_whatever_their_sizes(is_wanted: Callable[[Any], Any] | None, tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", train=20, test=1)  # more than are handed over at once
+    Image.new("RGB", (5, 9)).save(source / "train" / "cat" / "small.png")
+    write(data(source), 0, tmp_path / "records")
+    read = Records(tmp_path / "records")
+    expected = [image for image, _ in read.images("train", is_wanted).as_numpy_iterator()]
+    assert len({image.shape for image in expected}) == 2 if is_wanted is None else len(expected) == 13
+    for one, other in zip(read.arrays("train", is_wanted), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == np.uint8
 
 
 def test_encoded_images_are_those_of_the_source(tmp_path: Path) -> None:

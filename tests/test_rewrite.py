@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,8 +127,8 @@ def test_half_precision_rounds_what_one_pixel_is_multiplied_with() -> None:
     expected = outputs_and_gradients(plain, boundary)
     received = outputs_and_gradients(rewrite.faster(tail, half=True), boundary)
     away = [np.linalg.norm(one - other) / np.linalg.norm(other) for one, other in zip(received, expected, strict=True)]
-    assert 2**-12 < away[0] < 2**-6  # bfloat16 rounds to 8 bits
-    assert max(away) < 0.5  # in few and small images, ReLUs that switch count for much
+    assert away[0] == 0  # forward it is oneDNN's mode that rounds, which is not on here
+    assert 2**-12 < max(away) < 2**-4  # bfloat16 rounds to 8 bits
 
 
 def test_a_cut_inside_a_residual_block_gives_several_boundary_tensors() -> None:
@@ -242,14 +243,15 @@ def test_kinds_of_layers_give_the_same(build: Callable[[Any], Any]) -> None:
     assert_same(outputs_and_gradients(fast, boundary), outputs_and_gradients(tail, boundary), 1e-5)
 
 
-@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(("size", "padding"), [(4, "same"), *itertools.product((7, 8), ("same", "valid"))])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [7, 8])
-@pytest.mark.parametrize("kernel", [(5, 5), (7, 7), (2, 4)])
-def test_gradients_of_wide_depthwise_kernels(kernel: tuple[int, int], size: int, stride: int, padding: str) -> None:
+@pytest.mark.parametrize("kernel", [(5, 5, 1), (3, 5, 1), (7, 7, 1), (2, 4, 1), (5, 5, 2)])  # two: of each channel
+def test_gradients_of_wide_depthwise_kernels(
+    kernel: tuple[int, int, int], size: int, stride: int, padding: str
+) -> None:
     random = np.random.default_rng(0)
     inputs = tf.constant(random.normal(size=(2, size, size + 3, 3)), tf.float32)
-    weights = tf.constant(random.normal(size=(*kernel, 3, 2)), tf.float32)
+    weights = tf.constant(random.normal(size=(*kernel[:2], 3, kernel[2])), tf.float32)
 
     def run(convolve: Callable[[Any, Any], Any]) -> list[np.ndarray]:
         with tf.GradientTape() as tape:

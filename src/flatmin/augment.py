@@ -182,16 +182,12 @@ def _augment_file(path: str, shapes: list[tuple[int, ...]], how: tuple[Augment, 
 
 
 def _write(file: int, images: list[np.ndarray]) -> None:
-    start = 0
-    for image in images:
-        start += os.pwrite(file, np.ascontiguousarray(image).data, start)
+    os.pwritev(file, [np.ascontiguousarray(image).data for image in images], 0)
 
 
 def _read(file: int, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
     images = [np.empty(shape, np.uint8) for shape in shapes]
-    start = 0
-    for image in images:
-        start += os.preadv(file, [image.data], start)
+    os.preadv(file, [image.data for image in images], 0)
     return images
 
 

@@ -96,7 +96,7 @@ def _chunks(
     """A share's training images in the records' order, augmented, and their labels, chunk by chunk."""
     labels = records.labels("train")
     mine = [chunk for chunk in range(math.ceil(len(labels) / CHUNK)) if share.has(chunk * CHUNK)]
-    images = (image for image, _ in records.images("train", share.has).as_numpy_iterator())
+    images = records.arrays("train", share.has)
     for number, chunk in zip(mine, augmenter.chunks(images, epoch, mine), strict=True):
         yield chunk, labels[number * CHUNK :][: len(chunk)]
 
