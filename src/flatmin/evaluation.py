@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 import tensorflow as tf
 
-from flatmin import classifier, reporting, runtime, sharpness, views
+from flatmin import classifier, reporting, rewrite, runtime, sharpness, views
 from flatmin.classifier import Classifier
 from flatmin.params import Evaluate, Params
 from flatmin.records import Records
@@ -82,6 +82,7 @@ def measure_sharpness(records: Records, settings: Evaluate, seed: int) -> dict[s
         model = classifier.load(MODELS[name])
         trunk, tail = model.cut(model.description.fine_tune_at)
         batches = [(trunk(pixels, training=False), labels) for pixels, labels in _sample(records, model, settings)]
+        tail = rewrite.faster(tail)
         derivatives = derivatives or sharpness.Derivatives(tail, _cross_entropy, batches[0])
         tail(batches[0][0])  # has its variables only then
         surface = sharpness.Surface(derivatives, tail, batches)
