@@ -1,7 +1,7 @@
 # Everything a user or developer runs. Only Python 3.11, git and make are needed.
 PYTHON ?= python3.11
 VENV := .venv
-RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH=src
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}"
 
 .PHONY: repro test setup check-params study sweep study-sweep lock image image-test docker-repro docker-shell bench
 .DELETE_ON_ERROR:

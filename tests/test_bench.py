@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import shutil
 import struct
@@ -84,6 +84,12 @@ def test_a_failing_run_tells_what_it_printed(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("seed: 1\n")
     with pytest.raises(RuntimeError, match=r"exited 1:\nready\nerror: params.yaml: .*"):
         speed.Folder(tmp_path).run(speed.HERE / "stage.py", "finetune")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
+def test_without_pytorch_its_pipeline_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"exited 1:\nerror: torch: expected PyTorch installed, found none"):
+        speed.Folder(tmp_path).run(speed.HERE / "torch_baseline.py", 2)
 
 
 @pytest.mark.slow
