@@ -62,7 +62,7 @@ class Plan:
 
 
 FULL = Plan(
-    train=15_000,
+    train=12_000,
     val=500,
     compared=2000,
     compared_val=1000,
