@@ -96,7 +96,7 @@ def has_cifar() -> bool:
 def data(train: int, val: int) -> dict[str, Any]:
     """The `data` section, with equally many train images of each class: CIFAR-100, else the digits, as large."""
     if has_cifar():
-        splits = {"train": f"train[:{4 * train}]", "val": f"validation[:{val}]", "test": "validation[-100:]"}
+        splits = {"train": f"train[:{min(4 * train, 40_000)}]", "val": f"validation[:{val}]", "test": "validation[-100:]"}
         return {"source": "tfds", "name": CIFAR, "splits": splits, "train_per_class": train // 100}
     splits = {"train": "train[:1200]", "val": f"train[1200:{1200 + val}]", "test": "train[-90:]"}
     return {"source": "bundled", "name": "digits", "image_size": 72, "splits": splits, "train_per_class": train // 10}

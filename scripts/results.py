@@ -169,7 +169,9 @@ def trials(runs: Sequence[Run]) -> str:
 
 
 def _val(run: Run) -> float:
-    return float(run["sam/val.accuracy"] if "sam/val.accuracy" in run else run["finetune/val.accuracy"])
+    """Of the last stage that was run."""
+    stages = [stage for stage in ("sam", "finetune", "select") if f"{stage}/val.accuracy" in run]
+    return float(run[f"{stages[0]}/val.accuracy"])
 
 
 def _shown(value: Any) -> str:
