@@ -1,8 +1,8 @@
 """What a sharpness-aware step costs beside a plain one: time and memory, as ratios from one run.
 
-`make bench` writes bench/results.json and prints the table of docs/sam.md. Time: the tail of EfficientNetLite0 that the
-default study trains (96 px, batches of 50, AdamW), plain and sharpness-aware steps taking turns, the quickest turn of
-each, since what else runs on a machine only ever slows a turn.
+`make bench` writes bench/results.json and prints the table of docs/sam.md. Time: a tail of EfficientNetLite0 at
+the default study's size (96 px, batches of 50, AdamW), plain and sharpness-aware steps taking turns, the quickest turn
+of each, since what else runs on a machine only ever slows a turn.
 Memory: peak resident size of a process that trains dense layers whose weights outweigh everything else.
 `--quick` measures the times alone, in fewer turns, for bench/results-quick.json.
 """

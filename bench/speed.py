@@ -96,7 +96,11 @@ def has_cifar() -> bool:
 def data(train: int, val: int) -> dict[str, Any]:
     """The `data` section, with equally many train images of each class: CIFAR-100, else the digits, as large."""
     if has_cifar():
-        splits = {"train": f"train[:{min(4 * train, 40_000)}]", "val": f"validation[:{val}]", "test": "validation[-100:]"}
+        splits = {
+            "train": f"train[:{min(4 * train, 40_000)}]",
+            "val": f"validation[:{val}]",
+            "test": "validation[-100:]",
+        }
         return {"source": "tfds", "name": CIFAR, "splits": splits, "train_per_class": train // 100}
     splits = {"train": "train[:1200]", "val": f"train[1200:{1200 + val}]", "test": "train[-90:]"}
     return {"source": "bundled", "name": "digits", "image_size": 72, "splits": splits, "train_per_class": train // 10}
@@ -183,7 +187,7 @@ class Bench:
 
     def __init__(self, path: Path, plan: Plan) -> None:
         """Go on with the file's runs if they are of this plan and machine and the bench did not come to its end."""
-        from flatmin import runtime
+        from flatmin import cache, runtime
 
         self.path = path
         before = reporting.read_json(path) if path.exists() else {}
@@ -191,6 +195,7 @@ class Bench:
             "plan": asdict(plan) | {"seeds": list(plan.seeds)},
             "machine": runtime.machine(),
             "data": data(1, 1)["name"],
+            "code": cache.key({}, sorted(HERE.glob("*.py"))),
         }
         is_same = all(before.get(key) == value for key, value in about.items()) and not before.get("is_complete")
         self.runs: dict[str, Any] = before.get("runs", {}) if is_same else {}

@@ -59,7 +59,7 @@ def collect(folder: Path) -> list[Run]:
             metrics = reporting.read_json(folder / f"metrics/{file}.json")
             runs["study"] |= {f"{file}/{key}": value for key, value in leaves(metrics)}
     reporting.write_json(path, {"runs": list(runs.values())})
-    return list(runs.values())
+    return reporting.read_json(path)["runs"]  # as everybody else reads them: their keys are in order
 
 
 def _value(cell: str) -> Any:

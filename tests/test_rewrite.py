@@ -264,6 +264,32 @@ def test_gradients_of_wide_depthwise_kernels(
     assert_same(run(lambda x, w: rewrite._depthwise(x, w, stride, padding.upper())), expected, 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 3, 2), (1, 6, 1, 1), (2, 9, 5, 3)])
+def test_the_gradient_of_a_kernel_of_five_in_small_and_narrow_images(shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(0)
+    inputs, upstream = (tf.constant(random.normal(size=shape)) for _ in range(2))
+    kernel = (5, 5, shape[3], 1)
+    expected = rewrite._kernel_of_any(inputs, upstream, kernel, 1, "SAME").numpy()
+    np.testing.assert_allclose(rewrite._kernel_of_five(inputs, upstream, kernel), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivatives_are_the_same() -> None:
+    tail, boundary = tail_of("EfficientNetLite0", "block5b_expand_conv")
+
+    def product(tail: Tail) -> list[np.ndarray]:
+        """The Hessian times the vector of ones, variable by variable."""
+        values = [variable.value for variable in tail.trainable_variables]
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                logits = tail(boundary, training=False)
+                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(tf.range(3), logits))
+            gradients = inner.gradient(loss, values)
+        found = outer.gradient(gradients, values, [tf.ones_like(value) for value in values])
+        return [loss.numpy(), *(each.numpy() for each in found)]
+
+    assert_same(product(rewrite.faster(tail)), product(tail), 1e-5)
+
+
 def updates(rewritten: bool, settings: sam.Settings) -> list[np.ndarray]:
     """Logits before a step of SGD, and how far it moves each weight of a tail."""
     keras.utils.set_random_seed(0)

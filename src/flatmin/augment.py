@@ -78,7 +78,7 @@ _augmenters: dict[tuple[int, int], Any] = {}
 
 
 def _randaugment(n: int, m: int) -> Any:
-    """imgaug's RandAugment (arXiv:1909.13719) with its zoom and its 14 operations, but not its built-in mirroring."""
+    """imgaug's RandAugment (arXiv:1909.13719) with its zoom and its 18 operations, but not its built-in mirroring."""
     if (n, m) not in _augmenters:
         # imgaug 0.4 names NumPy's old aliases of Python's types.
         for alias, of in (("bool", bool), ("complex", complex)):
@@ -182,12 +182,16 @@ def _augment_file(path: str, shapes: list[tuple[int, ...]], how: tuple[Augment, 
 
 
 def _write(file: int, images: list[np.ndarray]) -> None:
-    os.pwritev(file, [np.ascontiguousarray(image).data for image in images], 0)
+    start = 0
+    for image in images:
+        start += os.pwrite(file, np.ascontiguousarray(image).data, start)
 
 
 def _read(file: int, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
     images = [np.empty(shape, np.uint8) for shape in shapes]
-    os.preadv(file, [image.data for image in images], 0)
+    start = 0
+    for image in images:
+        start += os.preadv(file, [image.data], start)
     return images
 
 

@@ -24,7 +24,7 @@ from flatmin.reporting import InputError
 
 LIMIT = 50 * 10**9
 CHECKSUMS = "checksums.json"
-LIBRARIES = ("tensorflow", "keras", "numpy", "imgaug", "ai-edge-litert")
+LIBRARIES = ("tensorflow", "keras", "numpy", "imgaug", "opencv-python-headless", "pillow", "ai-edge-litert")
 
 
 def folder() -> Path:
@@ -156,10 +156,8 @@ def make_room(kind: str, needed: int) -> None:
     root = folder() / kind
     root.mkdir(parents=True, exist_ok=True)
     limit = _limit()
-    for lock in sorted(root.glob("*.lock"), key=_last_use):
-        if _used(root) + needed <= limit and needed <= _free(root):
-            return
-        _remove_unused(lock)
+    if needed <= min(limit, _used(root) + _free(root)):  # else nothing is removed in vain
+        _remove_oldest(root, limit, needed)
     if _used(root) + needed > limit:
         raise InputError(
             f"$FLATMIN_CACHE_LIMIT: expected at least {_used(root) + needed} bytes ({needed} for this, "
@@ -167,6 +165,13 @@ def make_room(kind: str, needed: int) -> None:
         )
     if needed > _free(root):
         raise InputError(f"$FLATMIN_CACHE: expected {needed} bytes free in {root}, received {_free(root)}")
+
+
+def _remove_oldest(root: Path, limit: int, needed: int) -> None:
+    for lock in sorted(root.glob("*.lock"), key=_last_use):
+        if _used(root) + needed <= limit and needed <= _free(root):
+            return
+        _remove_unused(lock)
 
 
 def _limit() -> int:

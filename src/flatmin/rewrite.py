@@ -1,6 +1,6 @@
 """The same tail, quicker on CPU: BatchNorm folded into convolutions, quicker gradients of wide depthwise kernels.
 
-And, where half precision is asked for, convolutions of one pixel as products of bfloat16 matrices.
+And, where half precision is asked for, the gradients of convolutions of one pixel as products of bfloat16 matrices.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def faster(tail: Tail, fold: bool = True, depthwise: bool = True, half: bool = F
     Args:
         fold: multiply a convolution's kernel by the scale of the BatchNorm behind it, whose statistics the tail never
             changes, in place of its outputs. Gradients of kernel, gamma and beta then need no pass over activations.
-        depthwise: take the gradient of depthwise kernels wider than three by TensorFlow's own code (`_depthwise`).
-        half: multiply in bfloat16 what convolutions of one pixel do in float32 (`_pointwise`), which rounds to 8 bits.
+        depthwise: take the gradients of depthwise kernels wider than three in quicker ways (`_depthwise`).
+        half: multiply for the gradients of convolutions of one pixel in bfloat16, of 8 bits (`_pointwise`).
 
     Returns:
         the tail itself where there is a GPU or nothing to gain. Layers that are of no such kind, or compute in half

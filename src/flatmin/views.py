@@ -29,7 +29,8 @@ SHUFFLE_BYTES = 2**30
 TRUNK_BATCH = CHUNK
 DTYPE = np.dtype(np.float16)
 # Whose code decides what a view holds.
-MODULES = ("augment", "augment_ops", "backbones", "classifier", "records", "trunk", "views")
+MODULES = ("augment", "augment_ops", "backbones", "classifier", "records", "runtime", "trunk", "views")
+BESIDE = 1024  # bytes of a file's header and checksum, at most
 
 
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
@@ -106,8 +107,8 @@ def _generated(make: Callable[[], Iterator[Any]], signature: Any) -> tf.data.Dat
 
 
 def _stacked(images: list[np.ndarray], size: int) -> np.ndarray:
-    """float32 [len(images), height, width, 3]: as they are where they are alike, else resized to `size`."""
-    if len({image.shape for image in images}) > 1:
+    """float32 [len(images), height, width, 3]: as they are where they are alike and not large, else of `size`."""
+    if len({image.shape for image in images}) > 1 or max(images[0].shape) > size:
         images = [resize(tf.constant(image), size).numpy() for image in images]
     return np.stack(images).astype(np.float32)
 
@@ -178,7 +179,8 @@ class Views:
 
             missing = [view for view, key in keys.items() if not cache.exists("views", key)]
             found = {view: opened(view) for view in keys if view not in missing}  # held, so not pruned for the others
-            cache.make_room("views", sum(self._bytes(view) for view in missing))
+            if missing:
+                cache.make_room("views", sum(self._bytes(view) + BESIDE * len(self.trunk.outputs) for view in missing))
             found |= {view: opened(view) for view in missing}
             self._opened = stack.pop_all()
         self.val = found[None]
@@ -189,7 +191,7 @@ class Views:
         depends_on: dict[str, Any] = {
             "trunk": identity,
             "engine": self.engine,
-            "math": [self.params.runtime.math, runtime.has_float16()],
+            "math": [self.params.runtime.math, self.params.runtime.deterministic, runtime.has_float16()],
             "machine": runtime.machine(),
             "records": self.records.digest,
         }
