@@ -150,6 +150,17 @@ def test_the_longest_unused_goes_first_and_nothing_in_use(folder: Path, monkeypa
     assert not [path for path in folder.iterdir() if path.is_dir()]
 
 
+@pytest.mark.parametrize(("needed", "limit"), [(10**20, 10**30), (2001, 2000)])
+def test_what_cannot_fit_removes_nothing(
+    needed: int, limit: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("kept")
+    monkeypatch.setenv("FLATMIN_CACHE_LIMIT", str(limit))
+    with pytest.raises(InputError):
+        cache.make_room("kind", needed)
+    assert (folder / "kept").is_dir()
+
+
 def test_a_full_disk_is_an_error_with_the_bytes_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLATMIN_CACHE_LIMIT", str(10**30))
     with pytest.raises(InputError, match=rf"\$FLATMIN_CACHE: expected {10**20} bytes free in .*, received \d+$"):
