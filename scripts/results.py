@@ -191,7 +191,7 @@ def _sorted(groups: Mapping[Group, Any]) -> list[tuple[Group, Any]]:
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Test accuracy by method: each seed a dot, their mean a bar; a panel for each data."""
     groups = _sorted(methods(runs))
-    figure = Figure(figsize=(3.4 * max(1, len(groups)), 3.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(4.2 * max(1, len(groups)), 3.6), dpi=100, layout="constrained")
     for index, (group, found) in enumerate(groups):
         axis = figure.add_subplot(1, len(groups), index + 1)
         for place, method in enumerate(each for each in METHODS if each in found):
