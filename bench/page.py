@@ -47,7 +47,7 @@ def timed(results: dict[str, Any], side: str, stage: str) -> tuple[float, int, f
 
 def rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """ROWS without PyTorch where it was not installed."""
-    return [row for row in ROWS if f"{row[1]} {row[0]} {TIMED}" in results["runs"]]
+    return [row for row in ROWS if row[1] != "torch" or f"torch {row[0]} {TIMED}" in results["runs"]]
 
 
 def times(results: dict[str, Any]) -> str:

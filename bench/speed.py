@@ -149,7 +149,8 @@ class Folder:
             epoch. val_accuracy: each epoch's. views_seconds: of each view. process_seconds: all. peak_bytes: of memory,
             by the process or one of its own, whichever has more.
         """
-        paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])  # a PyTorch may lie aside
+        others = os.environ.get("PYTHONPATH")  # where PyTorch may lie
+        paths = os.pathsep.join(filter(None, [str(ROOT / "src"), others]))
         variables = {"FLATMIN_CACHE": str(self.cache), "PYTHONPATH": paths}
         started = time.monotonic()
         ready, lines = 0.0, []
@@ -298,7 +299,7 @@ def augment_rates(folder: Folder, chunks: int) -> dict[str, float]:
     from flatmin.records import Records
 
     chosen = params.load(folder.path / "params.yaml").augment
-    images = [image for image, _ in Records(folder.path / "data/records").images("train").as_numpy_iterator()]
+    images = list(Records(folder.path / "data/records").arrays("train"))
     rates = {}
     for workers in range(1, len(os.sched_getaffinity(0)) + 1):
         with augment.Augmenter(chosen, 0, workers) as augmenter:

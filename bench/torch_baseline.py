@@ -138,8 +138,8 @@ def decoded(records: Any, role: str) -> tuple[Any, Any]:
     """All of a role: uint8 [count, height, width, 3] and int64 [count]."""
     import torch
 
-    images, labels = zip(*records.images(role).as_numpy_iterator(), strict=True)
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.array(labels, np.int64))
+    images = np.stack(list(records.arrays(role)))
+    return torch.from_numpy(images), torch.from_numpy(records.labels(role).astype(np.int64))
 
 
 def fit(records: Any, settings: Any, epochs: int) -> Iterator[tuple[float, float]]:
