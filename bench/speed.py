@@ -1,6 +1,6 @@
 """Flatmin and the usual pipelines side by side: time, accuracy, memory, and what the parts of a run take.
 
-    python bench/speed.py            # bench/results.json, about an hour on two cores
+    python bench/speed.py            # bench/results.json, about two hours on two cores
     python bench/speed.py --quick    # bench/results-quick.json, under ten minutes
 
 Both sides train the same network on the same records in processes of their own, in turns, each with all of the
@@ -64,7 +64,7 @@ class Plan:
 FULL = Plan(
     train=12_000,
     val=500,
-    compared=2000,
+    compared=4000,
     compared_val=2000,
     seeds=(0, 1, 2),
     same_math=True,
@@ -342,12 +342,12 @@ def noop_seconds(folder: Path) -> float:
     return round(min(repro() for _ in range(3)), 2)
 
 
-def difference(bench: Bench, plan: Plan, stage: str) -> dict[str, Any] | None:
-    """Flatmin's best val accuracy less the original's in points, over the seeds; None where they are left out."""
+def difference(bench: Bench, plan: Plan, stage: str, less: str = "original") -> dict[str, Any] | None:
+    """Flatmin's best val accuracy less another side's in points, over the seeds; None where they are left out."""
     if not plan.compared:
         return None
     best = [
-        [100 * max(bench.runs[f"{side} {stage} {seed}"]["val_accuracy"]) for side in ("flatmin", "original")]
+        [100 * max(bench.runs[f"{side} {stage} {seed}"]["val_accuracy"]) for side in ("flatmin", less)]
         for seed in plan.seeds
     ]
     points = [ours - theirs for ours, theirs in best]
@@ -371,7 +371,8 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
     """All keys but those of the sharpness-aware step."""
     place = Folder(folder / "timed")
     both = [(side, stage) for stage in EPOCHS for side in ("flatmin", "original")]
-    others = [(side, stage) for stage in EPOCHS for side in ("flatmin-float32", "original-half")]
+    own = [("flatmin-float32", stage) for stage in EPOCHS]
+    others = [*own, *(("original-half", stage) for stage in EPOCHS)]
     torch = [("torch", "extract")] if importlib.util.find_spec("torch") else []
     pairs = [*both, ("keras", "extract"), *torch, *(others if plan.same_math else [])]
     compare(bench, place, (plan.train, plan.val), 0, TIMED, pairs)
@@ -381,7 +382,7 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
     augmented = bench.once("augment", lambda: augment_rates(place, plan.chunks))
     noop = bench.once("noop", lambda: noop_seconds(folder))
     for seed in plan.seeds:  # last, since what else runs on the machine matters to times alone
-        compare(bench, Folder(folder / "compared"), (plan.compared, plan.compared_val), seed, str(seed), both)
+        compare(bench, Folder(folder / "compared"), (plan.compared, plan.compared_val), seed, str(seed), [*both, *own])
     return {
         "extract_speedup": speedup(bench.runs, "extract", "original"),
         "keras_speedup": speedup(bench.runs, "extract", "keras"),
@@ -390,6 +391,7 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
         "torch_speedup": speedup(bench.runs, "extract", "torch") if torch else None,
         "extract_accuracy_difference": difference(bench, plan, "extract"),
         "finetune_accuracy_difference": difference(bench, plan, "finetune"),
+        "half_accuracy_differences": {stage: difference(bench, plan, stage, "flatmin-float32") for stage in EPOCHS},
         "augment_images_per_second": augmented,
         "peak_memory_growth": round(memory[1] / memory[0], 3),
         "repro_noop_seconds": noop,

@@ -57,6 +57,7 @@ def test_speedups_in_the_same_arithmetic(bench: Any) -> None:
 def test_accuracies_are_compared_at_their_best_in_points(bench: Any) -> None:
     found = speed.difference(bench, PLAN, "extract")
     assert found == {"mean": 0.5, "standard_error": 0.5, "seeds": 2}
+    assert speed.difference(bench, PLAN, "extract", "flatmin")["mean"] == 0
     assert speed.difference(bench, replace(PLAN, compared=0), "extract") is None
 
 
@@ -138,6 +139,7 @@ def whole_results(bench: Any) -> dict[str, Any]:
         "tail": {"images_per_second": {"late": {"plain": 200.0}, "whole": {"plain": 50.0, "fold": 75.0}}},
         "extract_accuracy_difference": difference,
         "finetune_accuracy_difference": None,
+        "half_accuracy_differences": {"extract": None, "finetune": difference | {"mean": 0.5}},
     }
 
 
@@ -150,6 +152,7 @@ def test_the_table_tells_what_was_measured(bench: Any) -> None:
     assert "| finetune | 3.0 |  | 30.0 | 4.5 | 37.5 |\n| whole |  |  |  | 40.0 | 40.0 |\n" in text
     assert "-0.25 points, standard error 0.12, 2 seeds" in text
     assert "| finetune's val accuracy, `math: half`, less the original pipeline's in float32 | not measured |" in text
+    assert "| finetune's val accuracy, `math: half`, less the same in float32 | +0.50 points" in text
 
 
 def test_the_chart_is_small(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
