@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from flatmin.augment import CHUNK, Augmenter, _randaugment, augment
 from flatmin.params import Augment
@@ -245,6 +246,17 @@ def test_workers_end_with_the_block() -> None:
     with pytest.raises(KeyboardInterrupt):
         use(KeyboardInterrupt)
     assert multiprocessing.active_children() == before
+
+
+def test_workers_leave_the_processor_to_others() -> None:
+    with Augmenter(ALL, seed=0, workers=1) as augmenter:
+        augmenter.start()
+        (worker,) = (child.pid for child in multiprocessing.active_children())
+        assert augmenter._pool is not None
+        blas = augmenter._pool.submit(threadpool_info).result()
+        assert worker is not None
+        assert os.getpriority(os.PRIO_PROCESS, worker) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
+    assert {library["num_threads"] for library in blas if "numpy" in library["filepath"]} == {1}
 
 
 def files_of_chunks() -> int:

@@ -17,6 +17,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, Self
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from flatmin.params import Augment
 
@@ -117,7 +118,7 @@ class Augmenter:
         if self._settings.engine == "imgaug":
             # A fork would copy TensorFlow's locks in whatever state its threads hold them.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_end_with_parent)
+            self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_set_up)
         elif self._settings.engine == "tensorflow":
             self._pool = ThreadPoolExecutor(self._workers)
         return self
@@ -128,6 +129,12 @@ class Augmenter:
         while self._files:
             os.close(self._files.pop())
         self._free.clear()
+
+    def start(self) -> None:
+        """Let the workers get ready, which takes a process seconds, while this one does something else."""
+        if isinstance(self._pool, ProcessPoolExecutor) and self._settings.n:
+            for _ in range(self._workers):
+                self._pool.submit(_get_ready, self._settings.n, self._settings.m)
 
     def chunks(
         self, images: Iterable[np.ndarray], epoch: int, numbers: Iterable[int] | None = None
@@ -172,6 +179,10 @@ class Augmenter:
         return self._files[-1]
 
 
+def _get_ready(n: int, m: int) -> None:
+    _randaugment(n, m)
+
+
 def _augment_file(path: str, shapes: list[tuple[int, ...]], how: tuple[Augment, int, int, int]) -> None:
     """Augment a chunk where it lies."""
     file = os.open(path, os.O_RDWR)
@@ -201,8 +212,15 @@ def _cut(images: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
         yield chunk
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for work for ever: end with it."""
+def _set_up() -> None:
+    """Make a worker end with its parent, else it would wait for work for ever, and take what others leave of one core.
+
+    NumPy's BLAS has a thread a core, which spin for a while after each of imgaug's small products: they took as much of
+    the processor as the augmentation itself. What is not of lower priority interrupts LiteRT's threads, which wait for
+    one another.
+    """
+    threadpool_limits(1)
+    os.nice(10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the workers
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -428,27 +428,31 @@ class Records:
 
     def encoded(self, role: str) -> tf.data.Dataset:
         """(scalar string: an encoded image, scalar int32: its label), always in the same order."""
-        self._role(role)
-        shards = sorted(name for name in self.info["files"] if name.startswith(f"{role}-"))
-        return not_tuned(tf.data.TFRecordDataset([str(self._folder / name) for name in shards]).map(_parse))
+        return self._stored(role).map(_parse)
 
     def images(self, role: str, wanted: Callable[[Any], Any] | None = None) -> tf.data.Dataset:
         """(uint8 [height, width, 3], scalar int32), always in the same order; sizes may differ.
 
         wanted: of an example's position, whether it is; by default all are.
         """
-        encoded = self.encoded(role)
+        stored = self._stored(role)
         if wanted is not None:
-            numbered = encoded.enumerate().filter(lambda position, _: wanted(position))
-            encoded = numbered.map(lambda _, example: example)
-        return encoded.map(_decode, tf.data.AUTOTUNE, deterministic=True)
+            numbered = stored.enumerate().filter(lambda position, _: wanted(position))
+            stored = numbered.map(lambda _, record: record)
+        return stored.map(lambda record: _decode(*_parse(record)), tf.data.AUTOTUNE, deterministic=True)
 
     def arrays(self, role: str, wanted: Callable[[Any], Any] | None = None) -> Iterator[np.ndarray]:
         """The images alone, in NumPy: handed over many at a time, which takes half as long as one by one."""
-        flat = self.images(role, wanted).map(lambda image, _: (tf.reshape(image, (-1,)), tf.shape(image)))
-        for pixels, shapes in flat.ragged_batch(HANDED_OVER).as_numpy_iterator():
-            for image, shape in zip(pixels, shapes, strict=True):
-                yield image.reshape(shape)
+        sized = self.images(role, wanted).map(lambda image, _: (image, tf.shape(image)))
+        for images, shapes in sized.padded_batch(HANDED_OVER).as_numpy_iterator():
+            for image, (height, width, _) in zip(images, shapes, strict=True):
+                yield image[:height, :width]
+
+    def _stored(self, role: str) -> tf.data.Dataset:
+        """Scalar strings: a role's records as they are in the files."""
+        self._role(role)
+        shards = sorted(name for name in self.info["files"] if name.startswith(f"{role}-"))
+        return not_tuned(tf.data.TFRecordDataset([str(self._folder / name) for name in shards]))
 
     def _role(self, role: str) -> Mapping[str, Any]:
         if role not in self.info["roles"]:

@@ -32,6 +32,11 @@ FORCE_FP16 = 4  # XNNPACK's flag: everything between the float32 tensors at both
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
+def expected(runtime: Runtime) -> str:
+    """The name of the engine that `engine` gives, unless it is `litert` and does not run the trunk."""
+    return "tensorflow" if runtime.trunk == "tensorflow" or (runtime.trunk == "auto" and _unfit(runtime)) else "litert"
+
+
 def engine(trunk: keras.Model, identity: Mapping[str, Any], runtime: Runtime, sample: np.ndarray) -> tuple[str, Run]:
     """What runs the trunk under `runtime.trunk`: `litert` or `tensorflow`, and the function that does it.
 
@@ -47,7 +52,7 @@ def engine(trunk: keras.Model, identity: Mapping[str, Any], runtime: Runtime, sa
         InputError: `runtime.trunk` is `litert`, and the trunk can't be converted or differs.
     """
     in_tensorflow = _tensorflow(trunk)
-    if runtime.trunk == "tensorflow" or (runtime.trunk == "auto" and _unfit(runtime)):
+    if expected(runtime) == "tensorflow":
         return "tensorflow", in_tensorflow
     try:
         in_litert = _litert(trunk, identity, runtime.math == "half" and has_float16())
@@ -87,8 +92,8 @@ def _litert(trunk: keras.Model, identity: Mapping[str, Any], in_float16: bool) -
     model = _converted(trunk, identity)
     with reporting.quiet():
         compiled = CompiledModel.from_buffer(model, environment=_environment(), options=options)
-    names = compiled.get_signature_by_index(0)["outputs"]
-    order = [names.index(f"output_{index}") for index in range(len(trunk.outputs))]
+    names = compiled.get_signature_by_index(0)["outputs"]  # as TensorFlow calls a function's outputs
+    order = [names.index(f"Identity_{index}" if index else "Identity") for index in range(len(trunk.outputs))]
     made: dict[tuple[int, ...], tuple[list[Any], list[Any]]] = {}  # the buffers of the last batch's shape
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:
@@ -118,13 +123,19 @@ def _environment() -> Any:
 
 
 def _converted(trunk: keras.Model, identity: Mapping[str, Any]) -> bytes:
-    """The trunk as a LiteRT model. Converting takes seconds, so what it gave is kept."""
+    """The trunk as a LiteRT model. Converting takes seconds, so what it gave is kept.
+
+    From a traced function: from the Keras model, which is written to disk and read again, it takes five times as long.
+    """
+    pixels = tf.TensorSpec((None, *trunk.inputs[0].shape[1:]), tf.float32)
+    forward = tf.function(lambda pixels: tf.nest.flatten(trunk(pixels, training=False)))
 
     def convert(folder: Path) -> None:
         failure = None
         with reporting.quiet(), redirect_stdout(io.StringIO()):
             try:
-                (folder / "trunk.tflite").write_bytes(tf.lite.TFLiteConverter.from_keras_model(trunk).convert())
+                converter = tf.lite.TFLiteConverter.from_concrete_functions([forward.get_concrete_function(pixels)])
+                (folder / "trunk.tflite").write_bytes(converter.convert())
             except Exception as error:  # kept from `quiet`, which would show the pages that the converter wrote
                 failure = error
         if failure:

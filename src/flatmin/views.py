@@ -5,6 +5,7 @@ A trunk's activations of an image never change while a tail is trained, so each 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -166,16 +167,30 @@ class Views:
         self.size = model.description.image_size
         self.trunk, _ = model.cut(model.description.fine_tune_at)
         identity = model.trunk_identity(model.description.fine_tune_at)
-        sample = next(iter(plain(records, "train", self.size, TRUNK_BATCH)))[0].numpy()
-        self.engine, run = trunk.engine(self.trunk, identity, params.runtime, sample)
         self._examples = np.flatnonzero(share.has(np.arange(records.count("train"))))
-        keys = {view: self._key(identity, view) for view in (None, *range(number))}
+
+        @functools.cache
+        def engine() -> tuple[str, trunk.Run]:
+            sample = next(iter(plain(records, "train", self.size, TRUNK_BATCH)))[0].numpy()
+            return trunk.engine(self.trunk, identity, params.runtime, sample)
+
+        def named(engine: str) -> dict[int | None, str]:
+            return {view: self._key(identity, engine, view) for view in (None, *range(number))}
+
         with ExitStack() as stack, Augmenter(params.augment, params.seed) as augmenter:
+            self.engine = trunk.expected(params.runtime)
+            if not all(cache.exists("views", key) for key in named(self.engine).values()):
+                augmenter.start()  # while the trunk is converted
+                self.engine = engine()[0]
+            keys = named(self.engine)
 
             def opened(view: int | None) -> Activations:
                 title = "val activations" if view is None else f"view {view + 1}/{number}"
-                entry = cache.Entry("views", keys[view], lambda folder: self._fill(folder, view, title, augmenter, run))
-                return stack.enter_context(closing(Activations(entry)))
+
+                def fill(folder: Path) -> None:
+                    self._fill(folder, view, title, augmenter, engine()[1])
+
+                return stack.enter_context(closing(Activations(cache.Entry("views", keys[view], fill))))
 
             missing = [view for view, key in keys.items() if not cache.exists("views", key)]
             found = {view: opened(view) for view in keys if view not in missing}  # held, so not pruned for the others
@@ -186,11 +201,11 @@ class Views:
         self.val = found[None]
         self.train = [found[view] for view in range(number)]
 
-    def _key(self, identity: Mapping[str, Any], view: int | None) -> str:
+    def _key(self, identity: Mapping[str, Any], engine: str, view: int | None) -> str:
         """Of a view of the train images, or of val's plain one, which is None."""
         depends_on: dict[str, Any] = {
             "trunk": identity,
-            "engine": self.engine,
+            "engine": engine,
             "math": [self.params.runtime.math, self.params.runtime.deterministic, runtime.has_float16()],
             "machine": runtime.machine(),
             "records": self.records.digest,
