@@ -1,6 +1,6 @@
 """Flatmin and the usual pipelines side by side: time, accuracy, memory, and what the parts of a run take.
 
-    python bench/speed.py            # bench/results.json, about two hours on two cores
+    python bench/speed.py            # bench/results.json, an hour and a half on two cores
     python bench/speed.py --quick    # bench/results-quick.json, under ten minutes
 
 Both sides train the same network on the same records in processes of their own, in turns, each with all of the

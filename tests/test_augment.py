@@ -249,7 +249,7 @@ def test_workers_end_with_the_block() -> None:
 
 
 def test_workers_leave_the_processor_to_others() -> None:
-    with Augmenter(ALL, seed=0, workers=1) as augmenter:
+    with Augmenter(ALL, seed=0, workers=1, niceness=10) as augmenter:
         augmenter.start()
         (worker,) = (child.pid for child in multiprocessing.active_children())
         assert augmenter._pool is not None

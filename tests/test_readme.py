@@ -129,6 +129,13 @@ def test_figures_are_the_committed_ones() -> None:
     assert evaluated["sam"]["test"]["accuracy"] > 0.85
 
 
+def test_factors_are_those_of_the_bench() -> None:
+    results = json.loads((ROOT / "bench/results.json").read_text())
+    said = README.split("once for each view")[1].split("\n\n")[0]
+    for stage in ("extract", "finetune"):
+        assert f" {results[f'{stage}_speedup']:.1f} times" in said, said
+
+
 SAM_PAGE = (ROOT / "docs/sam.md").read_text()
 
 

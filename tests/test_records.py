@@ -134,7 +134,7 @@ def test_encoded_images_are_those_of_the_source(tmp_path: Path) -> None:
     source = folder(tmp_path / "source", train=3, test=2)
     write(data(source), 0, tmp_path / "records")
     read = Records(tmp_path / "records")
-    stored = [image for image, _ in read.encoded("test").as_numpy_iterator()]
+    stored = [image for image, _ in read._stored("test").map(records._parse).as_numpy_iterator()]
     assert stored == [(source / name).read_bytes() for name in read.names("test")]
 
 
@@ -178,7 +178,9 @@ def test_shards_hold_multiples(shard: int, shard_bytes: int, tmp_path: Path, mon
     shards = sorted(path.name for path in (tmp_path / "records").glob("train-*"))
     number = -(-read.count("train") // multiple)
     assert shards == [f"train-{index:05d}-of-{number:05d}.tfrecord" for index in range(number)]
-    assert [label for _, label in read.encoded("train").as_numpy_iterator()] == read.labels("train").tolist()
+    assert [label for _, label in read._stored("train").map(records._parse).as_numpy_iterator()] == read.labels(
+        "train"
+    ).tolist()
 
 
 def test_images_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from typing import Literal
 
@@ -111,6 +112,22 @@ def test_what_cannot_be_converted_runs_in_tensorflow(capfd: pytest.CaptureFixtur
     assert line.count("\n") == 1
     with pytest.raises(InputError, match=r"runtime\.trunk: expected a trunk that LiteRT runs, received .*"):
         trunk.engine(frozen, identity, Runtime(trunk="litert"), PIXELS)
+
+
+def test_a_missing_library_is_done_without_and_a_full_disk_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen, identity = model(keras.layers.Rescaling(2.0))
+
+    def fail_with(error: OSError) -> None:
+        def fails(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(trunk, "_litert", fails)
+
+    fail_with(OSError("library.so: cannot open shared object file"))  # as ctypes raises it
+    assert trunk.engine(frozen, identity, Runtime(), PIXELS)[0] == "tensorflow"
+    fail_with(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        trunk.engine(frozen, identity, Runtime(), PIXELS)
 
 
 def test_what_differs_runs_in_tensorflow(capsys: pytest.CaptureFixture[str]) -> None:

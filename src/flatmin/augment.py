@@ -105,11 +105,12 @@ class Augmenter:
     `with` block: they end with it. With the engine `none` there are none.
     """
 
-    def __init__(self, settings: Augment, seed: int, workers: int | None = None) -> None:
-        """workers: how many; by default one less than the cores, since one trains."""
+    def __init__(self, settings: Augment, seed: int, workers: int | None = None, niceness: int = 0) -> None:
+        """workers: how many; by default one less than the cores, since one trains. niceness: added to processes'."""
         self._settings = settings
         self._seed = seed
         self._workers = workers or max(1, len(os.sched_getaffinity(0)) - 1)
+        self._niceness = niceness
         self._pool: Executor | None = None
         self._files: list[int] = []
         self._free: list[int] = []  # without those of chunks that nobody waited for
@@ -118,7 +119,7 @@ class Augmenter:
         if self._settings.engine == "imgaug":
             # A fork would copy TensorFlow's locks in whatever state its threads hold them.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_set_up)
+            self._pool = ProcessPoolExecutor(self._workers, context, initializer=_set_up, initargs=(self._niceness,))
         elif self._settings.engine == "tensorflow":
             self._pool = ThreadPoolExecutor(self._workers)
         return self
@@ -212,16 +213,15 @@ def _cut(images: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
         yield chunk
 
 
-def _set_up() -> None:
-    """Make a worker end with its parent, else it would wait for work for ever, and take what others leave of one core.
+def _set_up(niceness: int) -> None:
+    """Make a worker end with its parent, else it would wait for work for ever, and take one core at most.
 
     NumPy's BLAS has a thread a core, which spin for a while after each of imgaug's small products: they took as much of
-    the processor as the augmentation itself. What is not of lower priority interrupts LiteRT's threads, which wait for
-    one another.
+    the processor as the augmentation itself.
     """
-    threadpool_limits(1)
-    os.nice(10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the workers
+    threadpool_limits(1)
+    os.nice(niceness)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()

@@ -78,33 +78,34 @@ class Entry:
             InputError: the cache's folder can't be written to.
         """
         self.folder = folder() / kind / digest
-        self._make = make
         self._lock = _lock_file(self.folder)
         try:
-            self._hold()
+            self._hold(make)
         except BaseException:
             self.close()
             raise
 
-    def _hold(self) -> None:
+    def _hold(self, make: Callable[[Path], None]) -> None:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
+        pause = 0.1
         while not _intact(self.folder):
             try:  # not waiting: who has made it holds a shared lock for long
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:  # another makes it; the shared lock is lost all the same
-                time.sleep(0.1)
+                time.sleep(pause)
+                pause *= 2  # else two that read a large broken one in turns would keep each other from making it
             else:
                 if not _intact(self.folder):
-                    self._fill()
+                    self._fill(make)
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         os.utime(self.folder)  # the most recently used
 
-    def _fill(self) -> None:
+    def _fill(self, make: Callable[[Path], None]) -> None:
         for left in (self.folder, *_parts(self.folder)):
             shutil.rmtree(left, ignore_errors=True)
         with reporting.whole(self.folder) as aside:
             aside.mkdir()
-            self._make(aside)
+            make(aside)
             files = sorted(aside.iterdir())
             reporting.write_json(aside / CHECKSUMS, {path.name: _sha256(path) for path in files})
 

@@ -32,7 +32,7 @@ FORCE_FP16 = 4  # XNNPACK's flag: everything between the float32 tensors at both
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
-def expected(runtime: Runtime) -> str:
+def preferred(runtime: Runtime) -> str:
     """The name of the engine that `engine` gives, unless it is `litert` and does not run the trunk."""
     return "tensorflow" if runtime.trunk == "tensorflow" or (runtime.trunk == "auto" and _unfit(runtime)) else "litert"
 
@@ -52,7 +52,7 @@ def engine(trunk: keras.Model, identity: Mapping[str, Any], runtime: Runtime, sa
         InputError: `runtime.trunk` is `litert`, and the trunk can't be converted or differs.
     """
     in_tensorflow = _tensorflow(trunk)
-    if expected(runtime) == "tensorflow":
+    if preferred(runtime) == "tensorflow":
         return "tensorflow", in_tensorflow
     try:
         in_litert = _litert(trunk, identity, runtime.math == "half" and has_float16())
@@ -60,9 +60,9 @@ def engine(trunk: keras.Model, identity: Mapping[str, Any], runtime: Runtime, sa
             received = in_litert(sample)
         is_half = runtime.math == "half" and (has_float16() or has_bfloat16())
         _compare(received, in_tensorflow(sample), TOLERANCE["half" if is_half else "float32"])
-    except InputError:
-        raise
     except Exception as error:  # whatever an unknown network makes the converter raise
+        if isinstance(error, InputError) or getattr(error, "errno", None):  # a full disk is no reason to do without
+            raise
         reason = " ".join(str(error).split())[:200]
         if runtime.trunk == "litert":
             raise InputError(f"runtime.trunk: expected a trunk that LiteRT runs, received {reason}") from None
@@ -92,7 +92,7 @@ def _litert(trunk: keras.Model, identity: Mapping[str, Any], in_float16: bool) -
     model = _converted(trunk, identity)
     with reporting.quiet():
         compiled = CompiledModel.from_buffer(model, environment=_environment(), options=options)
-    names = compiled.get_signature_by_index(0)["outputs"]  # as TensorFlow calls a function's outputs
+    names = compiled.get_signature_by_index(0)["outputs"]  # without a signature, as the graph calls them
     order = [names.index(f"Identity_{index}" if index else "Identity") for index in range(len(trunk.outputs))]
     made: dict[tuple[int, ...], tuple[list[Any], list[Any]]] = {}  # the buffers of the last batch's shape
 

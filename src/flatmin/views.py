@@ -159,7 +159,7 @@ class Views:
         """Compute what is missing of `number` views of the share's train images, and of one of all val images.
 
         Raises:
-            InputError: the cache can't hold them, which is said before the work begins.
+            InputError: the cache can't hold them, which is said before a view is computed.
         """
         self.records = records
         self.params = params
@@ -177,10 +177,15 @@ class Views:
         def named(engine: str) -> dict[int | None, str]:
             return {view: self._key(identity, engine, view) for view in (None, *range(number))}
 
-        with ExitStack() as stack, Augmenter(params.augment, params.seed) as augmenter:
-            self.engine = trunk.expected(params.runtime)
-            if not all(cache.exists("views", key) for key in named(self.engine).values()):
-                augmenter.start()  # while the trunk is converted
+        def missing_of(keys: Mapping[int | None, str]) -> list[int | None]:
+            return [view for view, key in keys.items() if not cache.exists("views", key)]
+
+        # Niceness: what interrupts one of LiteRT's threads holds up the others, which wait for it.
+        with ExitStack() as stack, Augmenter(params.augment, params.seed, niceness=10) as augmenter:
+            self.engine = trunk.preferred(params.runtime)
+            if lacking := missing_of(named(self.engine)):
+                if lacking != [None]:
+                    augmenter.start()  # while the trunk is converted
                 self.engine = engine()[0]
             keys = named(self.engine)
 
@@ -188,11 +193,14 @@ class Views:
                 title = "val activations" if view is None else f"view {view + 1}/{number}"
 
                 def fill(folder: Path) -> None:
-                    self._fill(folder, view, title, augmenter, engine()[1])
+                    name, run = engine()
+                    if name != self.engine:  # all views seemed to be there, and one was broken
+                        raise InputError(f"{title}: expected {self.engine}, which made the others, received {name}")
+                    self._fill(folder, view, title, augmenter, run)
 
                 return stack.enter_context(closing(Activations(cache.Entry("views", keys[view], fill))))
 
-            missing = [view for view, key in keys.items() if not cache.exists("views", key)]
+            missing = missing_of(keys)
             found = {view: opened(view) for view in keys if view not in missing}  # held, so not pruned for the others
             if missing:
                 cache.make_room("views", sum(self._bytes(view) + BESIDE * len(self.trunk.outputs) for view in missing))
