@@ -51,6 +51,8 @@ def extract(params: Params, backbone: str) -> None:
 
 def finetune(params: Params, step: Sam | None = None) -> None:
     """Train the selected classifier from `fine_tune_at` on, with plain steps or, given `step`, sharpness-aware ones."""
+    # Other views than those that the selected classifier was trained on, which it knows by heart.
+    params = params.model_copy(update={"seed": int(np.random.SeedSequence([params.seed, 1]).generate_state(1)[0] >> 1)})
     recipe = params.finetune
     if step and step.epochs:
         recipe = recipe.model_copy(update={"epochs": step.epochs})
