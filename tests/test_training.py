@@ -493,6 +493,17 @@ def test_kept_views_train_as_the_images_do(study: Path, capsys: pytest.CaptureFi
     assert len(before) == 2
 
 
+def test_finetune_draws_other_views_than_extract(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, jobs = small(), list[training.Job]()
+    monkeypatch.setattr(training, "_run", jobs.append)
+    training.extract(settings, settings.backbones[0])
+    training.finetune(settings)
+    training.finetune(settings, params.Sam())
+    extract, finetune, sam = (job.params.seed for job in jobs)
+    assert extract == settings.seed
+    assert finetune == sam != extract
+
+
 @pytest.mark.slow
 def test_epochs_take_the_views_in_turn(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three views of a training with fresh augmentation in each of three epochs are what those epochs saw."""
@@ -519,7 +530,8 @@ def test_epochs_take_the_views_in_turn(study: Path, monkeypatch: pytest.MonkeyPa
     # Image by image what the trunk makes of the augmenter's images of epoch 1.
     model = classifier.load("models/selected", fine_tune_at="conv_dw_12", image_size=32)
     trunk, _ = model.cut("conv_dw_12")
-    with Augmenter(settings.augment, settings.seed) as augmenter:
+    seed = int(np.random.SeedSequence([settings.seed, 1]).generate_state(1)[0] >> 1)
+    with Augmenter(settings.augment, seed) as augmenter:
         images = (image for image, _ in records.Records("data/records").images("train").as_numpy_iterator())
         (chunk,) = augmenter.chunks(images, 1)
     expected = trunk(np.stack([views.resize(image, 32) for image in chunk]), training=False).numpy()
