@@ -178,9 +178,8 @@ def test_shards_hold_multiples(shard: int, shard_bytes: int, tmp_path: Path, mon
     shards = sorted(path.name for path in (tmp_path / "records").glob("train-*"))
     number = -(-read.count("train") // multiple)
     assert shards == [f"train-{index:05d}-of-{number:05d}.tfrecord" for index in range(number)]
-    assert [label for _, label in read._stored("train").map(records._parse).as_numpy_iterator()] == read.labels(
-        "train"
-    ).tolist()
+    labels = [label for _, label in read._stored("train").map(records._parse).as_numpy_iterator()]
+    assert labels == read.labels("train").tolist()
 
 
 def test_images_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
