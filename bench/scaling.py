@@ -524,6 +524,7 @@ def of_draw(folder: str, images: str, side: str) -> dict[str, Any]:
 def of_augment(side: str, workers: str) -> dict[str, Any]:
     """Time of RandAugment with n=3 an image: by so many workers, or with none this process's own."""
     import numpy as np
+    from threadpoolctl import threadpool_limits
 
     from flatmin.augment import CHUNK, Augmenter, augment
     from flatmin.params import Augment
@@ -532,6 +533,7 @@ def of_augment(side: str, workers: str) -> dict[str, Any]:
     settings = Augment(n=3, m=7, flip=True)
     point: Point = {"stage": "augment", "side": int(side), "workers": int(workers)}
     if not int(workers):
+        threadpool_limits(1)  # as a worker has it
         augment(images[:CHUNK], settings, 0, 0, 0)  # imports imgaug
         started = time.process_time()
         for chunk in range(16):

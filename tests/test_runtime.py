@@ -38,8 +38,9 @@ def convolved(math: str, folder: Path) -> np.ndarray:
     return np.load(folder / f"{math}.npy")
 
 
-def test_half_rounds_products_where_the_processor_can(tmp_path: Path) -> None:
-    plain, rounded = convolved("float32", tmp_path), convolved("half", tmp_path)
+@pytest.mark.parametrize("math", ["half", "half_tail"])
+def test_half_rounds_products_where_the_processor_can(math: str, tmp_path: Path) -> None:
+    plain, rounded = convolved("float32", tmp_path), convolved(math, tmp_path)
     error = np.linalg.norm(rounded - plain) / np.linalg.norm(plain)
     if re.search(r"^flags.*\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
         assert 5e-4 < error < 1e-2

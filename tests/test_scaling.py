@@ -28,8 +28,7 @@ def test_the_page_has_the_tables_of_the_results(name: str) -> None:
 
 def test_the_page_is_short_and_names_the_machine() -> None:
     assert len(PAGE.splitlines()) <= 120
-    assert RESULTS["machine"] == ["AMD EPYC", "2 cores"]
-    assert "AMD EPYC, two cores" in PAGE
+    assert ", ".join(RESULTS["machine"]) in PAGE
 
 
 def test_there_are_more_points_than_terms_and_the_lines_are_theirs() -> None:

@@ -530,8 +530,7 @@ def test_epochs_take_the_views_in_turn(study: Path, monkeypatch: pytest.MonkeyPa
     # Image by image what the trunk makes of the augmenter's images of epoch 1.
     model = classifier.load("models/selected", fine_tune_at="conv_dw_12", image_size=32)
     trunk, _ = model.cut("conv_dw_12")
-    seed = int(np.random.SeedSequence([settings.seed, 1]).generate_state(1)[0] >> 1)
-    with Augmenter(settings.augment, seed) as augmenter:
+    with Augmenter(settings.augment, views.derived_seed(settings.seed, 1)) as augmenter:
         images = (image for image, _ in records.Records("data/records").images("train").as_numpy_iterator())
         (chunk,) = augmenter.chunks(images, 1)
     expected = trunk(np.stack([views.resize(image, 32) for image in chunk]), training=False).numpy()

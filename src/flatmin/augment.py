@@ -133,9 +133,9 @@ class Augmenter:
 
     def start(self) -> None:
         """Let the workers get ready, which takes a process seconds, while this one does something else."""
-        if isinstance(self._pool, ProcessPoolExecutor) and self._settings.n:
+        if isinstance(self._pool, ProcessPoolExecutor):
             for _ in range(self._workers):
-                self._pool.submit(_get_ready, self._settings.n, self._settings.m)
+                self._pool.submit(_get_ready, self._settings)
 
     def chunks(
         self, images: Iterable[np.ndarray], epoch: int, numbers: Iterable[int] | None = None
@@ -180,8 +180,9 @@ class Augmenter:
         return self._files[-1]
 
 
-def _get_ready(n: int, m: int) -> None:
-    _randaugment(n, m)
+def _get_ready(settings: Augment) -> None:
+    if settings.n:
+        _randaugment(settings.n, settings.m)
 
 
 def _augment_file(path: str, shapes: list[tuple[int, ...]], how: tuple[Augment, int, int, int]) -> None:

@@ -92,16 +92,16 @@ class Runtime(Section):
     """How the numbers are computed.
 
     precision: Keras' dtype policy. math: what convolutions and matrix products of float32 tensors multiply in; with
-    `half` TensorFlow rounds their inputs to bfloat16, 8 bits of mantissa, and adds up in float32, on a CPU with AMX or
-    AVX512_BF16, and LiteRT runs frozen layers in float16 on one with AVX512_FP16 or Arm's like; others compute in
-    float32, and so does evaluate. strategy: `one` device, `mirrored` over all of the machine's GPUs,
+    `half` and `half_tail` TensorFlow rounds their inputs to bfloat16, 8 bits of mantissa, and adds up in float32, on a
+    CPU with AMX or AVX512_BF16; with `half` LiteRT runs frozen layers in float16 on one with AVX512_FP16 or Arm's like.
+    Others compute in float32, and so does evaluate. strategy: `one` device, `mirrored` over all of the machine's GPUs,
     `multi_worker` over the machines that TF_CONFIG names, or `auto`, which is `mirrored` where there are several GPUs.
     trunk: what runs the frozen layers where views are kept, `tensorflow`, `litert`, or `auto`, which is `litert` on CPU
     where it gives the same.
     """
 
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
-    math: Literal["float32", "half"] = "float32"
+    math: Literal["float32", "half_tail", "half"] = "float32"
     deterministic: bool = True
     strategy: Literal["auto", "one", "mirrored", "multi_worker"] = "auto"
     trunk: Literal["auto", "tensorflow", "litert"] = "auto"

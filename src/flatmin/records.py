@@ -440,7 +440,8 @@ class Records:
     def arrays(self, role: str, wanted: Callable[[Any], Any] | None = None) -> Iterator[np.ndarray]:
         """The images alone, in NumPy: handed over many at a time, which takes half as long as one by one."""
         images = self.images(role, wanted)
-        if self._are_alike(role):
+        sides = [self._role(role)[side] for side in ("height", "width")]
+        if all(side["min"] == side["max"] for side in sides):
             for batch in images.map(lambda image, _: image).batch(HANDED_OVER).as_numpy_iterator():
                 yield from batch
             return
@@ -448,11 +449,6 @@ class Records:
         for pixels, shapes in flat.ragged_batch(HANDED_OVER).as_numpy_iterator():
             for image, shape in zip(pixels, shapes, strict=True):
                 yield image.reshape(shape)
-
-    def _are_alike(self, role: str) -> bool:
-        """Whether all images have one height and one width."""
-        sides = [self._role(role)[side] for side in ("height", "width")]
-        return all(side["min"] == side["max"] for side in sides)
 
     def _stored(self, role: str) -> tf.data.Dataset:
         """Scalar strings: a role's records as they are in the files."""

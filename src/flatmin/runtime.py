@@ -32,7 +32,7 @@ def configure(runtime: Runtime, seed: int) -> None:
 def set_math(runtime: Runtime) -> None:
     """What oneDNN multiplies float32 tensors in, before the process's first product."""
     for variable in ("TF_SET_ONEDNN_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"):
-        if runtime.math == "half":
+        if runtime.math != "float32":
             os.environ[variable] = "BF16"
         else:
             os.environ.pop(variable, None)

@@ -52,7 +52,7 @@ def extract(params: Params, backbone: str) -> None:
 def finetune(params: Params, step: Sam | None = None) -> None:
     """Train the selected classifier from `fine_tune_at` on, with plain steps or, given `step`, sharpness-aware ones."""
     # Other views than those that the selected classifier was trained on, which it knows by heart.
-    params = params.model_copy(update={"seed": int(np.random.SeedSequence([params.seed, 1]).generate_state(1)[0] >> 1)})
+    params = params.model_copy(update={"seed": views.derived_seed(params.seed, 1)})
     recipe = params.finetune
     if step and step.epochs:
         recipe = recipe.model_copy(update={"epochs": step.epochs})
@@ -169,7 +169,7 @@ class Trainer:
         self.views: Views | None = None
         self.steps = math.ceil(records.count("train") / self.recipe.batch_size)
         self.trunk, tail = model.cut(model.description.fine_tune_at)
-        self.tail = rewrite.faster(tail, half=job.params.runtime.math == "half" and runtime.has_bfloat16())
+        self.tail = rewrite.faster(tail, half=job.params.runtime.math != "float32" and runtime.has_bfloat16())
         _build(self.trunk, self.tail, model.description.image_size)
         settings = sam.Settings(rho=0.0) if job.sam is None else sam.Settings(**job.sam.settings())
         self.optimizer = make_optimizer(self.recipe, self.steps / settings.accumulate)

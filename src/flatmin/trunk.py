@@ -51,14 +51,19 @@ def engine(trunk: keras.Model, identity: Mapping[str, Any], runtime: Runtime, sa
     Raises:
         InputError: `runtime.trunk` is `litert`, and the trunk can't be converted or differs.
     """
-    in_tensorflow = _tensorflow(trunk)
+    pixels = tf.TensorSpec((None, *trunk.inputs[0].shape[1:]), tf.float32)
+    forward = tf.function(lambda pixels: tf.nest.flatten(trunk(pixels, training=False)), input_signature=[pixels])
+
+    def in_tensorflow(pixels: np.ndarray) -> list[np.ndarray]:
+        return [np.asarray(tf.cast(tensor, tf.float32)) for tensor in forward(pixels)]
+
     if preferred(runtime) == "tensorflow":
         return "tensorflow", in_tensorflow
     try:
-        in_litert = _litert(trunk, identity, runtime.math == "half" and has_float16())
+        in_litert = _litert(forward, identity, runtime.math == "half" and has_float16())
         with reporting.quiet():  # the first run writes to file descriptor 2 as well
             received = in_litert(sample)
-        is_half = runtime.math == "half" and (has_float16() or has_bfloat16())
+        is_half = runtime.math != "float32" and (has_float16() or has_bfloat16())
         _compare(received, in_tensorflow(sample), TOLERANCE["half" if is_half else "float32"])
     except Exception as error:  # whatever an unknown network makes the converter raise
         if isinstance(error, InputError) or getattr(error, "errno", None):  # a full disk is no reason to do without
@@ -76,12 +81,7 @@ def _unfit(runtime: Runtime) -> bool:
     return bool(tf.config.list_logical_devices("GPU")) or runtime.precision != "float32"
 
 
-def _tensorflow(trunk: keras.Model) -> Run:
-    forward = tf.function(lambda pixels: tf.nest.flatten(trunk(pixels, training=False)), reduce_retracing=True)
-    return lambda pixels: [np.asarray(tf.cast(tensor, tf.float32)) for tensor in forward(pixels)]
-
-
-def _litert(trunk: keras.Model, identity: Mapping[str, Any], in_float16: bool) -> Run:
+def _litert(forward: Any, identity: Mapping[str, Any], in_float16: bool) -> Run:
     from ai_edge_litert.compiled_model import CompiledModel
     from ai_edge_litert.options import Options
 
@@ -89,11 +89,12 @@ def _litert(trunk: keras.Model, identity: Mapping[str, Any], in_float16: bool) -
     options.cpu_options.num_threads = len(os.sched_getaffinity(0))
     if in_float16:
         options.cpu_options.xnnpack_flags = FORCE_FP16
-    model = _converted(trunk, identity)
+    function = forward.get_concrete_function()
+    model = _converted(function, identity)
     with reporting.quiet():
         compiled = CompiledModel.from_buffer(model, environment=_environment(), options=options)
     names = compiled.get_signature_by_index(0)["outputs"]  # without a signature, as the graph calls them
-    order = [names.index(f"Identity_{index}" if index else "Identity") for index in range(len(trunk.outputs))]
+    order = [names.index(f"Identity_{index}" if index else "Identity") for index in range(len(function.outputs))]
     made: dict[tuple[int, ...], tuple[list[Any], list[Any]]] = {}  # the buffers of the last batch's shape
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:
@@ -122,19 +123,17 @@ def _environment() -> Any:
     return Environment.create()
 
 
-def _converted(trunk: keras.Model, identity: Mapping[str, Any]) -> bytes:
-    """The trunk as a LiteRT model. Converting takes seconds, so what it gave is kept.
+def _converted(function: Any, identity: Mapping[str, Any]) -> bytes:
+    """The traced trunk as a LiteRT model. Converting takes seconds, so what it gave is kept.
 
-    From a traced function: from the Keras model, which is written to disk and read again, it takes five times as long.
+    From the Keras model, which TensorFlow writes to disk and reads again, it would take five times as long.
     """
-    pixels = tf.TensorSpec((None, *trunk.inputs[0].shape[1:]), tf.float32)
-    forward = tf.function(lambda pixels: tf.nest.flatten(trunk(pixels, training=False)))
 
     def convert(folder: Path) -> None:
         failure = None
         with reporting.quiet(), redirect_stdout(io.StringIO()):
             try:
-                converter = tf.lite.TFLiteConverter.from_concrete_functions([forward.get_concrete_function(pixels)])
+                converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
                 (folder / "trunk.tflite").write_bytes(converter.convert())
             except Exception as error:  # kept from `quiet`, which would show the pages that the converter wrote
                 failure = error

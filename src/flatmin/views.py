@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +44,11 @@ def resize(image: tf.Tensor, size: int) -> tf.Tensor:
     return tf.ensure_shape(resized, (*image.shape[:-3], size, size, 3))
 
 
+def derived_seed(*numbers: int) -> int:
+    """A seed below 2**31 that no other non-negative numbers give, but by chance."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
+
+
 def plain(records: Records, role: str, size: int, batch_size: int) -> tf.data.Dataset:
     """Batches of (float32 [batch, size, size, 3], int32 [batch]) in the records' order, un-augmented."""
     return _batches(records.images(role), size, batch_size)
@@ -56,7 +61,7 @@ def augmented(
 
     Batches are as `plain`'s; the last may be smaller. Equal (seed, epoch) give equal batches.
     """
-    order = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0] >> 1)
+    order = derived_seed(seed, epoch)
 
     def one_by_one() -> Iterator[tuple[np.ndarray, np.int32]]:
         for images, labels in _chunks(records, augmenter, epoch, Share()):
@@ -86,6 +91,10 @@ class Share:
     def replica_of(self, examples: np.ndarray) -> np.ndarray:
         """int [n]: which replica of all takes these examples (int [n], positions in the records)."""
         return examples // CHUNK % (self.workers * self.replicas)
+
+    def examples(self, count: int) -> np.ndarray:
+        """int [n]: the positions of this worker's, of `count` examples."""
+        return np.flatnonzero(self.has(np.arange(count)))
 
     def has(self, example: Any) -> Any:
         """Whether examples are this worker's: bools for positions in the records, array or tensor alike."""
@@ -152,6 +161,100 @@ class Activations:
         self._entry.close()
 
 
+class _Maker:
+    """Makes views, where the cache lacks them: of the share's train images by number, and val's plain one, None."""
+
+    def __init__(
+        self, records: Records, model: Classifier, params: Params, number: int, share: Share, augmenter: Augmenter
+    ) -> None:
+        self._records, self._params, self._share, self._augmenter = records, params, share, augmenter
+        self.views: tuple[int | None, ...] = (None, *range(number))
+        self._size = model.description.image_size
+        self._trunk, _ = model.cut(model.description.fine_tune_at)
+        self._identity = model.trunk_identity(model.description.fine_tune_at)
+        self._run: trunk.Run | None = None
+        self.engine = trunk.preferred(params.runtime)
+
+    def missing(self) -> list[int | None]:
+        """The views to make. Where there are any, what runs the trunk gets ready, and decides on `engine`."""
+        if lacking := self._lacking():
+            if lacking != [None]:
+                self._augmenter.start()  # while the trunk is converted
+            self.engine, self._run = self._started()
+        return self._lacking()
+
+    def _lacking(self) -> list[int | None]:
+        return [view for view in self.views if not cache.exists("views", self._key(view))]
+
+    def _started(self) -> tuple[str, trunk.Run]:
+        sample = next(iter(plain(self._records, "train", self._size, TRUNK_BATCH)))[0].numpy()
+        return trunk.engine(self._trunk, self._identity, self._params.runtime, sample)
+
+    def _key(self, view: int | None) -> str:
+        depends_on: dict[str, Any] = {
+            "trunk": self._identity,
+            "engine": self.engine,
+            "math": [self._params.runtime.math, self._params.runtime.deterministic, runtime.has_float16()],
+            "machine": runtime.machine(),
+            "records": self._records.digest,
+        }
+        if view is not None:
+            augment = self._params.augment.model_dump()
+            depends_on |= {"view": view, "augment": augment, "seed": self._params.seed, "share": asdict(self._share)}
+        return cache.key(depends_on, modules=MODULES)
+
+    def bytes(self, views: Iterable[int | None]) -> int:
+        """What these views take on disk, at most."""
+        values = sum(math.prod(tensor.shape[1:]) for tensor in self._trunk.outputs)
+        beside = BESIDE * len(self._trunk.outputs)
+        return sum(self._count(view) * values * DTYPE.itemsize + beside for view in views)
+
+    def _count(self, view: int | None) -> int:
+        return self._records.count("val") if view is None else len(self._share.examples(self._records.count("train")))
+
+    def make(self, view: int | None) -> Activations:
+        """A view, computed if it is not there or broken."""
+        return Activations(cache.Entry("views", self._key(view), functools.partial(self._fill, view)))
+
+    def _fill(self, view: int | None, folder: Path) -> None:
+        """Run the trunk over a view, batch by batch, into `folder`."""
+        title = "val activations" if view is None else f"view {view + 1}/{len(self.views) - 1}"
+        if self._run is None:  # all views seemed to be there, and this one was broken
+            engine, self._run = self._started()
+            if engine != self.engine:
+                raise InputError(f"{title}: expected {self.engine}, which made the others, received {engine}")
+        count = self._count(view)
+        started = time.monotonic()
+        with ExitStack() as stack:
+            files = []
+            for index, tensor in enumerate(self._trunk.outputs):
+                file = stack.enter_context((folder / f"boundary_{index:02d}.npy").open("wb"))
+                header = {"descr": DTYPE.str, "fortran_order": False, "shape": (count, *tensor.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+                files.append(file)
+            batches = math.ceil(count / TRUNK_BATCH)
+            for pixels in reporting.progress(self._pixels(view), title, batches, "batch"):
+                for tensor, file in zip(self._run(pixels), files, strict=True):
+                    file.write(_halved(tensor).data)
+            written = sum(file.tell() for file in files)
+        reporting.log(f"{title}: {count} images, {written} bytes ({time.monotonic() - started:.1f} s)")
+
+    def _pixels(self, view: int | None) -> Iterator[np.ndarray]:
+        """A view's images for the trunk, float32 [at most TRUNK_BATCH, size, size, 3] at a time."""
+        if view is None:
+            images = plain(self._records, "val", self._size, TRUNK_BATCH).map(lambda pixels, _: pixels)
+        else:
+
+            def stacked() -> Iterator[np.ndarray]:
+                for chunk, _ in _chunks(self._records, self._augmenter, view, self._share):
+                    yield _stacked(chunk, self._size)
+
+            # Resized behind the generator: LiteRT holds Python's lock while it computes.
+            images = _generated(stacked, tf.TensorSpec((None, None, None, 3), tf.float32)).prefetch(4)
+            images = images.map(lambda chunk: resize(chunk, self._size)).prefetch(2)
+        yield from images.as_numpy_iterator()
+
+
 class Views:
     """The augmented views that a training goes through, and val's plain one: computed where the cache lacks them."""
 
@@ -161,107 +264,21 @@ class Views:
         Raises:
             InputError: the cache can't hold them, which is said before a view is computed.
         """
-        self.records = records
-        self.params = params
-        self.share = share
-        self.size = model.description.image_size
-        self.trunk, _ = model.cut(model.description.fine_tune_at)
-        identity = model.trunk_identity(model.description.fine_tune_at)
-        self._examples = np.flatnonzero(share.has(np.arange(records.count("train"))))
-
-        @functools.cache
-        def engine() -> tuple[str, trunk.Run]:
-            sample = next(iter(plain(records, "train", self.size, TRUNK_BATCH)))[0].numpy()
-            return trunk.engine(self.trunk, identity, params.runtime, sample)
-
-        def named(engine: str) -> dict[int | None, str]:
-            return {view: self._key(identity, engine, view) for view in (None, *range(number))}
-
-        def missing_of(keys: Mapping[int | None, str]) -> list[int | None]:
-            return [view for view, key in keys.items() if not cache.exists("views", key)]
-
+        self._records, self._seed, self._share = records, params.seed, share
+        self._examples = share.examples(records.count("train"))
         # Niceness: what interrupts one of LiteRT's threads holds up the others, which wait for it.
         with ExitStack() as stack, Augmenter(params.augment, params.seed, niceness=10) as augmenter:
-            self.engine = trunk.preferred(params.runtime)
-            if lacking := missing_of(named(self.engine)):
-                if lacking != [None]:
-                    augmenter.start()  # while the trunk is converted
-                self.engine = engine()[0]
-            keys = named(self.engine)
-
-            def opened(view: int | None) -> Activations:
-                title = "val activations" if view is None else f"view {view + 1}/{number}"
-
-                def fill(folder: Path) -> None:
-                    name, run = engine()
-                    if name != self.engine:  # all views seemed to be there, and one was broken
-                        raise InputError(f"{title}: expected {self.engine}, which made the others, received {name}")
-                    self._fill(folder, view, title, augmenter, run)
-
-                return stack.enter_context(closing(Activations(cache.Entry("views", keys[view], fill))))
-
-            missing = missing_of(keys)
-            found = {view: opened(view) for view in keys if view not in missing}  # held, so not pruned for the others
+            maker = _Maker(records, model, params, number, share, augmenter)
+            missing = maker.missing()
+            there = [view for view in maker.views if view not in missing]
+            found = {view: stack.enter_context(closing(maker.make(view))) for view in there}  # not to be pruned
             if missing:
-                cache.make_room("views", sum(self._bytes(view) + BESIDE * len(self.trunk.outputs) for view in missing))
-            found |= {view: opened(view) for view in missing}
+                cache.make_room("views", maker.bytes(missing))
+            found |= {view: stack.enter_context(closing(maker.make(view))) for view in missing}
             self._opened = stack.pop_all()
+        self.engine = maker.engine
         self.val = found[None]
         self.train = [found[view] for view in range(number)]
-
-    def _key(self, identity: Mapping[str, Any], engine: str, view: int | None) -> str:
-        """Of a view of the train images, or of val's plain one, which is None."""
-        depends_on: dict[str, Any] = {
-            "trunk": identity,
-            "engine": engine,
-            "math": [self.params.runtime.math, self.params.runtime.deterministic, runtime.has_float16()],
-            "machine": runtime.machine(),
-            "records": self.records.digest,
-        }
-        if view is not None:
-            augment = self.params.augment.model_dump()
-            depends_on |= {"view": view, "augment": augment, "seed": self.params.seed, "share": asdict(self.share)}
-        return cache.key(depends_on, modules=MODULES)
-
-    def _count(self, view: int | None) -> int:
-        return self.records.count("val") if view is None else len(self._examples)
-
-    def _bytes(self, view: int | None) -> int:
-        values = sum(math.prod(tensor.shape[1:]) for tensor in self.trunk.outputs)
-        return self._count(view) * values * DTYPE.itemsize
-
-    def _fill(self, folder: Path, view: int | None, title: str, augmenter: Augmenter, run: trunk.Run) -> None:
-        """Run the trunk over a view, batch by batch, into `folder`."""
-        count = self._count(view)
-        started = time.monotonic()
-        with ExitStack() as stack:
-            files = []
-            for index, tensor in enumerate(self.trunk.outputs):
-                file = stack.enter_context((folder / f"boundary_{index:02d}.npy").open("wb"))
-                header = {"descr": DTYPE.str, "fortran_order": False, "shape": (count, *tensor.shape[1:])}
-                np.lib.format.write_array_header_1_0(file, header)
-                files.append(file)
-            for pixels in reporting.progress(
-                self._pixels(view, augmenter), title, math.ceil(count / TRUNK_BATCH), "batch"
-            ):
-                for tensor, file in zip(run(pixels), files, strict=True):
-                    file.write(_halved(tensor).data)
-        reporting.log(f"{title}: {count} images, {self._bytes(view)} bytes ({time.monotonic() - started:.1f} s)")
-
-    def _pixels(self, view: int | None, augmenter: Augmenter) -> Iterator[np.ndarray]:
-        """A view's images for the trunk, float32 [at most TRUNK_BATCH, size, size, 3] at a time."""
-        if view is None:
-            images = plain(self.records, "val", self.size, TRUNK_BATCH).map(lambda pixels, _: pixels)
-        else:
-
-            def stacked() -> Iterator[np.ndarray]:
-                for chunk, _ in _chunks(self.records, augmenter, view, self.share):
-                    yield _stacked(chunk, self.size)
-
-            # Resized behind the generator: LiteRT holds Python's lock while it computes.
-            images = _generated(stacked, tf.TensorSpec((None, None, None, 3), tf.float32)).prefetch(4)
-            images = images.map(lambda chunk: resize(chunk, self.size)).prefetch(2)
-        yield from images.as_numpy_iterator()
 
     def epoch(self, number: int, batch_size: int) -> tf.data.Dataset:
         """The share's parts of an epoch's batches: (tuple of float16 boundary tensors, int32 labels).
@@ -270,15 +287,15 @@ class Views:
         may be empty.
         """
         of_view = self.train[number % len(self.train)]
-        labels = self.records.labels("train")
-        order = np.random.default_rng([self.params.seed, number]).permutation(len(labels))
-        first = self.share.worker * self.share.replicas
+        labels = self._records.labels("train")
+        order = np.random.default_rng([self._seed, number]).permutation(len(labels))
+        first = self._share.worker * self._share.replicas
 
         def parts() -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
             for start in range(0, len(order), batch_size):
                 examples = order[start : start + batch_size]
-                replicas = self.share.replica_of(examples)
-                for replica in range(first, first + self.share.replicas):
+                replicas = self._share.replica_of(examples)
+                for replica in range(first, first + self._share.replicas):
                     part = examples[replicas == replica]
                     yield of_view.read(np.searchsorted(self._examples, part)), labels[part]
 
@@ -286,7 +303,7 @@ class Views:
 
     def val_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, ...]]:
         """Boundary tensors, float16, of val in the records' order."""
-        positions = np.arange(self.records.count("val"))
+        positions = np.arange(self._records.count("val"))
         for start in range(0, len(positions), batch_size):
             yield self.val.read(positions[start : start + batch_size])
 
