@@ -156,7 +156,8 @@ def test_what_cannot_fit_removes_nothing(
 ) -> None:
     make("kept")
     monkeypatch.setenv("FLATMIN_CACHE_LIMIT", str(limit))
-    with pytest.raises(InputError):
+    expected = f"LIMIT: expected at least {needed} bytes" if needed > limit else f"CACHE: expected {needed} bytes free"
+    with pytest.raises(InputError, match=expected):
         cache.make_room("kind", needed)
     assert (folder / "kept").is_dir()
 

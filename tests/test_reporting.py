@@ -145,10 +145,6 @@ def refuse(text: str) -> None:
     raise InputError(text)
 
 
-class DataLossError(Exception):
-    """Named like TensorFlow's."""
-
-
 def test_run_gives_the_arguments_and_is_silent_when_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     received: list[str] = []
     reporting.run(lambda *arguments: received.extend(arguments), "a", "b")
@@ -193,16 +189,6 @@ def test_what_the_file_system_refuses_is_one_line(
             assert written.startswith(f"error: {where}")
             assert "expected a file or folder that can be used, received: " in written
             assert written.count("\n") == 1
-
-
-def test_broken_records_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def read() -> None:
-        raise DataLossError("truncated record at 7")
-
-    code, written = outcome(read, capsys)
-    assert code == 1
-    assert written.startswith("error: data/records: expected whole records (`dvc repro --force prepare` makes them)")
-    assert written.count("\n") == 1
 
 
 def test_an_interrupt_ends_as_shells_expect(capsys: pytest.CaptureFixture[str]) -> None:

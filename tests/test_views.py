@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +12,11 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from flatmin import records, views
+from flatmin import cache, records, reporting, views
 from flatmin.augment import CHUNK, Augmenter
 from flatmin.params import Augment, Data
 from flatmin.records import Records
+from flatmin.reporting import InputError
 
 COUNT = 100
 SIZE = 16
@@ -170,3 +174,46 @@ def test_resize_is_tensorflows_bilinear_with_smoothing(shape: tuple[int, int, in
     np.testing.assert_array_equal(found, expected)
     if shape[:2] == (SIZE, SIZE):
         np.testing.assert_array_equal(found, image)
+
+
+@pytest.mark.parametrize("augmenting", [False, True])
+def test_a_broken_record_is_one_line(augmenting: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of = make(tmp_path, [(12, 10)])
+    (shard,) = (tmp_path / "records").glob("train-*.tfrecord")
+    stored = bytearray(shard.read_bytes())
+    stored[len(stored) // 2] ^= 1
+    shard.write_bytes(stored)
+    with pytest.raises(SystemExit):
+        reporting.run(lambda: epoch(of, HARMLESS) if augmenting else list(views.plain(of, "train", SIZE, 24)))
+    written = capsys.readouterr().err
+    assert written.startswith("error: data/records: expected whole records (`dvc repro --force prepare` makes them)")
+    assert "corrupted record" in written
+    assert written.count("\n") == 1
+
+
+def test_a_killed_augmenting_process_is_one_line(alike: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    def killed() -> None:
+        with Augmenter(Augment(n=1), 0, 1) as augmenter:
+            augmenter.start()
+            for child in multiprocessing.active_children():
+                child.kill()
+            list(views.augmented(alike, augmenter, SIZE, 24, 0, 0))
+
+    with pytest.raises(SystemExit):
+        reporting.run(killed)
+    written = capsys.readouterr().err
+    assert written.startswith("error: augment: expected processes that live to the end (is memory short?), received: ")
+    assert written.count("\n") == 1
+
+
+def test_activations_cut_off_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATMIN_CACHE", str(tmp_path))
+    values = np.arange(40, dtype=np.float16).reshape(10, 4)
+    entry = cache.Entry("views", "0", lambda folder: np.save(folder / "boundary_00.npy", values))
+    with closing(views.Activations(entry)) as activations:
+        np.testing.assert_array_equal(activations.read([9, 0])[0], values[[9, 0]])
+        path = entry.folder / "boundary_00.npy"
+        os.truncate(path, path.stat().st_size - 2)
+        np.testing.assert_array_equal(activations.read([8])[0], values[[8]])
+        with pytest.raises(InputError, match="expected whole files, received one cut off"):
+            activations.read([9])

@@ -133,7 +133,7 @@ def _intact(entry: Path) -> bool:
     """Whether every file is there with the checksum that it was written with."""
     try:
         checksums = json.loads((entry / CHECKSUMS).read_text(encoding="utf-8"))
-        return all(_sha256(entry / name) == checksum for name, checksum in checksums.items())
+        return bool(checksums) and all(_sha256(entry / name) == checksum for name, checksum in checksums.items())
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -157,12 +157,14 @@ def make_room(kind: str, needed: int) -> None:
     root = folder() / kind
     root.mkdir(parents=True, exist_ok=True)
     limit = _limit()
+    in_use = 0
     if needed <= min(limit, _used(root) + _free(root)):  # else nothing is removed in vain
         _remove_oldest(root, limit, needed)
-    if _used(root) + needed > limit:
+        in_use = _used(root)
+    if in_use + needed > limit:
         raise InputError(
-            f"$FLATMIN_CACHE_LIMIT: expected at least {_used(root) + needed} bytes ({needed} for this, "
-            f"{_used(root)} in use), received {limit}"
+            f"$FLATMIN_CACHE_LIMIT: expected at least {in_use + needed} bytes ({needed} for this, {in_use} in use), "
+            f"received {limit}"
         )
     if needed > _free(root):
         raise InputError(f"$FLATMIN_CACHE: expected {needed} bytes free in {root}, received {_free(root)}")

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -49,8 +50,17 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = error.filename or "the file system"
         return f"{where}: expected a file or folder that can be used, received: {error.strerror or error}"
-    if type(error).__name__ == "DataLossError":  # TensorFlow's, which is not imported here
-        return f"data/records: expected whole records (`dvc repro --force prepare` makes them), received: {error}"
+    # TensorFlow's errors by name, since it is not imported here. What a generator raises, tf.data hands on as text.
+    found = re.search(r"\b(InputError|DataLossError|BrokenProcessPool): (.*)", f"{type(error).__name__}: {error}")
+    match found and found[1]:
+        case "InputError":
+            return found[2]
+        case "DataLossError":
+            return (
+                f"data/records: expected whole records (`dvc repro --force prepare` makes them), received: {found[2]}"
+            )
+        case "BrokenProcessPool":
+            return f"augment: expected processes that live to the end (is memory short?), received: {found[2]}"
     return None
 
 

@@ -148,7 +148,8 @@ class Activations:
         for file, offset, array in zip(self._files, self._offsets, found, strict=True):
             rows = array.reshape(len(examples), math.prod(array.shape[1:])).view(np.uint8)
             for row, example in zip(rows, examples, strict=True):
-                os.preadv(file, [row], offset + int(example) * row.nbytes)
+                if os.preadv(file, [row], offset + int(example) * row.nbytes) != row.nbytes:
+                    raise InputError(f"{self._entry.folder}: expected whole files, received one cut off; run it again")
         return found
 
     def signature(self) -> tuple[tuple[tf.TensorSpec, ...], tf.TensorSpec]:
@@ -222,7 +223,9 @@ class _Maker:
         if self._run is None:  # all views seemed to be there, and this one was broken
             engine, self._run = self._started()
             if engine != self.engine:
-                raise InputError(f"{title}: expected {self.engine}, which made the others, received {engine}")
+                raise InputError(
+                    f"{title}: expected {self.engine}, which made the others, received {engine}; run it again"
+                )
         count = self._count(view)
         started = time.monotonic()
         with ExitStack() as stack:
