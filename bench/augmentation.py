@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from sam_cost import RESULTS, add
+from threadpoolctl import threadpool_limits
 
 from flatmin import augment
 from flatmin.augment import CHUNK, Augmenter
@@ -58,6 +59,7 @@ def rates(size: int, recipe: dict[str, Any]) -> dict[str, float]:
     The latter are of the training process, so with workers that are processes it is what handing over costs; they say
     more than a rate where other work runs.
     """
+    threadpool_limits(1)  # as a worker has it: NumPy's other threads would spin on into the next turn
     images = list(photographs(size, SIZES[size] * CHUNK))
     quickest: dict[str, float] = {}
     costs: dict[str, float] = {}
