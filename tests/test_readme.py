@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text()
 
 
 GRID = [
-    "dvc exp run --queue -S sam.rho=0.05,0.1",
+    "dvc exp run --queue -S sam.rho=0.02,0.1",
     "dvc exp run --run-all",
     "dvc exp show --only-changed",
 ]
@@ -89,7 +89,7 @@ def test_a_grid_runs_and_is_shown(tmp_path: Path) -> None:
     table = list(csv.DictReader(repository.run(*show, "--csv").splitlines()))
     done = [row for row in table if row["State"] in ("Success", "") and row["rev"] not in ("workspace", "main")]
     radii = sorted((row["sam.rho"], row["sam.adaptive"]) for row in done)
-    assert radii == [("0.05", "False"), ("0.1", "False"), ("0.1", "True")]
+    assert radii == [("0.02", "False"), ("0.1", "False"), ("0.1", "True")]
     assert all(float(row["sam.test.loss"]) > 0 for row in done)
 
 
