@@ -156,16 +156,23 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def trials(runs: Sequence[Run]) -> str:
-    """Every run that was not evaluated, by its val accuracy."""
+    """Every run that was not evaluated, by its val accuracy, with the params that differ among those of its targets."""
     lines = ["| run | seed | val accuracy | minutes |", "|---|---|---|---|"]
     figures = [(_val(run), run) for run in runs if not _is_evaluated(run)]
     for accuracy, run in sorted(figures, key=lambda pair: -pair[0]):
-        known = ("name", "targets", "seed", "seconds", "data.splits")
-        values = ", ".join(f"`{key}: {_shown(run[key])}`" for key in run if key not in known and "/" not in key)
+        alike = [other for _, other in figures if other["targets"] == run["targets"]]
+        values = ", ".join(f"`{key}: {_shown(run[key])}`" for key in run if _is_told(key, alike))
         lines.append(
             f"| {run['targets']}: {values} | {run['seed']} | {accuracy:.4f} | {float(run['seconds']) / 60:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _is_told(key: str, runs: Sequence[Run]) -> bool:
+    """Whether a param has several values in these runs or tells what data, or there is one run alone."""
+    if key in ("name", "targets", "seed", "seconds", "data.splits") or "/" in key:
+        return False
+    return len(runs) == 1 or key in DATA[1:] or len({_shown(run[key]) for run in runs if key in run}) > 1
 
 
 def _val(run: Run) -> float:

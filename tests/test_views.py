@@ -183,8 +183,15 @@ def test_a_broken_record_is_one_line(augmenting: bool, tmp_path: Path, capsys: p
     stored = bytearray(shard.read_bytes())
     stored[len(stored) // 2] ^= 1
     shard.write_bytes(stored)
+
+    def read() -> None:
+        if augmenting:
+            epoch(of, HARMLESS)
+        else:
+            batches(views.plain(of, "train", SIZE, 24))
+
     with pytest.raises(SystemExit):
-        reporting.run(lambda: epoch(of, HARMLESS) if augmenting else list(views.plain(of, "train", SIZE, 24)))
+        reporting.run(read)
     written = capsys.readouterr().err
     assert written.startswith("error: data/records: expected whole records (`dvc repro --force prepare` makes them)")
     assert "corrupted record" in written
