@@ -74,11 +74,14 @@ def recipe(runs: Sequence[Run]) -> str:
     found = [run for run in runs if _is_evaluated(run) and "sam.epochs" not in run]
     if not found:
         return ""
-    lines = ["| seed | stage | val accuracy | test accuracy | test top-5 | ECE |", "|---|---|---|---|---|---|"]
+    lines = ["| seed | stage | val accuracy | test accuracy | test top-5 | ECE | with mirror images |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for run in sorted(found, key=lambda run: run["seed"]):
         for stage, file in {"extract": "select", "finetune": "finetune", "sam": "sam"}.items():
             figures = [f"{run[f'evaluate/{stage}.test.{key}']:.4f}" for key in ("accuracy", "top5_accuracy", "ece")]
-            lines.append(f"| {run['seed']} | {stage} | {run[f'{file}/val.accuracy']:.4f} | {' | '.join(figures)} |")
+            mirrored = run.get(f"evaluate/{stage}.mirrored.accuracy")
+            figures = [f"{run[f'{file}/val.accuracy']:.4f}", *figures, f"{mirrored:.4f}" if mirrored else ""]
+            lines.append(f"| {run['seed']} | {stage} | {' | '.join(figures)} |")
     for run in found:
         points = [100 * run[f"evaluate/sam_minus_finetune.{end}"] for end in ("accuracy", "low", "high")]
         text = "- Seed {}: sam less finetune {:+.2f} points, over images [{:+.2f}, {:+.2f}], p {:.2g}."

@@ -11,10 +11,12 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import spread
 from PIL import Image
 
 from flatmin import backbones, classifier, evaluation, params, records, views
@@ -161,6 +163,12 @@ def test_compare_keys_and_what_they_compare() -> None:
     assert found["sam_minus_finetune"]["p_value"] == pytest.approx(0.5)
 
 
+def test_the_mean_is_that_of_probabilities() -> None:
+    first, second = np.random.default_rng(0).normal(scale=20, size=(2, 6, 4)).astype(np.float32)
+    expected = (scipy.special.softmax(first, axis=1) + scipy.special.softmax(second, axis=1)) / 2
+    np.testing.assert_allclose(scipy.special.softmax(evaluation.mean(first, second), axis=1), expected, atol=1e-6)
+
+
 # The stage
 
 
@@ -199,6 +207,7 @@ def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_image(tmp_path / f"images/unknown/{index}.png", index % 3, random)
     for seed, saved in enumerate(evaluation.MODELS.values()):
         model = classifier.create("MobileNet025", CLASSES, 32, 0.0, seed, "none")
+        spread(model.base)
         for variable in model.head.trainable_variables:
             variable.assign(random.normal(size=variable.shape))
         model.save(saved)
@@ -259,6 +268,25 @@ def test_evaluate_scores_and_predicts(evaluated: Path, capsys: pytest.CaptureFix
     evaluation.evaluate(study(evaluated / "images", predict="unknown"))
     assert evaluated / "plots/sharpness.png" in before
     assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.slow
+def test_mirrored_is_scored_apart(evaluated: Path) -> None:
+    asked = study(evaluated / "images")
+    plain = run(asked)
+    metrics = run(asked.model_copy(update={"evaluate": asked.evaluate.model_copy(update={"mirrored": True})}))
+    paths = sorted((evaluated / "images/test").rglob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(np.float32)
+    labels = np.array([CLASSES.index(path.parent.name) for path in paths])
+    for name, folder in evaluation.MODELS.items():
+        mirrored = metrics[name].pop("mirrored")
+        assert set(mirrored) == {"accuracy", "top5_accuracy", "loss", "ece"}
+        network = classifier.load(folder).network
+        logits = [network.predict(each, verbose=0) for each in (pixels, pixels[:, :, ::-1])]
+        own = np.mean(scipy.special.softmax(logits, axis=2), axis=0)[np.arange(len(labels)), labels]
+        assert mirrored["loss"] == pytest.approx(-np.log(own).mean(), rel=1e-4)
+        assert mirrored["loss"] != metrics[name]["test"]["loss"]
+    assert metrics == plain
 
 
 def test_sharpness_is_of_plain_train_images_in_float32(evaluated: Path) -> None:

@@ -75,9 +75,10 @@ def test_the_recipe_has_a_row_for_each_stage_and_seed() -> None:
     run |= {"evaluate/extract.test.accuracy": 0.74, "evaluate/extract.test.ece": 0.03}
     run |= {f"{file}/val.accuracy": 0.88 for file in ("select", "finetune", "sam")}
     run["evaluate/sam_minus_finetune.p_value"] = 0.123
+    run["evaluate/sam.mirrored.accuracy"] = 0.865
     text = results.section([*RUNS, run])
-    assert "| 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |" in text
-    assert "| 7 | sam | 0.8800 | 0.8600 | 0.9700 | 0.0500 |" in text
+    assert "| 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |  |" in text
+    assert "| 7 | sam | 0.8800 | 0.8600 | 0.9700 | 0.0500 | 0.8650 |" in text
     assert "- Seed 7: sam less finetune +1.00 points, over images [-2.00, +1.00], p 0.12." in text
 
 

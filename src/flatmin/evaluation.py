@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import scipy.special
 import scipy.stats
 import tensorflow as tf
 
@@ -38,6 +39,9 @@ def evaluate(params: Params) -> None:
     labels = records.labels("test")
     labelled = bool((labels >= 0).all())
     metrics = compare(logits["test"], labels, params.evaluate, params.seed) if labelled else {}
+    if labelled and params.evaluate.mirrored:
+        for name, of_mirror in _logits(records, "test", params.evaluate, mirrored=True).items():
+            metrics[name]["mirrored"] = scores(mean(logits["test"][name], of_mirror), labels, params.evaluate)
     for name, measured in measure_sharpness(records, params.evaluate, params.seed).items():
         metrics.setdefault(name, {})["sharpness"] = measured
     reporting.write_json("metrics/evaluate.json", metrics)
@@ -46,14 +50,26 @@ def evaluate(params: Params) -> None:
         reporting.log(f"evaluate: {name} test accuracy {metrics[name]['test']['accuracy']:.4f}")
 
 
-def _logits(records: Records, role: str, settings: Evaluate) -> dict[str, np.ndarray]:
+def _logits(records: Records, role: str, settings: Evaluate, mirrored: bool = False) -> dict[str, np.ndarray]:
     batches = math.ceil(records.count(role) / settings.batch_size)
     found = {}
     for name, folder in MODELS.items():
         model = classifier.load(folder)
         images = views.plain(records, role, model.description.image_size, settings.batch_size)
-        found[name] = model.logits(images, batches, f"{name} on {role}")
+        if mirrored:
+            images = images.map(lambda pixels, labels: (tf.image.flip_left_right(pixels), labels))
+        found[name] = model.logits(images, batches, f"{name} on {role}{', mirrored' if mirrored else ''}")
     return found
+
+
+def mean(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Logits [n, classes] of the mean of the probabilities that two logits stand for."""
+    return np.logaddexp(scipy.special.log_softmax(first, axis=1), scipy.special.log_softmax(second, axis=1))
+
+
+def scores(logits: np.ndarray, labels: np.ndarray, settings: Evaluate) -> dict[str, float]:
+    """Accuracy, top-5 accuracy, loss (nats) and ECE of float logits [n, classes] with int labels [n]."""
+    return classifier.score(logits, labels) | {"ece": calibration_error(logits, labels, settings.ece_bins)}
 
 
 def compare(logits: Mapping[str, np.ndarray], labels: np.ndarray, settings: Evaluate, seed: int) -> dict[str, Any]:
@@ -63,12 +79,7 @@ def compare(logits: Mapping[str, np.ndarray], labels: np.ndarray, settings: Eval
         logits: float32 [n, classes] for each of `MODELS`.
         labels: int [n].
     """
-    metrics: dict[str, Any] = {
-        name: {
-            "test": classifier.score(of_model, labels) | {"ece": calibration_error(of_model, labels, settings.ece_bins)}
-        }
-        for name, of_model in logits.items()
-    }
+    metrics: dict[str, Any] = {name: {"test": scores(of_model, labels, settings)} for name, of_model in logits.items()}
     right = {name: of_model.argmax(axis=1) == labels for name, of_model in logits.items()}
     metrics["sam_minus_finetune"] = difference(right["sam"], right["finetune"], settings.resamples, seed)
     return metrics

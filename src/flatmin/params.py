@@ -106,6 +106,12 @@ class Runtime(Section):
     strategy: Literal["auto", "one", "mirrored", "multi_worker"] = "auto"
     trunk: Literal["auto", "tensorflow", "litert"] = "auto"
 
+    @model_validator(mode="after")
+    def _litert_has_one_precision(self) -> Self:
+        if self.trunk == "litert" and self.precision != "float32":
+            raise _WrongError("trunk", f"auto or tensorflow with precision {self.precision}, received litert")
+        return self
+
 
 class Splits(Section):
     """Which split expression of the source, such as `train[:90%]`, plays which role."""
@@ -204,10 +210,11 @@ class Training(Section):
     """A recipe: what extract-train and finetune have in common.
 
     schedule: null keeps the learning rate. weight_decay: decoupled, times the learning rate. ema: momentum of the
-    weights' exponential moving average, which is then what is validated and kept. image_size: pixels, one for all
-    backbones or one for each named; the table in backbones.py has the default. views: so many augmented views of each
-    image are drawn, what the frozen layers make of them is kept, and epoch e takes view e mod views; 0 augments afresh
-    in every epoch.
+    weights' exponential moving average, which is then what is validated and kept. mixup: mix what the frozen layers
+    make of an image, and its label, with another's, by shares of a Beta distribution with both parameters this; 0 turns
+    it off. image_size: pixels, one for all backbones or one for each named; the table in backbones.py has the default.
+    views: so many augmented views of each image are drawn, what the frozen layers make of them is kept, and epoch e
+    takes view e mod views; 0 augments afresh in every epoch.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"]
@@ -216,6 +223,7 @@ class Training(Section):
     weight_decay: NonNegative = 0.0
     label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     ema: Fraction | None = None
+    mixup: NonNegative = 0.0
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.2
     batch_size: Count
     epochs: Count
@@ -315,9 +323,13 @@ class Sharpness(Section):
 
 
 class Evaluate(Section):
-    """ece_bins: bins of the expected calibration error. resamples: of the paired bootstrap."""
+    """ece_bins: bins of the expected calibration error. resamples: of the paired bootstrap.
+
+    mirrored: score test once more by the mean of what an image and its mirror image are predicted to be.
+    """
 
     batch_size: Count = 128
+    mirrored: bool = False
     ece_bins: Count = 15
     resamples: Count = 10_000
     sharpness: Sharpness = Sharpness()

@@ -52,16 +52,14 @@ def _explain(error: Exception) -> str | None:
         return f"{where}: expected a file or folder that can be used, received: {error.strerror or error}"
     # TensorFlow's errors by name, since it is not imported here. What a generator raises, tf.data hands on as text.
     found = re.search(r"\b(InputError|DataLossError|BrokenProcessPool): (.*)", f"{type(error).__name__}: {error}")
-    match found and found[1]:
-        case "InputError":
-            return found[2]
-        case "DataLossError":
-            return (
-                f"data/records: expected whole records (`dvc repro --force prepare` makes them), received: {found[2]}"
-            )
-        case "BrokenProcessPool":
-            return f"augment: expected processes that live to the end (is memory short?), received: {found[2]}"
-    return None
+    if not found:
+        return None
+    kind, received = found.groups()
+    expected = {
+        "DataLossError": "data/records: expected whole records (`dvc repro --force prepare` makes them)",
+        "BrokenProcessPool": "augment: expected processes that live to the end (is memory short?)",
+    }
+    return received if kind == "InputError" else f"{expected[kind]}, received: {received}"
 
 
 @contextmanager

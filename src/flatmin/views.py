@@ -178,11 +178,13 @@ class _Maker:
 
     def missing(self) -> list[int | None]:
         """The views to make. Where there are any, what runs the trunk gets ready, and decides on `engine`."""
-        if lacking := self._lacking():
+        lacking = self._lacking()
+        if lacking:
             if lacking != [None]:
                 self._augmenter.start()  # while the trunk is converted
             self.engine, self._run = self._started()
-        return self._lacking()
+            lacking = self._lacking()  # of that engine
+        return lacking
 
     def _lacking(self) -> list[int | None]:
         return [view for view in self.views if not cache.exists("views", self._key(view))]
