@@ -34,7 +34,7 @@ $(VENV)/dev.done: requirements/dev.txt $(VENV)/cpu.done
 study: setup  ## run studies/NAME/params.yaml: make study NAME=digits
 	@$(RUN) sh scripts/study.sh "$(NAME)"
 
-# docs/sweeps.md tells more. JOBS is how many run at a time.
+# docs/sweeps.md tells more. JOBS is how many run at a time, GRID another grid's name.
 sweep: setup check-params  ## run the grid of the default study: table and picture in studies/digits
 	@$(RUN) python scripts/sweep.py studies/digits/sweep.yaml $(if $(JOBS),--jobs $(JOBS))
 

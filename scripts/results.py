@@ -2,8 +2,8 @@
 
     python scripts/results.py studies/cifar100
 
-results.json keeps every run that sweep.csv ever had as succeeded, and the one of `make study`. What stands between the
-two comment lines of README.md is written anew, and accuracy.png.
+results.json keeps every run that a grid's table ever had as succeeded, and the one of `make study`. What stands between
+the two comment lines of README.md is written anew, and accuracy.png.
 
 An experiment with `sam.epochs` that reached evaluate compares two of the four methods: finetune for twice the epochs of
 sam-finetune with it, at equal gradient evaluations; or finetune with a cheaper SAM for the same epochs. Experiments of
@@ -48,11 +48,12 @@ Group = tuple[Any, ...]
 
 
 def collect(folder: Path) -> list[Run]:
-    """The runs of results.json with those of sweep.csv that succeeded, by name."""
+    """The runs of results.json with those of the grids' tables that succeeded, by name."""
     path = folder / "results.json"
     runs = {run["name"]: run for run in (reporting.read_json(path)["runs"] if path.exists() else [])}
-    for name, row in read_kept(folder / "sweep.csv").items():
-        runs[name] = {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
+    for grid in sorted(folder.glob("*.yaml")):
+        for name, row in read_kept(grid.with_suffix(".csv")).items():
+            runs[name] = {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
     if (folder / "metrics/evaluate.json").exists():
         runs["study"] = {"name": "study", "targets": "evaluate", "seed": params.load(folder / "params.yaml").seed}
         for file in FILES.values():

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Run studies/NAME/params.yaml in a clone of this checkout's last commit, or of $COMMIT, and copy its figures to
-# studies/NAME. As `study.sh NAME sweep [--jobs N]` run the grid in studies/NAME/sweep.yaml there instead.
+# studies/NAME. As `study.sh NAME sweep [--jobs N]` run the grid in studies/NAME/sweep.yaml, or $GRID.yaml, there instead.
 set -eu
 name=$1
 root=$(pwd)
@@ -15,6 +15,10 @@ fi
 if [ -n "$(git status --porcelain -- src stages dvc.yaml)" ]; then
     echo "note: the study runs the last commit; what is not committed in src, stages and dvc.yaml is left out"
 fi
+grid=$root/studies/$name/${GRID:-sweep}.yaml
+case "${GRID:-sweep}" in
+    *[!A-Za-z0-9._-]* | .*) echo "error: GRID: expected the name of a grid in studies/$name, received '$GRID'" >&2; exit 1 ;;
+esac
 commit=$(git rev-parse --verify --quiet "${COMMIT:-HEAD}^{commit}") || {
     echo "error: COMMIT: expected one of this checkout, received '${COMMIT:-HEAD}'" >&2
     exit 1
@@ -35,7 +39,7 @@ PYTHONPATH=src python -m flatmin.selection
 if [ -f "$root/studies/$name/dvc.lock" ]; then cp "$root/studies/$name/dvc.lock" dvc.lock; else rm -f dvc.lock; fi
 if [ "${2:-}" = sweep ]; then
     shift 2
-    exec python scripts/sweep.py "$root/studies/$name/sweep.yaml" "$@"
+    exec python scripts/sweep.py "$grid" "$@"
 fi
 dvc repro
 rm -rf "$root/studies/$name/metrics" "$root/studies/$name/plots"

@@ -95,6 +95,7 @@ def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
         results.write(folder)
     (folder / "results.json").write_text(json.dumps({"runs": RUNS[:2]}))
     rows = "h,succeeded,finetune,3,0.25,[1],12.5\ni,failed,finetune,4,,,1.5\n"
+    (folder / "sweep.yaml").touch()
     (folder / "sweep.csv").write_text("name,status,targets,seed,finetune/val.accuracy,extract.views,seconds\n" + rows)
     with pytest.raises(InputError, match=r"README.md: expected the lines <!-- from results.json"):
         results.write(folder)
