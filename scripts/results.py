@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,9 @@ METHODS = {  # with its gradient evaluations an image and epoch of the first
     "sam": ("sam-finetune", "2"),
     "every": ("sam-finetune, `every: 5`", "1.2"),
 }
-DATA = ("data.name", "data.train_per_class", "data.label_noise")
+# What tells one table from another.
+DATA = ("data.name", "data.train_per_class", "data.label_noise", "finetune.ema")
+COLUMNS = 3  # of the picture's panels
 FIGURES = {
     "test accuracy": "test.accuracy",
     "ECE": "test.ece",
@@ -112,10 +115,11 @@ def methods(runs: Sequence[Run]) -> dict[Group, dict[str, dict[Any, Run]]]:
 
 
 def title(group: Group) -> str:
-    name, per_class, noise = group
+    name, per_class, noise, ema = group
     images = f"{per_class} training images a class" if per_class else "all training images"
     wrong = f", {100 * noise:g} % of their labels wrong" if noise else ""
-    return f"{name.rpartition('/')[2]}, {images}{wrong}"
+    averages = f", EMA {ema:g}" if ema else ""
+    return f"{name.rpartition('/')[2]}, {images}{wrong}{averages}"
 
 
 def paired(first: Mapping[Any, Run], second: Mapping[Any, Run]) -> str:
@@ -191,20 +195,17 @@ def _shown(value: Any) -> str:
 
 def section(runs: Sequence[Run]) -> str:
     """All that stands between the page's two comment lines."""
-    parts = [f"### {title(group)}\n\n{table(found)}" for group, found in _sorted(methods(runs))]
+    parts = [f"### {title(group)}\n\n{table(found)}" for group, found in methods(runs).items()]
     return "\n".join([*filter(None, [recipe(runs)]), *parts, f"### Trials, chosen among by val\n\n{trials(runs)}"])
-
-
-def _sorted(groups: Mapping[Group, Any]) -> list[tuple[Group, Any]]:
-    return sorted(groups.items(), key=lambda pair: (pair[0][0], *[value or 0 for value in pair[0][1:]]))
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Test accuracy by method: each seed a dot, their mean a bar; a panel for each data."""
-    groups = _sorted(methods(runs))
-    figure = Figure(figsize=(4.2 * max(1, len(groups)), 3.6), dpi=100, layout="constrained")
+    groups = list(methods(runs).items())
+    rows = math.ceil(len(groups) / COLUMNS)
+    figure = Figure(figsize=(4.2 * min(COLUMNS, len(groups)), 3.6 * rows), dpi=100, layout="constrained")
     for index, (group, found) in enumerate(groups):
-        axis = figure.add_subplot(1, len(groups), index + 1)
+        axis = figure.add_subplot(rows, min(COLUMNS, len(groups)), index + 1)
         for place, method in enumerate(each for each in METHODS if each in found):
             values = [run["test accuracy"] for run in found[method].values()]
             axis.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.6)
@@ -212,7 +213,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         names = [METHODS[method][0].replace("`", "").replace(", ", ",\n") for method in METHODS if method in found]
         axis.set_xticks(range(len(names)), names, fontsize=7)
         axis.set_title(title(group).replace(", ", ",\n"), fontsize=9)
-        axis.set_ylabel("test accuracy" if index == 0 else "")
+        axis.set_ylabel("test accuracy" if index % COLUMNS == 0 else "")
         axis.grid(axis="y", alpha=0.3)
     with reporting.whole(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})

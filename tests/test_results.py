@@ -41,7 +41,7 @@ RUNS = [
     evaluated("b", 2, (0.72, 0.70), **{"finetune.epochs": 4}),
     evaluated("c", 1, (0.66, 0.67), **{"finetune.epochs": 2, "sam.every": 5}),
     evaluated("d", 2, (0.68, 0.68), **{"finetune.epochs": 2, "sam.every": 5}),
-    evaluated("e", 1, (0.50, 0.51), **{"data.train_per_class": 10}),
+    evaluated("e", 1, (0.50, 0.51), **{"data.train_per_class": 10, "finetune.ema": 0.9}),
     evaluated("h", 1, (0.90, 0.91), **{"data.name": "digits", "data.label_noise": 0.2}),
     {"name": "f", "targets": "finetune", "seed": 1, "backbones": ["A"], "finetune/val.accuracy": 0.5, "seconds": 90},
     {
@@ -58,7 +58,7 @@ RUNS = [
 def test_methods_stand_beside_each_other_seed_by_seed() -> None:
     text = results.section(RUNS)
     assert "### cifar, all training images\n" in text
-    assert "### cifar, 10 training images a class\n" in text
+    assert "### cifar, 10 training images a class, EMA 0.9\n" in text
     assert "### digits, all training images, 20 % of their labels wrong\n" in text
     same = "0.0500 ± 0.0000 | 0.2000 ± 0.0000 | 9.5 ± 0.0 |"
     assert f"| finetune, twice the epochs | 2 | 2 | 0.7100 ± 0.0141 | {same}" in text
