@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import scipy.stats
+import yaml
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -54,9 +55,11 @@ def collect(folder: Path) -> list[Run]:
     """The runs of results.json with those of the grids' tables that succeeded, by name."""
     path = folder / "results.json"
     runs = {run["name"]: run for run in (reporting.read_json(path)["runs"] if path.exists() else [])}
+    settings = leaves(yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8")))
+    data = {key: value for key, value in settings if key in DATA}  # where a grid does not set it
     for grid in sorted(folder.glob("*.yaml")):
         for name, row in read_kept(grid.with_suffix(".csv")).items():
-            runs[name] = {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
+            runs[name] = data | {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
     if (folder / "metrics/evaluate.json").exists():
         runs["study"] = {"name": "study", "targets": "evaluate", "seed": params.load(folder / "params.yaml").seed}
         for file in FILES.values():

@@ -96,6 +96,7 @@ def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
     (folder / "results.json").write_text(json.dumps({"runs": RUNS[:2]}))
     rows = "h,succeeded,finetune,3,0.25,[1],12.5\ni,failed,finetune,4,,,1.5\n"
     (folder / "sweep.yaml").touch()
+    (folder / "params.yaml").write_text("data: {name: visual/cifar}")
     (folder / "sweep.csv").write_text("name,status,targets,seed,finetune/val.accuracy,extract.views,seconds\n" + rows)
     with pytest.raises(InputError, match=r"README.md: expected the lines <!-- from results.json"):
         results.write(folder)
@@ -104,6 +105,7 @@ def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
     runs = json.loads((folder / "results.json").read_text())["runs"]
     assert [run["name"] for run in runs] == ["a", "b", "h"]
     assert runs[2]["extract.views"] == [1]
+    assert runs[2]["data.name"] == "visual/cifar"  # of the study, where the grid does not set it
     text = (folder / "README.md").read_text()
     assert text.startswith(f"before\n{results.BEGIN}")
     assert text.endswith(f"{results.END}after\n")
