@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import scipy.stats
-import yaml
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -55,13 +54,14 @@ def collect(folder: Path) -> list[Run]:
     """The runs of results.json with those of the grids' tables that succeeded, by name."""
     path = folder / "results.json"
     runs = {run["name"]: run for run in (reporting.read_json(path)["runs"] if path.exists() else [])}
-    settings = leaves(yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8")))
-    data = {key: value for key, value in settings if key in DATA}  # where a grid does not set it
+    settings = params.load(folder / "params.yaml")
+    given = leaves(settings.model_dump(exclude_unset=True))
+    data = {key: value for key, value in given if key in DATA}  # where a grid does not set it
     for grid in sorted(folder.glob("*.yaml")):
         for name, row in read_kept(grid.with_suffix(".csv")).items():
             runs[name] = data | {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
     if (folder / "metrics/evaluate.json").exists():
-        runs["study"] = {"name": "study", "targets": "evaluate", "seed": params.load(folder / "params.yaml").seed}
+        runs["study"] = {"name": "study", "targets": "evaluate", "seed": settings.seed}
         for file in FILES.values():
             metrics = reporting.read_json(folder / f"metrics/{file}.json")
             runs["study"] |= {f"{file}/{key}": value for key, value in leaves(metrics)}
@@ -205,10 +205,11 @@ def section(runs: Sequence[Run]) -> str:
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Test accuracy by method: each seed a dot, their mean a bar; a panel for each data."""
     groups = list(methods(runs).items())
-    rows = math.ceil(len(groups) / COLUMNS)
-    figure = Figure(figsize=(4.2 * min(COLUMNS, len(groups)), 3.6 * rows), dpi=100, layout="constrained")
+    columns = min(COLUMNS, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), dpi=100, layout="constrained")
     for index, (group, found) in enumerate(groups):
-        axis = figure.add_subplot(rows, min(COLUMNS, len(groups)), index + 1)
+        axis = figure.add_subplot(rows, columns, index + 1)
         for place, method in enumerate(each for each in METHODS if each in found):
             values = [run["test accuracy"] for run in found[method].values()]
             axis.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.6)
@@ -216,7 +217,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         names = [METHODS[method][0].replace("`", "").replace(", ", ",\n") for method in METHODS if method in found]
         axis.set_xticks(range(len(names)), names, fontsize=7)
         axis.set_title(title(group).replace(", ", ",\n"), fontsize=9)
-        axis.set_ylabel("test accuracy" if index % COLUMNS == 0 else "")
+        axis.set_ylabel("test accuracy" if index % columns == 0 else "")
         axis.grid(axis="y", alpha=0.3)
     with reporting.whole(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})

@@ -15,9 +15,9 @@ fi
 if [ -n "$(git status --porcelain -- src stages dvc.yaml)" ]; then
     echo "note: the study runs the last commit; what is not committed in src, stages and dvc.yaml is left out"
 fi
-grid=$root/studies/$name/${GRID:-sweep}.yaml
-case "${GRID:-sweep}" in
-    *[!A-Za-z0-9._-]* | .*) echo "error: GRID: expected the name of a grid in studies/$name, received '$GRID'" >&2; exit 1 ;;
+grid=${GRID:-sweep}
+case "$grid" in
+    *[!A-Za-z0-9._-]* | .*) echo "error: GRID: expected the name of a grid in studies/$name, received '$grid'" >&2; exit 1 ;;
 esac
 commit=$(git rev-parse --verify --quiet "${COMMIT:-HEAD}^{commit}") || {
     echo "error: COMMIT: expected one of this checkout, received '${COMMIT:-HEAD}'" >&2
@@ -39,7 +39,7 @@ PYTHONPATH=src python -m flatmin.selection
 if [ -f "$root/studies/$name/dvc.lock" ]; then cp "$root/studies/$name/dvc.lock" dvc.lock; else rm -f dvc.lock; fi
 if [ "${2:-}" = sweep ]; then
     shift 2
-    exec python scripts/sweep.py "$grid" "$@"
+    exec python scripts/sweep.py "$root/studies/$name/$grid.yaml" "$@"
 fi
 dvc repro
 rm -rf "$root/studies/$name/metrics" "$root/studies/$name/plots"

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
-from repository import ROOT
+from repository import ROOT, TINY
 
 from flatmin.reporting import InputError
 
@@ -96,7 +97,8 @@ def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
     (folder / "results.json").write_text(json.dumps({"runs": RUNS[:2]}))
     rows = "h,succeeded,finetune,3,0.25,[1],12.5\ni,failed,finetune,4,,,1.5\n"
     (folder / "sweep.yaml").touch()
-    (folder / "params.yaml").write_text("data: {name: visual/cifar}")
+    settings = {**TINY, "data": TINY["data"] | {"name": "visual/cifar"}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings))
     (folder / "sweep.csv").write_text("name,status,targets,seed,finetune/val.accuracy,extract.views,seconds\n" + rows)
     with pytest.raises(InputError, match=r"README.md: expected the lines <!-- from results.json"):
         results.write(folder)
