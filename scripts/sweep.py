@@ -209,7 +209,7 @@ def run_all(runs: Sequence[Run], jobs: int, kept: Mapping[str, Row], failed: lis
     reporting.log(f"{len(runs)} experiments: {len(runs) - len(pending)} have succeeded, {len(pending)} to run")
     shares = share(sorted(os.sched_getaffinity(0)), jobs, len(runs))
     workers: list[Worker] = []
-    made: set[tuple[str, str]] = set()
+    made = {shared for run in runs if run not in pending for shared in run.shared()}
     try:
         clear()
         make_base()
