@@ -1,6 +1,7 @@
 #!/bin/sh
-# Run studies/NAME/params.yaml in a clone of this checkout's last commit, or of $COMMIT, and copy its figures to
-# studies/NAME. As `study.sh NAME sweep [--jobs N]` run the grid in studies/NAME/sweep.yaml, or $GRID.yaml, there instead.
+# Run studies/NAME/params.yaml in a clone of this checkout's last commit and copy its figures to studies/NAME; with
+# $COMMIT that commit's code and params.yaml. As `study.sh NAME sweep [--jobs N]` run the grid in studies/NAME/sweep.yaml,
+# or $GRID.yaml, there instead.
 set -eu
 name=$1
 root=$(pwd)
@@ -30,7 +31,13 @@ fi
 # Not from origin, which is the path that this checkout had then: in a container it has another.
 git -C "$clone" fetch --quiet "$root" "$commit"
 git -C "$clone" checkout --quiet --force --detach FETCH_HEAD
-cp "studies/$name/params.yaml" "$clone/params.yaml"
+params=studies/$name/params.yaml
+if [ -n "${COMMIT:-}" ]; then params=$clone/$params; fi
+if [ ! -f "$params" ]; then
+    echo "error: COMMIT: expected one with studies/$name/params.yaml, received '$COMMIT'" >&2
+    exit 1
+fi
+cp "$params" "$clone/params.yaml"
 cd "$clone"
 rm -rf metrics plots
 dvc config --local cache.dir "$root/.dvc/cache"

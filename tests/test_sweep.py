@@ -389,6 +389,12 @@ def test_a_study_goes_on_in_a_checkout_that_has_moved(tmp_path: Path) -> None:
     assert repository.run("env", "COMMIT=none", *command, expect=1) == (
         "error: COMMIT: expected one of this checkout, received 'none'\n"
     )
+    later = repository.folder / "studies/later"
+    later.mkdir()
+    (later / "params.yaml").write_text("seed: 1\n")
+    assert repository.run("env", f"COMMIT={start}", "sh", "scripts/study.sh", "later", expect=1) == (
+        f"error: COMMIT: expected one with studies/later/params.yaml, received '{start}'\n"
+    )
 
 
 @pytest.mark.slow
@@ -415,8 +421,9 @@ def test_the_grid_of_a_study_runs_in_its_clone(tmp_path: Path) -> None:
     shown = repository.run("git", "-C", ".studies/other", "for-each-ref", "--format=%(refname)", "refs/exps").strip()
     params = repository.run("git", "-C", ".studies/other", "show", f"{shown}:params.yaml")
     assert yaml.safe_load(params) == {**TINY, "seed": 9, "select": {"tolerance": 0.25}}
-    # A later commit is left out where COMMIT names an earlier one.
+    # A later commit is left out where COMMIT names an earlier one, its params too.
     start = repository.run("git", "rev-parse", "HEAD").strip()
+    (study / "params.yaml").write_text(yaml.safe_dump({**TINY, "select": {"tolerance": 0.5}}))
     (repository.folder / "src/flatmin/selection.py").write_text("raise SystemExit('broken')\n")
     repository.commit("broken")
     output = repository.run("env", f"COMMIT={start}", "sh", "scripts/study.sh", "other", "sweep")
