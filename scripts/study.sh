@@ -46,7 +46,7 @@ PYTHONPATH=src python -m flatmin.selection
 if [ -f "$root/studies/$name/dvc.lock" ]; then cp "$root/studies/$name/dvc.lock" dvc.lock; else rm -f dvc.lock; fi
 if [ "${2:-}" = sweep ]; then
     shift 2
-    exec python scripts/sweep.py "$root/studies/$name/$grid.yaml" "$@"
+    exec python "$root/scripts/sweep.py" "$root/studies/$name/$grid.yaml" "$@"
 fi
 dvc repro
 rm -rf "$root/studies/$name/metrics" "$root/studies/$name/plots"

@@ -1,4 +1,4 @@
-"""Run a grid of DVC experiments, several at a time; write a table of all and a picture beside the grid's file.
+"""Run a grid of DVC experiments, several at a time; write a table of all, and a picture, beside the grid's file.
 
     python scripts/sweep.py studies/digits/sweep.yaml [--jobs N]
 
@@ -102,8 +102,8 @@ class Worker:
         return self.process.poll() is not None
 
 
-def read_grid(path: Path) -> tuple[list[Run], str, str]:
-    """The runs of a grid's file, each once, and its picture's x and y.
+def read_grid(path: Path) -> tuple[list[Run], tuple[str, str] | None]:
+    """The runs of a grid's file, each once, and its picture's x and y where it asks for one.
 
     Raises:
         InputError: a key or value is not what docs/sweeps.md says, or makes params that the schema refuses.
@@ -131,7 +131,8 @@ def read_grid(path: Path) -> tuple[list[Run], str, str]:
         for chosen in itertools.product(*values.values()):
             run = make_run(dict(zip(values, chosen, strict=True)), told, targets, where)
             runs.setdefault(run.name, run)
-    return list(runs.values()), *_picture(grid.get("picture"), list(runs.values()), path)
+    found = list(runs.values())
+    return found, _picture(grid["picture"], found, path) if "picture" in grid else None
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -432,8 +433,8 @@ def _interrupt(*_: Any) -> None:
 
 
 def sweep(path: Path, jobs: int) -> None:
-    """Run a grid's experiments; write the table and the picture beside its file, when stopped as well."""
-    runs, x, y = read_grid(path)
+    """Run a grid's experiments; write the table beside its file, when stopped as well, and the picture."""
+    runs, picture = read_grid(path)
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         try:
@@ -451,11 +452,15 @@ def sweep(path: Path, jobs: int) -> None:
     if failed:
         logs = ", ".join(str(run.log) for run in failed)
         raise InputError(f"{len(failed)} of {len(runs)} experiments: expected success, failed: {logs}")
-    if y not in columns:
-        raise InputError(f"{path}: picture.y: expected a column of {written}, received {y!r}")
-    keys = [column for column in columns[2:-1] if "/" not in column]
-    draw(spread([row for row in rows if y in row], x, y, keys), x, y, path.with_suffix(".png"))
-    reporting.log(f"{len(runs)} experiments: {written} and {path.with_suffix('.png')}")
+    files = [written]
+    if picture:
+        x, y = picture
+        if y not in columns:
+            raise InputError(f"{path}: picture.y: expected a column of {written}, received {y!r}")
+        files.append(path.with_suffix(".png"))
+        keys = [column for column in columns[2:-1] if "/" not in column]
+        draw(spread([row for row in rows if y in row], x, y, keys), x, y, files[-1])
+    reporting.log(f"{len(runs)} experiments: {' and '.join(map(str, files))}")
 
 
 def _main() -> None:
