@@ -13,6 +13,7 @@ the same data and of several seeds make a table. One without `sam.epochs` is the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import scipy.stats
+import yaml
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -61,12 +63,22 @@ def collect(folder: Path) -> list[Run]:
         for name, row in read_kept(grid.with_suffix(".csv")).items():
             runs[name] = data | {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
     if (folder / "metrics/evaluate.json").exists():
-        runs["study"] = {"name": "study", "targets": "evaluate", "seed": settings.seed}
+        name, given = study(folder / "dvc.lock")
+        runs[name] = {"name": name, "targets": "evaluate", **given}
         for file in FILES.values():
             metrics = reporting.read_json(folder / f"metrics/{file}.json")
-            runs["study"] |= {f"{file}/{key}": value for key, value in leaves(metrics)}
+            runs[name] |= {f"{file}/{key}": value for key, value in leaves(metrics)}
     reporting.write_json(path, {"runs": list(runs.values())})
     return reporting.read_json(path)["runs"]  # as everybody else reads them: their keys are in order
+
+
+def study(lock: Path) -> tuple[str, dict[str, Any]]:
+    """A name and the params of what `make study` ran last: another recipe has another name."""
+    given: dict[str, Any] = {}
+    for stage in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values():
+        given |= leaves(stage.get("params", {}).get("params.yaml", {}))
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
+    return f"study-{digest.hexdigest()[:8]}", given
 
 
 def _value(cell: str) -> Any:
@@ -81,19 +93,25 @@ def recipe(runs: Sequence[Run]) -> str:
     found = [run for run in runs if _is_evaluated(run) and "sam.epochs" not in run]
     if not found:
         return ""
-    lines = ["| seed | stage | val accuracy | test accuracy | test top-5 | ECE | with mirror images |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for run in sorted(found, key=lambda run: run["seed"]):
+    lines = ["| recipe | seed | stage | val accuracy | test accuracy | test top-5 | ECE | with mirror images |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    found.sort(key=lambda run: (run["finetune/image_size"], run["finetune/epochs"], run["seed"]))
+    for run in found:
         for stage, file in {"extract": "select", "finetune": "finetune", "sam": "sam"}.items():
             figures = [f"{run[f'evaluate/{stage}.test.{key}']:.4f}" for key in ("accuracy", "top5_accuracy", "ece")]
             mirrored = run.get(f"evaluate/{stage}.mirrored.accuracy")
             figures = [f"{run[f'{file}/val.accuracy']:.4f}", *figures, f"{mirrored:.4f}" if mirrored else ""]
-            lines.append(f"| {run['seed']} | {stage} | {' | '.join(figures)} |")
+            lines.append(f"| {_recipe_of(run)} | {run['seed']} | {stage} | {' | '.join(figures)} |")
     for run in found:
         points = [100 * run[f"evaluate/sam_minus_finetune.{end}"] for end in ("accuracy", "low", "high")]
-        text = "- Seed {}: sam less finetune {:+.2f} points, over images [{:+.2f}, {:+.2f}], p {:.2g}."
-        lines += ["", text.format(run["seed"], *points, run["evaluate/sam_minus_finetune.p_value"])]
+        text = "- {}, seed {}: sam less finetune {:+.2f} points, over images [{:+.2f}, {:+.2f}], p {:.2g}."
+        p_value = run["evaluate/sam_minus_finetune.p_value"]
+        lines += ["", text.format(_recipe_of(run), run["seed"], *points, p_value)]
     return "### The recipe, on the official validation images\n\n" + "\n".join(lines) + "\n"
+
+
+def _recipe_of(run: Run) -> str:
+    return f"{run['finetune/backbone']}, {run['finetune/image_size']} px, {run['finetune/epochs']} epochs"
 
 
 def _is_evaluated(run: Run) -> bool:
@@ -167,23 +185,34 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def trials(runs: Sequence[Run]) -> str:
-    """Every run that was not evaluated, by its val accuracy, with the params that differ among those of its targets."""
+    """The runs that were not evaluated, by val accuracy; a table for each data, network and size of images."""
+    groups: dict[str, list[Run]] = {}
+    for run in sorted((run for run in runs if not _is_evaluated(run)), key=lambda run: -_val(run)):
+        size = run.get("sam/image_size") or run.get("finetune/image_size")
+        network = f"{run['select/backbone']}{f' at {size} px' if size else ''}"
+        data = title(tuple(run.get(key) for key in DATA))
+        groups.setdefault(f"#### {network}; {data}", []).append(run)
+    return "\n".join(f"{name}\n\n{_trials_alike(alike)}" for name, alike in groups.items())
+
+
+def _trials_alike(runs: Sequence[Run]) -> str:
+    """A row for each, with the params that differ among them."""
     lines = ["| run | seed | val accuracy | minutes |", "|---|---|---|---|"]
-    figures = [(_val(run), run) for run in runs if not _is_evaluated(run)]
-    for accuracy, run in sorted(figures, key=lambda pair: -pair[0]):
-        alike = [other for _, other in figures if other["targets"] == run["targets"]]
-        values = ", ".join(f"`{key}: {_shown(run[key])}`" for key in run if _is_told(key, alike))
-        lines.append(
-            f"| {run['targets']}: {values} | {run['seed']} | {accuracy:.4f} | {float(run['seconds']) / 60:.0f} |"
-        )
+    keys = list(dict.fromkeys(key for run in runs for key in run))
+    told = [key for key in keys if _is_told(key, runs)]
+    for run in runs:
+        own = [key for key in told if key in run and (run["targets"] != "finetune" or not key.startswith("sam."))]
+        values = ", ".join(f"`{key}: {_shown(run[key])}`" for key in own)
+        what = f"{run['targets']}: {values}" if values else run["targets"]
+        lines.append(f"| {what} | {run['seed']} | {_val(run):.4f} | {float(run['seconds']) / 60:.0f} |")
     return "\n".join(lines) + "\n"
 
 
 def _is_told(key: str, runs: Sequence[Run]) -> bool:
-    """Whether a param has several values in these runs or tells what data, or there is one run alone."""
-    if key in ("name", "targets", "seed", "seconds", "data.splits") or "/" in key:
+    """Whether a param has several values in these runs, or there is one run alone."""
+    if key in ("name", "targets", "seed", "seconds", "data.splits", *DATA) or "/" in key:
         return False
-    return len(runs) == 1 or key in DATA[1:] or len({_shown(run[key]) for run in runs if key in run}) > 1
+    return len(runs) == 1 or len({_shown(run.get(key)) for run in runs}) > 1
 
 
 def _val(run: Run) -> float:

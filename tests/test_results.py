@@ -37,6 +37,8 @@ def evaluated(name: str, seed: int, accuracies: tuple[float, float], **values: A
     return run | {"evaluate/sam_minus_finetune.low": -0.02, "evaluate/sam_minus_finetune.high": 0.01}
 
 
+TRIAL = {"seed": 1, "data.name": "visual/cifar", "select/backbone": "A", "seconds": 90}
+PIXELS = {"finetune/image_size": 96}
 RUNS = [
     evaluated("a", 1, (0.70, 0.69), **{"finetune.epochs": 4}),
     evaluated("b", 2, (0.72, 0.70), **{"finetune.epochs": 4}),
@@ -44,15 +46,24 @@ RUNS = [
     evaluated("d", 2, (0.68, 0.68), **{"finetune.epochs": 2, "sam.every": 5}),
     evaluated("e", 1, (0.50, 0.51), **{"data.train_per_class": 10, "finetune.ema": 0.9}),
     evaluated("h", 1, (0.90, 0.91), **{"data.name": "digits", "data.label_noise": 0.2}),
-    {"name": "f", "targets": "finetune", "seed": 1, "backbones": ["A"], "finetune/val.accuracy": 0.5, "seconds": 90},
     {
-        "name": "g",
-        "targets": "sam-finetune",
-        "seed": 1,
-        "sam/val.accuracy": 0.75,
+        **TRIAL,
+        "name": "f",
+        "targets": "finetune",
+        "finetune.epochs": 4,
+        "finetune/image_size": 96,
         "finetune/val.accuracy": 0.5,
-        "seconds": 30,
     },
+    {**TRIAL, "name": "g", "targets": "sam-finetune", "sam/image_size": 96, "sam/val.accuracy": 0.75},
+    {
+        **TRIAL,
+        "name": "i",
+        "targets": "finetune",
+        "finetune.epochs": 8,
+        "finetune/image_size": 96,
+        "finetune/val.accuracy": 0.6,
+    },
+    {**TRIAL, "name": "j", "targets": "select-best", "seed": 2, "backbones": ["A"], "select/val.accuracy": 0.4},
 ]
 
 
@@ -77,16 +88,30 @@ def test_the_recipe_has_a_row_for_each_stage_and_seed() -> None:
     run |= {f"{file}/val.accuracy": 0.88 for file in ("select", "finetune", "sam")}
     run["evaluate/sam_minus_finetune.p_value"] = 0.123
     run["evaluate/sam.mirrored.accuracy"] = 0.865
+    run |= {"finetune/backbone": "A", "finetune/image_size": 96, "finetune/epochs": 8}
     text = results.section([*RUNS, run])
-    assert "| 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |  |" in text
-    assert "| 7 | sam | 0.8800 | 0.8600 | 0.9700 | 0.0500 | 0.8650 |" in text
-    assert "- Seed 7: sam less finetune +1.00 points, over images [-2.00, +1.00], p 0.12." in text
+    assert "| A, 96 px, 8 epochs | 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |  |" in text
+    assert "| A, 96 px, 8 epochs | 7 | sam | 0.8800 | 0.8600 | 0.9700 | 0.0500 | 0.8650 |" in text
+    assert "- A, 96 px, 8 epochs, seed 7: sam less finetune +1.00 points, over images [-2.00, +1.00], p 0.12." in text
 
 
 def test_trials_are_ranked_by_val_and_have_no_test_figure() -> None:
     text = results.section(RUNS).split("### Trials")[1]
-    assert text.index("| sam-finetune: ") < text.index("| finetune: `backbones: [A]` | 1 | 0.5000 | 2 |")
-    assert "0.7500" in text
+    head = "| run | seed | val accuracy | minutes |\n|---|---|---|---|\n"
+    assert (
+        f"""
+#### A at 96 px; cifar, all training images
+
+{head}| sam-finetune | 1 | 0.7500 | 2 |
+| finetune: `finetune.epochs: 8` | 1 | 0.6000 | 2 |
+| finetune: `finetune.epochs: 4` | 1 | 0.5000 | 2 |
+
+#### A; cifar, all training images
+
+{head}| select-best: `backbones: [A]` | 2 | 0.4000 | 2 |
+"""
+        in text
+    )
 
 
 def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
@@ -95,11 +120,12 @@ def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"sweep.csv: expected the table of `make study-sweep`, found none"):
         results.write(folder)
     (folder / "results.json").write_text(json.dumps({"runs": RUNS[:2]}))
-    rows = "h,succeeded,finetune,3,0.25,[1],12.5\ni,failed,finetune,4,,,1.5\n"
+    rows = "h,succeeded,finetune,3,A,0.25,[1],12.5\ni,failed,finetune,4,,,,1.5\n"
+    columns = "name,status,targets,seed,select/backbone,finetune/val.accuracy,extract.views,seconds"
     (folder / "sweep.yaml").touch()
     settings = {**TINY, "data": TINY["data"] | {"name": "visual/cifar"}}
     (folder / "params.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "sweep.csv").write_text("name,status,targets,seed,finetune/val.accuracy,extract.views,seconds\n" + rows)
+    (folder / "sweep.csv").write_text(f"{columns}\n{rows}")
     with pytest.raises(InputError, match=r"README.md: expected the lines <!-- from results.json"):
         results.write(folder)
     (folder / "README.md").write_text(f"before\n{results.BEGIN}old{results.END}after\n")
