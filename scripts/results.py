@@ -228,7 +228,10 @@ def _shown(value: Any) -> str:
 def section(runs: Sequence[Run]) -> str:
     """All that stands between the page's two comment lines."""
     parts = [f"### {title(group)}\n\n{table(found)}" for group, found in methods(runs).items()]
-    return "\n".join([*filter(None, [recipe(runs)]), *parts, f"### Trials, chosen among by val\n\n{trials(runs)}"])
+    hours = sum(float(run.get("seconds", 0)) for run in runs) / 3600
+    took = f"{len(runs)} runs; those of grids took {hours:.1f} hours in all.\n"
+    trials_of_it = f"### Trials, chosen among by val\n\n{trials(runs)}"
+    return "\n".join([*filter(None, [recipe(runs)]), *parts, trials_of_it, took])
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
