@@ -32,7 +32,7 @@ import yaml
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(0, "src")  # of the checkout to run in: a study's clone may have an older schema
 from flatmin import params, reporting
 from flatmin.reporting import InputError
 

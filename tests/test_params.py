@@ -63,7 +63,6 @@ def test_every_study_is_good(path: Path) -> None:
             {"trunk": "litert", "precision": "mixed_bfloat16"},
             "runtime.trunk: expected auto or tensorflow with precision mixed_bfloat16, received litert",
         ),
-        ("finetune.mixup", -0.1, "finetune.mixup: expected greater than or equal to 0, received -0.1"),
         ("sam.radius", 1, "sam.radius: expected no such key, received 1"),
         ("sam.rho", -1, "sam.rho: expected greater than or equal to 0, received -1"),
         ("sam.rho", "big", "sam.rho: expected a valid number, received 'big'"),

@@ -17,7 +17,6 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import scipy.stats
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,25 +122,6 @@ def test_weight_decay_is_decoupled_and_times_the_learning_rate(name: str, decay:
     np.testing.assert_allclose(np.array(weight), 4 * (1 - 0.5 * decay))
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_mixup_is_the_closed_form(alpha: float) -> None:
-    count = 400
-    pixels = np.random.default_rng(0).normal(size=(count, 2, 3)).astype(np.float32)
-    labels = np.eye(count, dtype=np.float32)
-    (mixed, halves), targets = training.mixed(
-        ((tf.constant(pixels), tf.constant(pixels, tf.float16)), tf.constant(labels)), alpha, tf.constant([5, 7])
-    )
-    shares = np.diag(targets)  # of the example's own label
-    np.testing.assert_allclose(np.sum(targets, axis=1), 1, rtol=1e-6)
-    expected = shares[:, None, None] * pixels + (1 - shares)[:, None, None] * pixels[np.arange(count) - 1]
-    np.testing.assert_allclose(mixed, expected, atol=1e-6)
-    assert halves.dtype == tf.float16
-    assert scipy.stats.kstest(shares, scipy.stats.beta(alpha, alpha).cdf).pvalue > 0.01
-    again, other = (training.mixed(tf.constant(labels), alpha, tf.constant(seed)) for seed in ([5, 7], [5, 8]))
-    np.testing.assert_array_equal(again, targets)
-    assert not np.array_equal(other, targets)
-
-
 def test_mixed_float16_scales_the_loss() -> None:
     assert not isinstance(training.make_optimizer(recipe().finetune, 10), keras.optimizers.LossScaleOptimizer)
     keras.config.set_dtype_policy("mixed_float16")
@@ -181,7 +161,7 @@ def written(checkout: Path, name: str) -> dict[str, bytes]:
 def test_a_run_interrupted_and_resumed_gives_the_same_bytes(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: params.Sam
 ) -> None:
-    settings = recipe(epochs=4, ema=0.9, dropout=0.5, mixup=0.3)
+    settings = recipe(epochs=4, ema=0.9, dropout=0.5)
     training.finetune(settings, step)
     whole = written(checkout, "sam")
     save = training.State.save

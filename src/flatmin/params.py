@@ -210,11 +210,10 @@ class Training(Section):
     """A recipe: what extract-train and finetune have in common.
 
     schedule: null keeps the learning rate. weight_decay: decoupled, times the learning rate. ema: momentum of the
-    weights' exponential moving average, which is then what is validated and kept. mixup: mix what the frozen layers
-    make of an image, and its label, with another's, by shares of a Beta distribution with both parameters this; 0 turns
-    it off. image_size: pixels, one for all backbones or one for each named; the table in backbones.py has the default.
-    views: so many augmented views of each image are drawn, what the frozen layers make of them is kept, and epoch e
-    takes view e mod views; 0 augments afresh in every epoch.
+    weights' exponential moving average, which is then what is validated and kept. image_size: pixels, one for all
+    backbones or one for each named; the table in backbones.py has the default. views: so many augmented views of each
+    image are drawn, what the frozen layers make of them is kept, and epoch e takes view e mod views; 0 augments afresh
+    in every epoch.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"]
@@ -223,7 +222,6 @@ class Training(Section):
     weight_decay: NonNegative = 0.0
     label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     ema: Fraction | None = None
-    mixup: NonNegative = 0.0
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.2
     batch_size: Count
     epochs: Count

@@ -292,21 +292,17 @@ class Trainer:
             global_count = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, count)
 
         def forward(part: Any) -> tuple[tf.Tensor, tf.Tensor]:
-            boundary, targets, present = part
+            boundary, labels, present = part
             logits = self.tail(boundary, training=True)
-            losses = self.loss(targets, logits)
+            losses = self.loss(tf.one_hot(labels, len(self.model.description.class_names)), logits)
             if not self._replicated:
-                return tf.reduce_sum(losses) / tf.cast(tf.shape(losses)[0], tf.float32) + sum(self.tail.losses), logits
+                return tf.reduce_sum(losses) / tf.cast(tf.shape(labels)[0], tf.float32) + sum(self.tail.losses), logits
             mean = tf.math.divide_no_nan(tf.reduce_sum(losses * present), tf.reduce_sum(present))
             # A replica's share of the global mean; regularisation is the same on all.
             return mean * count / global_count + sum(self.tail.losses) / self.strategy.num_replicas_in_sync, logits
 
         boundary = self._boundary(inputs)
-        targets = tf.one_hot(labels, len(self.model.description.class_names))
-        if self.recipe.mixup:
-            seed = tf.stack([self.job.params.seed, tf.cast(self.optimizer.iterations, tf.int32)])
-            boundary, targets = mixed((boundary, targets), self.recipe.mixup, seed)
-        loss, logits = self.step(forward, (boundary, targets, present))
+        loss, logits = self.step(forward, (boundary, labels, present))
         correct = tf.reduce_sum(tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32))
         return tf.stack([loss * global_count, correct, count])
 
@@ -383,30 +379,6 @@ def gradient_evaluations(images: int, batch_size: int, epochs: int, step: Sam | 
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)] * epochs
     sharp = (index // step.accumulate % step.every == 0 for index in range(len(sizes)))
     return sum(size * (2 if is_sharp else 1) for size, is_sharp in zip(sizes, sharp, strict=True))
-
-
-def mixed(examples: Any, alpha: float, seed: tf.Tensor) -> Any:
-    """Mix each example with the one before it, as mixup does with images (arXiv:1710.09412, eq. 1).
-
-    Between layers, where the trunk ends, this is manifold mixup (arXiv:1806.05236, eq. 1) at one fixed layer.
-
-    Args:
-        examples: tensors [batch, ...] in any nest: what the tail reads, and one-hot labels.
-        alpha: both parameters of the Beta distribution of an example's own share.
-        seed: int [2].
-
-    Returns:
-        The same nest: share * example + (1 - share) * the one before, of dtypes as they were.
-    """
-    batch = tf.shape(tf.nest.flatten(examples)[0])[0]
-    drawn = tf.random.stateless_gamma((2, batch), seed, alpha)
-    shares = tf.math.divide_no_nan(drawn[0], drawn[0] + drawn[1])
-
-    def mix(tensor: tf.Tensor) -> tf.Tensor:
-        share = tf.cast(tf.reshape(shares, (-1, *[1] * (tensor.shape.rank - 1))), tensor.dtype)
-        return share * tensor + (1 - share) * tf.roll(tensor, 1, axis=0)
-
-    return tf.nest.map_structure(mix, examples)
 
 
 def _at_least_one(inputs: Any, labels: tf.Tensor) -> tuple[Any, tf.Tensor]:
