@@ -56,9 +56,8 @@ def collect(folder: Path) -> list[Run]:
     """The runs of results.json with those of the grids' tables that succeeded, by name."""
     path = folder / "results.json"
     runs = {run["name"]: run for run in (reporting.read_json(path)["runs"] if path.exists() else [])}
-    settings = params.load(folder / "params.yaml")
-    given = leaves(settings.model_dump(exclude_unset=True))
-    data = {key: value for key, value in given if key in DATA}  # where a grid does not set it
+    settings = params.load(folder / "params.yaml").model_dump(exclude_unset=True)
+    data = {key: value for key, value in leaves(settings) if key in DATA}  # where a grid does not set it
     for grid in sorted(folder.glob("*.yaml")):
         for name, row in read_kept(grid.with_suffix(".csv")).items():
             runs[name] = data | {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
