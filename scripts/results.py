@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from sweep import FIGURES as FILES
-from sweep import leaves, read_kept
+from sweep import ROW, leaves, read_kept
 
-from flatmin import params, reporting
+from flatmin import reporting
 
 BEGIN, END = "<!-- from results.json, by scripts/results.py -->\n", "<!-- end -->\n"
 METHODS = {  # with its gradient evaluations an image and epoch of the first
@@ -39,8 +39,7 @@ METHODS = {  # with its gradient evaluations an image and epoch of the first
     "sam": ("sam-finetune", "2"),
     "every": ("sam-finetune, `every: 5`", "1.2"),
 }
-# What tells one table from another.
-DATA = ("data.name", "data.train_per_class", "data.label_noise", "finetune.ema")
+DATA = ROW[1:]  # what tells one table from another
 COLUMNS = 3  # of the picture's panels
 FIGURES = {
     "test accuracy": "test.accuracy",
@@ -56,11 +55,9 @@ def collect(folder: Path) -> list[Run]:
     """The runs of results.json with those of the grids' tables that succeeded, by name."""
     path = folder / "results.json"
     runs = {run["name"]: run for run in (reporting.read_json(path)["runs"] if path.exists() else [])}
-    settings = params.load(folder / "params.yaml").model_dump(exclude_unset=True)
-    data = {key: value for key, value in leaves(settings) if key in DATA}  # where a grid does not set it
     for grid in sorted(folder.glob("*.yaml")):
         for name, row in read_kept(grid.with_suffix(".csv")).items():
-            runs[name] = data | {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
+            runs[name] = {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
     if (folder / "metrics/evaluate.json").exists():
         name, given = study(folder / "dvc.lock")
         runs[name] = {"name": name, "targets": "evaluate", **given}

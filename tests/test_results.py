@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
-from repository import ROOT, TINY
+from repository import ROOT
 
 from flatmin.reporting import InputError
 
@@ -120,11 +119,9 @@ def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"sweep.csv: expected the table of `make study-sweep`, found none"):
         results.write(folder)
     (folder / "results.json").write_text(json.dumps({"runs": RUNS[:2]}))
-    rows = "h,succeeded,finetune,3,A,0.25,[1],12.5\ni,failed,finetune,4,,,,1.5\n"
-    columns = "name,status,targets,seed,select/backbone,finetune/val.accuracy,extract.views,seconds"
+    rows = "h,succeeded,finetune,3,visual/cifar,A,0.25,[1],12.5\ni,failed,finetune,4,visual/cifar,,,,1.5\n"
+    columns = "name,status,targets,seed,data.name,select/backbone,finetune/val.accuracy,extract.views,seconds"
     (folder / "sweep.yaml").touch()
-    settings = {**TINY, "data": TINY["data"] | {"name": "visual/cifar"}}
-    (folder / "params.yaml").write_text(yaml.safe_dump(settings))
     (folder / "sweep.csv").write_text(f"{columns}\n{rows}")
     with pytest.raises(InputError, match=r"README.md: expected the lines <!-- from results.json"):
         results.write(folder)
@@ -133,7 +130,7 @@ def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
     runs = json.loads((folder / "results.json").read_text())["runs"]
     assert [run["name"] for run in runs] == ["a", "b", "h"]
     assert runs[2]["extract.views"] == [1]
-    assert runs[2]["data.name"] == "visual/cifar"  # of the study, where the grid does not set it
+    assert runs[2]["data.name"] == "visual/cifar"
     text = (folder / "README.md").read_text()
     assert text.startswith(f"before\n{results.BEGIN}")
     assert text.endswith(f"{results.END}after\n")

@@ -221,10 +221,10 @@ def test_the_table_has_a_row_for_each_run_and_no_figure_that_the_run_did_not_mak
     trial.clock.write_text("12.5")
     columns, rows = sweep.table([trial, control, failed, pending], {}, [failed])
     assert columns == [
-        *("name", "status", "targets", "seed", "sam.rho"),
+        *("name", "status", "targets", *sweep.ROW, "sam.rho"),
         *("select/backbone", "sam/val.accuracy", "sam/epochs", "seconds"),
     ]
-    assert [[row.get(column) for column in columns[1:]] for row in rows] == [
+    assert [[row.get(column) for column in ("status", "targets", "seed", *columns[8:])] for row in rows] == [
         ["succeeded", "sam-finetune", 7, 0.02, "A", 0.5, None, "12.5"],
         ["succeeded", "sam-finetune", 7, 0.1, "A", 0.25, 3, ""],
         ["failed", "sam-finetune", 8, 0.02, None, None, None, ""],
@@ -234,7 +234,7 @@ def test_the_table_has_a_row_for_each_run_and_no_figure_that_the_run_did_not_mak
     keep(repository, evaluated, {"finetune": {"epochs": 1}})
     columns, rows = sweep.table([evaluated], {}, [])
     assert rows[0]["evaluate/sam.accuracy"] == 0.4
-    assert rows[0]["seed"] == 7, "of params.yaml, since the grid does not set it"
+    assert (rows[0]["seed"], rows[0]["data.name"]) == (7, "digits"), "of params.yaml, since the grid does not set them"
 
 
 def test_the_table_keeps_what_it_had_of_another_clone(repository: Repository) -> None:
