@@ -146,3 +146,16 @@ def test_a_page_shows_what_its_runs_give(folder: Path) -> None:
     for run in runs:
         evaluated = any(key.startswith("evaluate/") for key in run)
         assert evaluated == (run.get("targets", "evaluate") == "evaluate"), "a trial has no test figure"
+
+
+def test_the_readme_tells_of_the_study_what_its_runs_give() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    metrics = json.loads((ROOT / "studies/cifar100/metrics/evaluate.json").read_text())
+    extract, finetune, sam = (f"{metrics[stage]['test']['accuracy']:.4f}" for stage in ("extract", "finetune", "sam"))
+    assert f"frozen has a test accuracy of {extract}, fine-tuned {finetune}, with SAM {sam} (seed 42)" in text
+    found = results.methods(json.loads((ROOT / "studies/cifar100/results.json").read_text())["runs"])
+    gains = {}
+    for per_class, ema in ((10, 0.97), (50, 0.99)):
+        group = found["visual_domain_decathlon/cifar100", per_class, None, ema]
+        gains[per_class] = results.paired(group["sam"], group["twice"]).split()[0].lstrip("+")
+    assert f"SAM gains {gains[10]} points with ten training images a class and {gains[50]} with fifty" in text
