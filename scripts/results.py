@@ -27,8 +27,8 @@ import yaml
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from sweep import DATA, leaves, read_kept
 from sweep import FIGURES as FILES
-from sweep import ROW, leaves, read_kept
 
 from flatmin import reporting
 
@@ -39,7 +39,6 @@ METHODS = {  # with its gradient evaluations an image and epoch of the first
     "sam": ("sam-finetune", "2"),
     "every": ("sam-finetune, `every: 5`", "1.2"),
 }
-DATA = ROW[1:]  # what tells one table from another
 COLUMNS = 3  # of the picture's panels
 FIGURES = {
     "test accuracy": "test.accuracy",
@@ -115,7 +114,7 @@ def _is_evaluated(run: Run) -> bool:
 
 
 def methods(runs: Sequence[Run]) -> dict[Group, dict[str, dict[Any, Run]]]:
-    """Data -> method -> seed -> its figures, of the runs that were evaluated."""
+    """DATA -> method -> seed -> its figures, of the runs that were evaluated."""
     found: dict[Group, dict[str, dict[Any, Run]]] = {}
     for run in runs:
         if not _is_evaluated(run) or "sam.epochs" not in run:

@@ -47,8 +47,8 @@ FIGURES = {  # of the stages that a table shows, in their order
 DIFF = ["git", "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--unified=3"]
 DIFF += ["--src-prefix=a/", "--dst-prefix=b/", "HEAD"]
 Row = Mapping[str, Any]
-# What every row says, set by the grid or not: the seed and what tells one study's data and training from another's.
-ROW = ("seed", "data.name", "data.train_per_class", "data.label_noise", "finetune.ema")
+# What every row says beside the seed, set by the grid or not: what tells one study's data and training from another's.
+DATA = ("data.name", "data.train_per_class", "data.label_noise", "finetune.ema")
 ALWAYS = ("prepare", "extract-train", "select-best")
 # Runs that differ in these sections alone have the stage in common: one makes it, the others find it in DVC's cache.
 BEHIND = {
@@ -340,11 +340,11 @@ def read_kept(path: Path) -> dict[str, Row]:
 def table(
     runs: Sequence[Run], kept: Mapping[str, Row], failed: Sequence[Run]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows, one for each run: name, status, targets, ROW, params that any run sets, figures, seconds.
+    """Columns and rows, one for each run: name, status, targets, seed, DATA, what any run sets, figures, seconds.
 
     Figures are those of the stages that the run brought about: an experiment's commit holds the others' old ones.
     """
-    keys = list(dict.fromkeys([*ROW, *(key for run in runs for key in run.values)]))
+    keys = list(dict.fromkeys(["seed", *DATA, *(key for run in runs for key in run.values)]))
     rows: list[dict[str, Any]] = []
     figures: dict[str, None] = {}
     for run in runs:

@@ -220,15 +220,16 @@ def test_the_table_has_a_row_for_each_run_and_no_figure_that_the_run_did_not_mak
     sweep.FOLDER.mkdir(parents=True)
     trial.clock.write_text("12.5")
     columns, rows = sweep.table([trial, control, failed, pending], {}, [failed])
+    data = ("digits", 6, "", "")
     assert columns == [
-        *("name", "status", "targets", *sweep.ROW, "sam.rho"),
+        *("name", "status", "targets", "seed", *sweep.DATA, "sam.rho"),
         *("select/backbone", "sam/val.accuracy", "sam/epochs", "seconds"),
     ]
-    assert [[row.get(column) for column in ("status", "targets", "seed", *columns[8:])] for row in rows] == [
-        ["succeeded", "sam-finetune", 7, 0.02, "A", 0.5, None, "12.5"],
-        ["succeeded", "sam-finetune", 7, 0.1, "A", 0.25, 3, ""],
-        ["failed", "sam-finetune", 8, 0.02, None, None, None, ""],
-        ["not run", "sam-finetune", 8, 0.1, None, None, None, ""],
+    assert [[row.get(column) for column in columns[1:]] for row in rows] == [
+        ["succeeded", "sam-finetune", 7, *data, 0.02, "A", 0.5, None, "12.5"],
+        ["succeeded", "sam-finetune", 7, *data, 0.1, "A", 0.25, 3, ""],
+        ["failed", "sam-finetune", 8, *data, 0.02, None, None, None, ""],
+        ["not run", "sam-finetune", 8, *data, 0.1, None, None, None, ""],
     ]
     (evaluated,) = runs(targets=[], runs=[{"sam.rho": [0.02]}])
     keep(repository, evaluated, {"finetune": {"epochs": 1}})
