@@ -1,13 +1,14 @@
-"""Collect a study's experiments in its results.json, and write the tables and the picture of its page from that.
+"""Collect a study's experiments in its results.json, and write the tables and the picture of its pages from that.
 
     python scripts/results.py studies/cifar100
 
-results.json keeps every run that a grid's table ever had as succeeded, and the one of `make study`. What stands between
-the two comment lines of README.md is written anew, and accuracy.png.
+results.json keeps every run that a grid's table ever had as succeeded, and those of `make study`. Written from it are
+tables.md, accuracy.png and, in README.md, what stands between two comment lines.
 
-An experiment with `sam.epochs` that reached evaluate compares two of the four methods: finetune for twice the epochs of
-sam-finetune with it, at equal gradient evaluations; or finetune with a cheaper SAM for the same epochs. Experiments of
-the same data and of several seeds make a table. One without `sam.epochs` is the study's recipe, with another seed.
+A run with `sam.epochs` that reached evaluate is a control: it compares two of four methods. Where finetune has as many
+epochs, it stands beside a cheaper SAM; where it has twice as many, beside SAM itself, at equal gradient evaluations.
+Controls of the same setting and of several seeds make a table. A run without `sam.epochs` that reached evaluate is a
+recipe. All others are trials, and were never evaluated.
 """
 
 from __future__ import annotations
@@ -17,54 +18,103 @@ import hashlib
 import json
 import math
 import statistics
-import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import scipy.stats
 import yaml
 from matplotlib.figure import Figure
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-from sweep import DATA, leaves, read_kept
-from sweep import FIGURES as FILES
+from runs_table import DATA, METRICS, leaves, read_kept
 
 from flatmin import reporting
+from flatmin.reporting import InputError
 
 BEGIN, END = "<!-- from results.json, by scripts/results.py -->\n", "<!-- end -->\n"
-METHODS = {  # with its gradient evaluations an image and epoch of the first
-    "finetune": ("finetune", "1"),
-    "twice": ("finetune, twice the epochs", "2"),
-    "sam": ("sam-finetune", "2"),
-    "every": ("sam-finetune, `every: 5`", "1.2"),
+TABLES = "# Every run of this study\n\nFrom results.json, by `python scripts/results.py`. "
+TABLES += "[README.md](README.md) says what they mean.\n"
+METHODS = ("finetune", "finetune, 2x epochs", "SAM", "SAM, every 5th step")
+PLAIN, TWICE, SAM, CHEAPER = METHODS
+FIGURES = {  # title -> metric of evaluate, and its decimals
+    "test accuracy": ("test.accuracy", 4),
+    "ECE": ("test.ece", 4),
+    "gradient rise": ("sharpness.gradient_rise", 3),
+    "adaptive rise": ("sharpness.adaptive_rise", 3),
+    "largest eigenvalue": ("sharpness.eigenvalue_1", 1),
 }
 COLUMNS = 3  # of the picture's panels
-FIGURES = {
-    "test accuracy": "test.accuracy",
-    "ECE": "test.ece",
-    "gradient rise": "sharpness.gradient_rise",
-    "largest eigenvalue": "sharpness.eigenvalue_1",
-}
 Run = Mapping[str, Any]
-Group = tuple[Any, ...]
+
+
+class Setting(NamedTuple):
+    """What the controls of one table have in common; `grid` is None for runs of code or params that no grid has now."""
+
+    grid: str | None
+    data: str
+    per_class: int | None
+    label_noise: float | None
+    backbone: str
+    image_size: int
+    epochs: int
+    ema: float | None
+    rho: float
+
+    @property
+    def title(self) -> str:
+        return title(self.data, self.per_class, self.label_noise)
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Its order: what a grid has now, the study's own data, few images, few wrong labels first."""
+        per_class = self.per_class or math.inf
+        return (
+            self.grid is None,
+            self.grid != "sweep",
+            self.data,
+            per_class,
+            self.label_noise or 0,
+            self.ema or 0,
+            self.rho,
+        )
+
+    @property
+    def recipe(self) -> str:
+        averages = f", weight EMA {self.ema:g}" if self.ema else ""
+        return f"{self.backbone}, {self.image_size} px, {self.epochs} epochs of SAM{averages}, rho {self.rho:g}"
+
+
+Controls = dict[Setting, dict[str, dict[int, Run]]]  # method -> seed -> its figures, by FIGURES' titles, and `pair`
 
 
 def collect(folder: Path) -> list[Run]:
     """The runs of results.json with those of the grids' tables that succeeded, by name."""
     path = folder / "results.json"
-    runs = {run["name"]: run for run in (reporting.read_json(path)["runs"] if path.exists() else [])}
-    for grid in sorted(folder.glob("*.yaml")):
-        for name, row in read_kept(grid.with_suffix(".csv")).items():
-            runs[name] = {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
+    runs: dict[str, dict[str, Any]] = {run["name"]: {**run, "grid": None} for run in read(path)}
+    for grid in sorted(folder.glob("*.csv")):
+        for name, row in read_kept(grid).items():
+            cells = {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
+            runs[name] = {**cells, "grid": grid.stem}
     if (folder / "metrics/evaluate.json").exists():
         name, given = study(folder / "dvc.lock")
-        runs[name] = {"name": name, "targets": "evaluate", **given}
-        for file in FILES.values():
+        runs[name] = {"name": name, "targets": "evaluate", "grid": "params", **given}
+        for file in METRICS.values():
             metrics = reporting.read_json(folder / f"metrics/{file}.json")
             runs[name] |= {f"{file}/{key}": value for key, value in leaves(metrics)}
     reporting.write_json(path, {"runs": list(runs.values())})
-    return reporting.read_json(path)["runs"]  # as everybody else reads them: their keys are in order
+    return read(path)  # as everybody else reads them: their keys are in order
+
+
+def read(path: Path) -> list[Run]:
+    """The runs of a results.json; none where there is no such file.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    found = reporting.read_json(path).get("runs") if path.exists() else []
+    if not isinstance(found, list) or not all(isinstance(run, dict) and "name" in run for run in found):
+        raise InputError(f"{path}: expected runs, a list of mappings with a name each, received {str(found)[:80]}")
+    return found
 
 
 def study(lock: Path) -> tuple[str, dict[str, Any]]:
@@ -83,131 +133,184 @@ def _value(cell: str) -> Any:
         return cell
 
 
-def recipe(runs: Sequence[Run]) -> str:
-    """What each stage of the study's own params gave, a row for each seed; nothing before `make study`."""
-    found = [run for run in runs if _is_evaluated(run) and "sam.epochs" not in run]
-    if not found:
-        return ""
-    lines = ["| recipe | seed | stage | val accuracy | test accuracy | test top-5 | ECE | with mirror images |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    found.sort(key=lambda run: (run["finetune/image_size"], run["finetune/epochs"], run["seed"]))
-    for run in found:
-        for stage, file in {"extract": "select", "finetune": "finetune", "sam": "sam"}.items():
-            figures = [f"{run[f'evaluate/{stage}.test.{key}']:.4f}" for key in ("accuracy", "top5_accuracy", "ece")]
-            mirrored = run.get(f"evaluate/{stage}.mirrored.accuracy")
-            figures = [f"{run[f'{file}/val.accuracy']:.4f}", *figures, f"{mirrored:.4f}" if mirrored else ""]
-            lines.append(f"| {_recipe_of(run)} | {run['seed']} | {stage} | {' | '.join(figures)} |")
-    for run in found:
-        points = [100 * run[f"evaluate/sam_minus_finetune.{end}"] for end in ("accuracy", "low", "high")]
-        text = "- {}, seed {}: sam less finetune {:+.2f} points, over images [{:+.2f}, {:+.2f}], p {:.2g}."
-        p_value = run["evaluate/sam_minus_finetune.p_value"]
-        lines += ["", text.format(_recipe_of(run), run["seed"], *points, p_value)]
-    return "### The recipe, on the official validation images\n\n" + "\n".join(lines) + "\n"
+def title(data: str, per_class: int | None, label_noise: float | None) -> str:
+    """What the training images of a run were, from its params of DATA."""
+    images = f"{per_class} training images a class" if per_class else "all training images"
+    wrong = f", {100 * label_noise:g} % of their labels wrong" if label_noise else ""
+    return f"{data.rpartition('/')[2]}, {images}{wrong}"
 
 
-def _recipe_of(run: Run) -> str:
-    return f"{run['finetune/backbone']}, {run['finetune/image_size']} px, {run['finetune/epochs']} epochs"
-
-
-def _is_evaluated(run: Run) -> bool:
+def is_evaluated(run: Run) -> bool:
     return "evaluate/sam.test.accuracy" in run
 
 
-def methods(runs: Sequence[Run]) -> dict[Group, dict[str, dict[Any, Run]]]:
-    """DATA -> method -> seed -> its figures, of the runs that were evaluated."""
-    found: dict[Group, dict[str, dict[Any, Run]]] = {}
+def controls(runs: Sequence[Run]) -> Controls:
+    """The controls by their setting, in its order.
+
+    Raises:
+        InputError: two runs give one seed of a method different figures.
+    """
+    found: Controls = {}
     for run in runs:
-        if not _is_evaluated(run) or "sam.epochs" not in run:
+        if not is_evaluated(run) or "sam.epochs" not in run:
             continue
-        cheaper = run.get("sam.every", 1) > 1
-        group = found.setdefault(tuple(run.get(key) for key in DATA), {})
-        for method, role in (
-            (("every", "sam"), ("finetune", "finetune")) if cheaper else (("sam", "sam"), ("twice", "finetune"))
-        ):
-            figures = {title: run[f"evaluate/{role}.{key}"] for title, key in FIGURES.items()}
-            images = {end: run[f"evaluate/sam_minus_finetune.{end}"] for end in ("accuracy", "low", "high")}
-            group.setdefault(method, {})[run["seed"]] = figures | {"over images": images}
-    return found
+        setting = Setting(
+            *(run[key] if key in ("grid", "data.name") else run.get(key) for key in ("grid", *DATA[:3])),
+            run["finetune/backbone"],
+            run["finetune/image_size"],
+            run["sam.epochs"],
+            run.get("finetune.ema"),
+            run["sam.rho"],
+        )
+        for role, method in _methods(run).items():
+            figures = {title: run[f"evaluate/{role}.{key}"] for title, (key, _) in FIGURES.items()}
+            figures["gradients"] = _gradients(run, role)
+            figures["pair"] = {end: 100 * run[f"evaluate/sam_minus_finetune.{end}"] for end in PAIR}
+            others = found.setdefault(setting, {}).setdefault(method, {})
+            if others.setdefault(run["seed"], figures) != figures:
+                raise InputError(
+                    f"{run['name']}: expected one run of seed {run['seed']}, found two of {setting.recipe}"
+                )
+    return dict(sorted(found.items(), key=lambda item: item[0].place))
 
 
-def title(group: Group) -> str:
-    name, per_class, noise, ema = group
-    images = f"{per_class} training images a class" if per_class else "all training images"
-    wrong = f", {100 * noise:g} % of their labels wrong" if noise else ""
-    averages = f", EMA {ema:g}" if ema else ""
-    return f"{name.rpartition('/')[2]}, {images}{wrong}{averages}"
+PAIR = ("accuracy", "low", "high")  # of SAM less the finetune beside it: the difference, and its interval over images
 
 
-def paired(first: Mapping[Any, Run], second: Mapping[Any, Run]) -> str:
-    """The difference of test accuracies over the seeds that both have, in points, with its 95 % interval (t)."""
-    seeds = sorted(first.keys() & second.keys())
-    points = [100 * (first[seed]["test accuracy"] - second[seed]["test accuracy"]) for seed in seeds]
+def _methods(run: Run) -> dict[str, str]:
+    """The method that each of a control's two trained stages is."""
+    match run["finetune.epochs"] / run["sam.epochs"], run["sam.every"], run.get("sam.method", "sam"):
+        case 2, 1, "sam":
+            return {"finetune": TWICE, "sam": SAM}
+        case 1, 5, "sam":
+            return {"finetune": PLAIN, "sam": CHEAPER}
+    raise InputError(
+        f"{run['name']}: expected SAM beside finetune of twice its epochs, or every fifth step beside as many epochs, "
+        f"received sam.epochs {run['sam.epochs']}, finetune.epochs {run['finetune.epochs']}, "
+        f"sam.every {run['sam.every']}"
+    )
+
+
+def _gradients(run: Run, role: str) -> float:
+    """How many gradients a stage took of an image, as a multiple of those of finetune for SAM's epochs."""
+    of_epoch = run["finetune/gradient_evaluations"] / run["finetune/epochs"]
+    return float(run[f"{role}/gradient_evaluations"] / of_epoch / run["sam.epochs"])
+
+
+def difference(first: Mapping[int, Run], second: Mapping[int, Run]) -> str:
+    """Of test accuracies over the seeds that both have, in points, with its 95 % interval (t); empty without seeds."""
+    points = [100 * (first[seed][ACCURACY] - second[seed][ACCURACY]) for seed in first.keys() & second.keys()]
+    if not points:
+        return ""
     mean = statistics.mean(points)
-    if len(points) < 2:
+    if len(points) == 1:
         return f"{mean:+.2f}"
     half = scipy.stats.t.ppf(0.975, len(points) - 1) * statistics.stdev(points) / len(points) ** 0.5
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
-def table(group: Mapping[str, Mapping[Any, Run]]) -> str:
-    """A row for each method; then SAM beside finetune of twice the epochs, seed by seed, over images."""
+ACCURACY = next(iter(FIGURES))
+
+
+def spread(values: Sequence[float], decimals: int) -> str:
+    """Mean and standard deviation of some seeds."""
+    deviation = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{decimals}f}{deviation}"
+
+
+def summary(found: Controls) -> str:
+    """A row for each setting of the present grids: accuracies, and what SAM gains."""
     lines = [
-        f"| method | gradients | seeds | {' | '.join(FIGURES)} | less finetune, points | less twice the epochs |",
-        f"|{'---|' * (5 + len(FIGURES))}",
+        f"| data | epochs | rho | seeds | {' | '.join(METHODS)} | SAM - finetune, 2x epochs | SAM - finetune | "
+        "SAM, every 5th step - finetune |",
+        f"|{'---|' * (len(METHODS) + 7)}",
     ]
-    for method, (name, gradients) in METHODS.items():
-        seeds = group.get(method)
-        if not seeds:
+    for setting, methods in found.items():
+        if setting.grid is None:
             continue
-        cells = [_spread([run[figure] for run in seeds.values()]) for figure in FIGURES]
-        for other in ("finetune", "twice"):
-            cells.append(paired(seeds, group[other]) if other != method and group.get(other) else "")
-        lines.append(f"| {name} | {gradients} | {len(seeds)} | {' | '.join(cells)} |")
-    for seed, run in sorted(group.get("sam", {}).items()):
-        ends = {end: 100 * value for end, value in run["over images"].items()}
-        lines += [""] if seed == min(group["sam"]) else []
-        lines.append(
-            f"- Seed {seed}: sam-finetune less finetune of twice the epochs {ends['accuracy']:+.2f} points, over "
-            f"images [{ends['low']:+.2f}, {ends['high']:+.2f}]."
-        )
+        seeds = {method: methods.get(method, {}) for method in METHODS}
+        accuracies = [spread([run[ACCURACY] for run in each.values()], 4) if each else "" for each in seeds.values()]
+        gains = [difference(seeds[a], seeds[b]) for a, b in ((SAM, TWICE), (SAM, PLAIN), (CHEAPER, PLAIN))]
+        count = max(map(len, seeds.values()))
+        cells = [setting.title, str(setting.epochs), f"{setting.rho:g}", str(count), *accuracies, *gains]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: Sequence[float]) -> str:
-    digits = 4 if max(values) < 1 else 1
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+def recipes(runs: Sequence[Run], now: bool) -> str:
+    """What each stage of the recipes gave, a row for each seed; of params that stand somewhere `now`, or of all."""
+    lines = ["| recipe | seed | stage | val accuracy | test accuracy | test top-5 | ECE | with flips |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    found = [run for run in runs if is_evaluated(run) and "sam.epochs" not in run and (run["grid"] or not now)]
+    found.sort(key=lambda run: (run["finetune/image_size"], run["finetune/epochs"], run["seed"]))
+    for run in found:
+        name = f"{run['finetune/backbone']}, {run['finetune/image_size']} px, {run['finetune/epochs']} epochs"
+        for stage, file in {"extract": "select", "finetune": "finetune", "sam": "sam"}.items():
+            figures = [f"{run[f'evaluate/{stage}.test.{key}']:.4f}" for key in ("accuracy", "top5_accuracy", "ece")]
+            mirrored = run.get(f"evaluate/{stage}.mirrored.accuracy")
+            figures = [f"{run[f'{file}/val.accuracy']:.4f}", *figures, f"{mirrored:.4f}" if mirrored else ""]
+            lines.append(f"| {name} | {run['seed']} | {stage} | {' | '.join(figures)} |")
+        points = {end: 100 * run[f"evaluate/sam_minus_finetune.{end}"] for end in PAIR}
+        p_value = run["evaluate/sam_minus_finetune.p_value"]
+        lines.append(
+            f"| {name} | {run['seed']} | sam - finetune, points | | {_interval(points)}, p {p_value:.2g} | | | |"
+        )
+    return "\n".join(lines) + "\n" if found else ""
+
+
+def _interval(points: Mapping[str, float]) -> str:
+    return f"{points['accuracy']:+.2f} [{points['low']:+.2f}, {points['high']:+.2f}]"
+
+
+def table(methods: Mapping[str, Mapping[int, Run]]) -> str:
+    """A row for each method; then SAM beside the finetune of its experiment, seed by seed, over images."""
+    lines = [
+        f"| method | gradients | seeds | {' | '.join(FIGURES)} | - finetune, points | - finetune, 2x epochs, points |",
+        f"|{'---|' * (5 + len(FIGURES))}",
+    ]
+    for method in (each for each in METHODS if each in methods):
+        seeds = methods[method]
+        gradients = statistics.mean(run["gradients"] for run in seeds.values())
+        cells = [spread([run[title] for run in seeds.values()], places) for title, (_, places) in FIGURES.items()]
+        cells += ["" if other == method else difference(seeds, methods.get(other, {})) for other in (PLAIN, TWICE)]
+        lines.append(f"| {method} | {gradients:.3g} | {len(seeds)} | {' | '.join(cells)} |")
+    lines += ["", f"| seed | {SAM} - {TWICE}, over images | {CHEAPER} - {PLAIN}, over images |", "|---|---|---|"]
+    for seed in sorted({seed for seeds in methods.values() for seed in seeds}):
+        pairs = [methods.get(method, {}).get(seed) for method in (SAM, CHEAPER)]
+        lines.append(f"| {seed} | {' | '.join(_interval(run['pair']) if run else '' for run in pairs)} |")
+    return "\n".join(lines) + "\n"
 
 
 def trials(runs: Sequence[Run]) -> str:
     """The runs that were not evaluated, by val accuracy; a table for each data, network and size of images."""
     groups: dict[str, list[Run]] = {}
-    for run in sorted((run for run in runs if not _is_evaluated(run)), key=lambda run: -_val(run)):
+    for run in sorted((run for run in runs if not is_evaluated(run)), key=lambda run: -_val(run)):
         size = run.get("sam/image_size") or run.get("finetune/image_size")
-        network = f"{run['select/backbone']}{f' at {size} px' if size else ''}"
-        data = title(tuple(run.get(key) for key in DATA))
-        groups.setdefault(f"#### {network}; {data}", []).append(run)
+        data = title(run["data.name"], *(run.get(key) for key in DATA[1:3]))
+        name = f"### {run['select/backbone']}{f', {size} px' if size else ''}; {data}"
+        groups.setdefault(name, []).append(run)
     return "\n".join(f"{name}\n\n{_trials_alike(alike)}" for name, alike in groups.items())
 
 
 def _trials_alike(runs: Sequence[Run]) -> str:
-    """A row for each, with the params that differ among them."""
-    lines = ["| run | seed | val accuracy | minutes |", "|---|---|---|---|"]
-    keys = list(dict.fromkeys(key for run in runs for key in run))
-    told = [key for key in keys if _is_told(key, runs)]
+    """What most of them have; a row for each, with the params in which it differs from that."""
+    told = [key for key in dict.fromkeys(key for run in runs for key in run) if _is_told(key, runs)]
+    usual = {key: Counter(_shown(run[key]) for run in runs if key in run).most_common(1)[0][0] for key in told}
+    lines = [f"Unless told: {', '.join(f'`{key}: {value}`' for key, value in usual.items())}.", ""] if told else []
+    lines += ["| run | seed | val accuracy | minutes |", "|---|---|---|---|"]
     for run in runs:
         own = [key for key in told if key in run and (run["targets"] != "finetune" or not key.startswith("sam."))]
-        values = ", ".join(f"`{key}: {_shown(run[key])}`" for key in own)
-        what = f"{run['targets']}: {values}" if values else run["targets"]
+        values = [f"`{key}: {_shown(run[key])}`" for key in own if _shown(run[key]) != usual[key]]
+        what = ": ".join([run["targets"], *filter(None, [", ".join(values)])])
         lines.append(f"| {what} | {run['seed']} | {_val(run):.4f} | {float(run['seconds']) / 60:.0f} |")
     return "\n".join(lines) + "\n"
 
 
 def _is_told(key: str, runs: Sequence[Run]) -> bool:
-    """Whether a param has several values in these runs, or there is one run alone."""
-    if key in ("name", "targets", "seed", "seconds", "data.splits", *DATA) or "/" in key:
+    """Whether a param has several values in these runs."""
+    if key in ("name", "targets", "seed", "seconds", "commit", "grid", "data.splits", *DATA[:3]) or "/" in key:
         return False
-    return len(runs) == 1 or len({_shown(run.get(key)) for run in runs}) > 1
+    return len({_shown(run[key]) for run in runs if key in run}) > 1
 
 
 def _val(run: Run) -> float:
@@ -220,51 +323,68 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value).replace('"', "")
 
 
-def section(runs: Sequence[Run]) -> str:
-    """All that stands between the page's two comment lines."""
-    parts = [f"### {title(group)}\n\n{table(found)}" for group, found in methods(runs).items()]
+def tables(runs: Sequence[Run]) -> str:
+    """All of tables.md."""
+    now: list[str] = []
+    before: list[str] = []
+    for setting, methods in controls(runs).items():
+        part = f"### {setting.title}\n\n{setting.recipe}.\n\n{table(methods)}"
+        (now if setting.grid else before).append(part)
     hours = sum(float(run.get("seconds", 0)) for run in runs) / 3600
-    took = f"{len(runs)} runs; those of grids took {hours:.1f} hours in all.\n"
-    trials_of_it = f"### Trials, chosen among by val\n\n{trials(runs)}"
-    return "\n".join([*filter(None, [recipe(runs)]), *parts, trials_of_it, took])
+    took = (
+        f"{len(runs)} runs; those of grids took {hours:.1f} hours in all, added up, each on its share of the cores.\n"
+    )
+    parts = [TABLES, f"## Recipes\n\n{recipes(runs, now=False)}", "## Controls\n", *now]
+    parts += ["## Controls of earlier code or params\n", *before] if before else []
+    return "\n".join([*parts, f"## Trials, chosen among by val\n\n{trials(runs)}", took])
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
-    """Test accuracy by method: each seed a dot, their mean a bar; a panel for each data."""
-    groups = list(methods(runs).items())
-    columns = min(COLUMNS, len(groups))
-    rows = math.ceil(len(groups) / columns)
+def draw(found: Controls, path: Path) -> None:
+    """Test accuracy by method: each seed a dot, their mean a bar; a panel for each setting of the present grids."""
+    shown = {setting: methods for setting, methods in found.items() if setting.grid}
+    columns = min(COLUMNS, len(shown))
+    rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows), dpi=100, layout="constrained")
-    for index, (group, found) in enumerate(groups):
+    for index, (setting, methods) in enumerate(shown.items()):
         axis = figure.add_subplot(rows, columns, index + 1)
-        for place, method in enumerate(each for each in METHODS if each in found):
-            values = [run["test accuracy"] for run in found[method].values()]
+        there = [method for method in METHODS if method in methods]
+        for place, method in enumerate(there):
+            values = [run[ACCURACY] for run in methods[method].values()]
             axis.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.6)
             axis.plot([place - 0.3, place + 0.3], [statistics.mean(values)] * 2, color=f"C{place}", linewidth=2)
-        names = [METHODS[method][0].replace("`", "").replace(", ", ",\n") for method in METHODS if method in found]
-        axis.set_xticks(range(len(names)), names, fontsize=7)
-        axis.set_title(title(group).replace(", ", ",\n"), fontsize=9)
-        axis.set_ylabel("test accuracy" if index % columns == 0 else "")
+        axis.set_xticks(range(len(there)), [method.replace(", ", ",\n") for method in there], fontsize=7)
+        axis.set_title(f"{setting.title},\n{setting.epochs} epochs of SAM".replace(", ", ",\n", 1), fontsize=9)
+        axis.set_ylabel(ACCURACY if index % columns == 0 else "")
         axis.grid(axis="y", alpha=0.3)
     with reporting.whole(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})
 
 
+def section(runs: Sequence[Run]) -> str:
+    """What stands between the two comment lines of README.md."""
+    found, of_recipes = controls(runs), recipes(runs, now=True)
+    parts = [summary(found)] if any(setting.grid for setting in found) else []
+    return "\n".join([*parts, *([of_recipes] if of_recipes else [])])
+
+
 def write(folder: Path) -> None:
     """Everything of a study's folder that comes from its runs."""
     if not (folder / "sweep.csv").is_file():
-        raise reporting.InputError(f"{folder}/sweep.csv: expected the table of `make study-sweep`, found none")
-    runs = collect(folder)
+        raise InputError(f"{folder}/sweep.csv: expected the table of `make study-sweep`, found none")
     page = folder / "README.md"
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise reporting.InputError(f"{page}: expected the lines {BEGIN.strip()} and {END.strip()} once each")
+        raise InputError(f"{page}: expected the lines {BEGIN.strip()} and {END.strip()} once each")
+    runs = collect(folder)
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     with reporting.whole(page) as aside:
         aside.write_text(f"{before}{BEGIN}\n{section(runs)}\n{END}{after}", encoding="utf-8")
-    if methods(runs):
-        draw(runs, folder / "accuracy.png")
-    reporting.log(f"{len(runs)} runs: {folder}/results.json, README.md")
+    with reporting.whole(folder / "tables.md") as aside:
+        aside.write_text(tables(runs), encoding="utf-8")
+    found = controls(runs)
+    if any(setting.grid for setting in found):
+        draw(found, folder / "accuracy.png")
+    reporting.log(f"{len(runs)} runs: results.json, README.md and tables.md in {folder}")
 
 
 def _main() -> None:

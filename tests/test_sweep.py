@@ -25,6 +25,8 @@ from flatmin import reporting
 from flatmin.reporting import InputError
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import grids
+import runs_table
 import sweep
 
 GRID: dict[str, Any] = {
@@ -49,8 +51,8 @@ def grid(**changes: Any) -> Path:
     return path
 
 
-def runs(**changes: Any) -> list[sweep.Run]:
-    return sweep.read_grid(grid(**changes))[0]
+def runs(**changes: Any) -> list[grids.Run]:
+    return grids.read_grid(grid(**changes))[0]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_jobs_part_the_cores() -> None:
     assert sweep.share([0], 0, 1) == [[0]]
 
 
-def keep(repository: Repository, run: sweep.Run, metrics: dict[str, Any]) -> None:
+def keep(repository: Repository, run: grids.Run, metrics: dict[str, Any]) -> None:
     """Make the experiment that a run would have left, with these metrics."""
     for file, values in metrics.items():
         Path("metrics").mkdir(exist_ok=True)
@@ -219,21 +221,22 @@ def test_the_table_has_a_row_for_each_run_and_no_figure_that_the_run_did_not_mak
     keep(repository, control, {"sam": {"val": {"accuracy": 0.25}, "epochs": 3}})
     sweep.FOLDER.mkdir(parents=True)
     trial.clock.write_text("12.5")
-    columns, rows = sweep.table([trial, control, failed, pending], {}, [failed])
+    columns, rows = runs_table.table([trial, control, failed, pending], {}, [failed])
     data = ("digits", 6, "", "")
     assert columns == [
-        *("name", "status", "targets", "seed", *sweep.DATA, "sam.rho"),
-        *("select/backbone", "sam/val.accuracy", "sam/epochs", "seconds"),
+        *("name", "status", "targets", "seed", *runs_table.DATA, "sam.rho"),
+        *("select/backbone", "sam/val.accuracy", "sam/epochs", "commit", "seconds"),
     ]
+    first, second = (repository.run("git", "rev-parse", f"HEAD~{back}")[:7] for back in (2, 1))
     assert [[row.get(column) for column in columns[1:]] for row in rows] == [
-        ["succeeded", "sam-finetune", 7, *data, 0.02, "A", 0.5, None, "12.5"],
-        ["succeeded", "sam-finetune", 7, *data, 0.1, "A", 0.25, 3, ""],
-        ["failed", "sam-finetune", 8, *data, 0.02, None, None, None, ""],
-        ["not run", "sam-finetune", 8, *data, 0.1, None, None, None, ""],
+        ["succeeded", "sam-finetune", 7, *data, 0.02, "A", 0.5, None, first, "12.5"],
+        ["succeeded", "sam-finetune", 7, *data, 0.1, "A", 0.25, 3, second, ""],
+        ["failed", "sam-finetune", 8, *data, 0.02, None, None, None, "", ""],
+        ["not run", "sam-finetune", 8, *data, 0.1, None, None, None, "", ""],
     ]
     (evaluated,) = runs(targets=[], runs=[{"sam.rho": [0.02]}])
     keep(repository, evaluated, {"finetune": {"epochs": 1}})
-    columns, rows = sweep.table([evaluated], {}, [])
+    columns, rows = runs_table.table([evaluated], {}, [])
     assert rows[0]["evaluate/sam.accuracy"] == 0.4
     assert (rows[0]["seed"], rows[0]["data.name"]) == (7, "digits"), "of params.yaml, since the grid does not set them"
 
@@ -241,17 +244,17 @@ def test_the_table_has_a_row_for_each_run_and_no_figure_that_the_run_did_not_mak
 def test_the_table_keeps_what_it_had_of_another_clone(repository: Repository) -> None:
     one, two, *_ = runs(runs=[*GRID["runs"]])
     keep(repository, one, {"select": {"backbone": "A"}, "sam": {"epochs": 3}})
-    figures = {"select/backbone": "A", "sam/epochs": "5", "evaluate/none": "", "seconds": "7.5"}
+    figures = {"select/backbone": "A", "sam/epochs": "5", "evaluate/none": "", "commit": "abc", "seconds": "7.5"}
     columns = ["name", "status", "seed", *figures]
-    cells = [[two.name, "succeeded", "0", *figures.values()], ["other", "failed", "0", "", "", "", "7.5"]]
+    cells = [[two.name, "succeeded", "0", *figures.values()], ["other", "failed", "0", "", "", "", "", "7.5"]]
     reporting.write_csv("grid.csv", columns, cells)
-    kept = sweep.read_kept(Path("grid.csv"))
+    kept = runs_table.read_kept(Path("grid.csv"))
     assert list(kept) == [two.name]
-    _, rows = sweep.table([one, two], kept, [])
+    _, rows = runs_table.table([one, two], kept, [])
     assert rows[0]["sam/epochs"] == 3
     assert (rows[1]["status"], rows[1]["seed"]) == ("succeeded", two.values["seed"])
     assert {key: rows[1].get(key, "") for key in figures} == figures
-    assert sweep.read_kept(Path("other.csv")) == {}
+    assert runs_table.read_kept(Path("other.csv")) == {}
 
 
 ROWS = [
@@ -264,16 +267,18 @@ KEYS = ("targets", "seed", "sam.rho", "sam.method")
 
 
 def test_the_picture_has_a_line_for_each_other_param_and_the_seeds_at_each_x() -> None:
-    lines = sweep.spread(ROWS, "sam.rho", "y", KEYS)
+    lines = runs_table.spread(ROWS, "sam.rho", "y", KEYS)
     assert lines == {f"sam.method {method}": {0.1: [1.1, 2.1], 0.2: [1.2, 2.2]} for method in ("sam", "gsam")}
     assert list(lines["sam.method sam"]) == [0.1, 0.2]
-    assert list(sweep.spread(ROWS[::2], "sam.rho", "y", KEYS)) == ["mean of seeds"]
+    assert list(runs_table.spread(ROWS[::2], "sam.rho", "y", KEYS)) == ["mean of seeds"]
 
 
 def test_the_picture_is_one_and_shows_the_values(tmp_path: Path) -> None:
     pixels = []
     for name, top in (("one", 1.0), ("same", 1.0), ("other", 2.0)):
-        sweep.draw({"mean of seeds": {0.1: [0.5, top], "auto": [0.2]}}, "rho", "accuracy", tmp_path / f"{name}.png")
+        runs_table.draw(
+            {"mean of seeds": {0.1: [0.5, top], "auto": [0.2]}}, "rho", "accuracy", tmp_path / f"{name}.png"
+        )
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.width >= 400
             pixels.append(picture.tobytes())
@@ -310,13 +315,16 @@ def stop_in_training(repository: Repository, number: int, jobs: int) -> tuple[in
 
 def rows_of(repository: Repository) -> list[dict[str, str]]:
     with (repository.folder / "grid.csv").open() as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+        return [
+            {key: value for key, value in row.items() if key not in ("commit", "seconds")}
+            for row in csv.DictReader(file)
+        ]
 
 
 @pytest.mark.slow
 def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tmp_path: Path) -> None:
     params = copy.deepcopy(TINY)
-    params["finetune"]["epochs"] = 8
+    params["finetune"] |= {"epochs": 8, "views": 2}
     whole, killed = (Repository(tmp_path / name, params) for name in ("whole", "killed"))
     for repository in (whole, killed):
         (repository.folder / "grid.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
@@ -341,6 +349,7 @@ def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tm
     output = killed.run(*COMMAND, "--jobs", str(jobs))
     assert "4 experiments: grid.csv and grid.png" in output
     assert "sam: going on after epoch" in logs(killed)
+    assert logs(killed).count("view 1/2: ") == logs(whole).count("view 1/2: ") > 0, "the views are found again"
     assert marked(killed) == []
     assert not list((killed.folder / sweep.FOLDER).glob("clone-*"))
     assert rows_of(killed) == rows_of(whole)
