@@ -123,7 +123,8 @@ def _picture(picture: Any, runs: Sequence[Run], path: Path) -> tuple[str, str]:
     if picture["x"] not in keys:
         raise InputError(f"{path}: picture.x: expected one of {', '.join(keys)}, received {picture['x']!r}")
     files = [file for stage, file in METRICS.items() if any(stage in run.stages for run in runs)]
-    if not isinstance(picture["y"], str) or picture["y"].split("/")[0] not in files or "/" not in picture["y"]:
+    file, _, metric = str(picture["y"]).partition("/")
+    if file not in files or not metric:
         example = f"{' or '.join(files)}, a slash and a metric such as val.accuracy"
         raise InputError(f"{path}: picture.y: expected {example}, received {picture['y']!r}")
     return picture["x"], picture["y"]

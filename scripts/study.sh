@@ -13,6 +13,16 @@ if [ ! -f "studies/$name/params.yaml" ]; then
     echo "error: NAME: expected one of $(cd studies && printf '%s ' *)with a params.yaml, received '$name'" >&2
     exit 1
 fi
+if [ "${2:-sweep}" != sweep ]; then
+    echo "error: expected NAME or NAME sweep, received '$*'" >&2
+    exit 1
+fi
+mkdir -p .studies
+exec 9>".studies/$name.lock"
+if ! flock --nonblock 9; then
+    echo "error: $clone: expected no other run of this study, found one" >&2
+    exit 1
+fi
 if [ -n "$(git status --porcelain -- src stages dvc.yaml)" ]; then
     echo "note: the study runs the last commit; what is not committed in src, stages and dvc.yaml is left out"
 fi

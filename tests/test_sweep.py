@@ -6,6 +6,7 @@ import contextlib
 import copy
 import csv
 import datetime
+import fcntl
 import json
 import os
 import signal
@@ -405,6 +406,14 @@ def test_a_study_goes_on_in_a_checkout_that_has_moved(tmp_path: Path) -> None:
     assert repository.run("env", f"COMMIT={start}", "sh", "scripts/study.sh", "later", expect=1) == (
         f"error: COMMIT: expected one with studies/later/params.yaml, received '{start}'\n"
     )
+    assert repository.run("sh", "scripts/study.sh", "digits", "sweeps", expect=1) == (
+        "error: expected NAME or NAME sweep, received 'digits sweeps'\n"
+    )
+    with (repository.folder / ".studies/digits.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert repository.run(*command, expect=1) == (
+            "error: .studies/digits: expected no other run of this study, found one\n"
+        )
 
 
 @pytest.mark.slow
