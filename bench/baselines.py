@@ -77,7 +77,7 @@ def network(start: Any, pixels: Any, resize: bool) -> Any:
     size = start.description.image_size
     images = keras.layers.Resizing(size, size)(pixels) if resize else pixels
     prepared = backbones.preprocess(start.description.backbone, images)
-    return keras.Model(pixels, start.head(start.base(prepared, training=False)))
+    return keras.Model(pixels, start.head(start.features(prepared, training=False)))
 
 
 def starting_point(settings: Any, records: Any, stage: str) -> Any:

@@ -1,4 +1,4 @@
-"""extract-train: a linear classifier behind a frozen backbone. Argument: the backbone.
+"""extract-train: a classifier behind a frozen backbone. Argument: the backbone.
 
 Reads `seed`, `runtime`, `augment`, `extract` of params.yaml and data/records/. Writes models/extract/{backbone}/,
 metrics/extract/{backbone}.json and plots/extract/{backbone}.csv.

@@ -23,8 +23,10 @@ from flatmin.reporting import InputError
 CLASSES = ("a", "b", "c", "d")
 
 
-def create(backbone: str = "MobileNet025", size: int = 32, dropout: float = 0.5, seed: int = 1) -> Classifier:
-    return classifier.create(backbone, CLASSES, size, dropout, seed, "none")
+def create(
+    backbone: str = "MobileNet025", size: int = 32, dropout: float = 0.5, seed: int = 1, **head: Any
+) -> Classifier:
+    return classifier.create(backbone, CLASSES, size, dropout, seed, "none", **head)
 
 
 def pixels(size: int = 32, count: int = 2) -> np.ndarray:
@@ -47,14 +49,15 @@ QUICK = {"MobileNet025", "EfficientNetLite0"}
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in backbones.BACKBONES]
 )
-def test_trunk_and_tail_make_what_the_network_makes(name: str) -> None:
+@pytest.mark.parametrize("levels", ["last", "all"])
+def test_trunk_and_tail_make_what_the_network_makes(name: str, levels: classifier.Levels) -> None:
     row = backbones.find(name)
     size = max(64, row.smallest)
-    built = create(name, size)
+    built = create(name, size, levels=levels)
     shake(built.base)
     images = pixels(size, 1)
     logits = built.network(images, training=False).numpy()
-    features = built.base(backbones.preprocess(name, images), training=False).numpy()
+    features = built.features(backbones.preprocess(name, images), training=False).numpy()
     largest = np.abs(features).max()
     assert largest > 0  # what follows compares with it: random networks may give numbers near 1e-12
     layers = len(built.base.layers)
@@ -101,6 +104,29 @@ def test_a_cut_within_a_residual_block_has_several_boundary_tensors() -> None:
     for at, tensors in (("block2b_expand_conv", 1), ("block2b_dwconv", 2), ("block2b_add", 2), ("block3a_dwconv", 1)):
         trunk, _ = built.cut(at)
         assert len(trunk.outputs) == tensors, at
+
+
+def test_the_head_sees_every_resolution() -> None:
+    built = create("EfficientNetLite0", 64, levels="all", hidden_units=8)
+    shake(built.base)
+    images = pixels(64, 5) * np.linspace(0, 1, 5, dtype=np.float32)[:, None, None, None]
+    prepared = backbones.preprocess("EfficientNetLite0", images)
+    ends = [f"{name}_expand_activation" for name in ("block2a", "block3a", "block4a", "block6a")]
+    tensors = [built.base.get_layer(name).output for name in (*ends, "top_activation")]
+    assert [tensor.shape[1] for tensor in tensors] == [32, 16, 8, 4, 2]
+    parts = [np.mean(each, axis=(1, 2)) for each in keras.Model(built.base.input, tensors)(prepared, training=False)]
+    expected = np.concatenate(parts, axis=1)
+    np.testing.assert_allclose(built.features(prepared, training=False), expected, rtol=1e-3, atol=1e-5)
+    classifier.standardize(built, tf.data.Dataset.from_tensor_slices((images, np.zeros(5))).batch(2))
+    expected = (expected - expected.mean(axis=0)) / np.sqrt(expected.var(axis=0) + 1e-5)
+    features = built.features(prepared, training=False).numpy()
+    assert np.abs(features).max() > 1
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-3)
+    hidden, into, kernel, bias = (np.array(variable) for variable in built.head.trainable_variables)
+    logits = np.maximum(features @ hidden + into, 0) @ kernel + bias
+    np.testing.assert_allclose(built.network(images, training=False), logits, rtol=1e-3, atol=1e-5)
+    trunk, _ = built.cut("block4a_expand_conv")
+    assert [tensor.shape[1:] for tensor in trunk.outputs] == [(8, 8, 40), (96,), (144,)], "pooled, not whole"
 
 
 def test_name_and_index_are_the_same_cut() -> None:
@@ -198,8 +224,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
-    built = create()
+@pytest.mark.parametrize("head", [{}, {"levels": "all", "hidden_units": 8}])
+def test_what_is_loaded_is_what_was_saved(head: dict[str, Any], tmp_path: Path) -> None:
+    built = create(**head)
     shake(built.network)
     built.save(tmp_path / "one")
     built.save(tmp_path / "two")
@@ -212,7 +239,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.logits(dataset), logits)
     assert logits.shape == (5, 4)
     np.testing.assert_allclose(logits, built.network(pixels(count=5), training=False), rtol=1e-4, atol=1e-5)
-    built.head.trainable_variables[1].assign_add(np.ones(4))
+    built.head.trainable_variables[-1].assign_add(np.ones(4))
     built.save(tmp_path / "two")
     assert contents(tmp_path / "one") != contents(tmp_path / "two")
     # What is loaded is a classifier like any other: it is cut and its description changed.
@@ -238,7 +265,9 @@ def test_the_description_says_what_it_is(tmp_path: Path) -> None:
         "class_names": list(CLASSES),
         "dropout": 0.5,
         "fine_tune_at": None,
+        "hidden_units": 0,
         "image_size": 32,
+        "levels": "last",
         "preprocessing": "tf",
         "pretrained": "none",
         "seed": 1,

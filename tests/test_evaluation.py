@@ -305,7 +305,7 @@ def test_sharpness_is_of_plain_train_images_in_float32(evaluated: Path) -> None:
     with tf.GradientTape() as tape:
         kernel, bias = (variable.value for variable in model.head.trainable_variables)
         tape.watch([kernel, bias])
-        features = model.head.layers[0](model.base(backbones.preprocess("MobileNet025", pixels), training=False))
+        features = model.features(backbones.preprocess("MobileNet025", pixels), training=False)
         loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, features @ kernel + bias))
     assert float(loss) == pytest.approx(classifier.score(logits, labels)["loss"], rel=1e-5)
     gradients = tape.gradient(loss, [kernel, bias])

@@ -71,9 +71,14 @@ def runs(**changes: Any) -> list[grids.Run]:
         ({"runs": [{"sam.rho.x": [1]}]}, "runs.0: sam.rho.x: expected a key within mappings, received one within 0.05"),
         ({"runs": [{"backbones.0": ["A"]}]}, "runs.0: backbones.0: expected a key within ... ['EfficientNetLite0']"),
         ({"runs": [{"seed": [datetime.date(2026, 1, 2)]}]}, "runs.0: seed: expected ... datetime.date(2026, 1, 2)"),
-        ({"targets": ["train"]}, "targets: expected a list of prepare, ... evaluate, received 'train'"),
-        ({"targets": "finetune"}, "targets: expected a list of prepare, ... evaluate, received 'finetune'"),
+        ({"targets": ["train"]}, "targets: expected a list of prepare, ... evaluate, each once, received 'train'"),
+        ({"targets": "finetune"}, "targets: expected a list of prepare, ... evaluate, each once, received 'finetune'"),
+        (
+            {"targets": ["finetune", "finetune"]},
+            "targets: expected a list of prepare, ... each once, received 'finetune'",
+        ),
         ({"picture": None}, "picture: expected x and y, received None"),
+        ({"picture": {"x": "seed", "y": "sam/"}}, "picture.y: expected select or sam, ... received 'sam/'"),
         ({"picture": {"x": "seeds", "y": "sam/epochs"}}, "picture.x: expected one of seed, sam.rho, received 'seeds'"),
         ({"picture": {"x": ["seed"], "y": "sam/epochs"}}, "picture.x: expected one of ... received ['seed']"),
         (

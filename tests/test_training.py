@@ -305,6 +305,7 @@ def small(**changes: Any) -> Params:
         "evaluate": {},
     }
     values["runtime"] = changes.pop("runtime", {})
+    values["extract"] |= changes.pop("extract", {})
     values["finetune"] |= changes
     return params.parse(values)
 
@@ -350,9 +351,13 @@ def scores_on_val(folder: str) -> dict[str, float]:
     return classifier.score(logits, found.labels("val"))
 
 
+HEADS = [{}, {"levels": "all", "hidden_units": 8}]
+
+
 @pytest.mark.slow
-def test_the_stages_write_what_they_trained(study: Path) -> None:
-    settings = small()
+@pytest.mark.parametrize("head", HEADS, ids=["linear", "levels"])
+def test_the_stages_write_what_they_trained(head: dict[str, Any], study: Path) -> None:
+    settings = small(extract=head)
     training.extract(settings, "MobileNet025")
     selection.select(settings.backbones, 0.0)
     training.finetune(settings)
@@ -381,8 +386,9 @@ def test_the_stages_write_what_they_trained(study: Path) -> None:
         assert len(rows) == 3
         best = rows[found["best_epoch"]].split(",")
         assert float(best[5]) == pytest.approx(found["val"]["accuracy"], rel=1e-5)
+    layers = ["conv_dw_11", classifier.STANDARDIZED] if head else ["conv_dw_11"]
     frozen = [
-        [np.array(v) for v in classifier.load(folder).base.get_layer("conv_dw_11").weights]
+        [np.array(v) for name in layers for v in classifier.load(folder).features.get_layer(name).weights]
         for folder in ("models/selected", "models/finetune", "models/sam")
     ]
     for one, two, three in zip(*frozen, strict=True):
@@ -458,8 +464,15 @@ def view_files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_kept_views_train_as_the_images_do(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("head", HEADS, ids=["linear", "levels"])
+def test_kept_views_train_as_the_images_do(
+    head: dict[str, Any], study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without augmentation a view is the image: an epoch in the same order differs by float16's rounding alone."""
+    if head:
+        training.extract(small(extract=head), "MobileNet025")
+        selection.select(["MobileNet025"], 0.0)
+        capsys.readouterr()
     plain = small(dropout=0.0, optimizer="sgd", learning_rate=0.02, batch_size=TRAIN, epochs=3)
     training.finetune(plain)
     expected, scores = trained_weights("models/finetune"), metrics("finetune")
@@ -481,7 +494,7 @@ def test_kept_views_train_as_the_images_do(study: Path, capsys: pytest.CaptureFi
     training.finetune(kept, params.Sam())
     assert "activations" not in capsys.readouterr().out
     assert view_files(study / "cache") == before
-    assert len(before) == 2
+    assert len(before) == 2 * (5 if head else 1), "of each tensor that crosses the cut"
 
 
 def test_finetune_draws_other_views_than_extract(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:

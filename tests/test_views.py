@@ -153,6 +153,14 @@ def test_augmented_pictures_are_those_of_augment(alike: Records) -> None:
     assert sorted(image.tobytes() for image in expected) == sorted(image.tobytes() for image in found)
 
 
+@pytest.mark.parametrize(("number", "every"), [(20, 5), (30, 3), (99, 1), (500, 1)])
+def test_a_sample_is_taken_evenly(made: Records, number: int, every: int) -> None:
+    whole, taken = (
+        batches(each) for each in (views.plain(made, "train", SIZE, COUNT), views.sample(made, SIZE, number))
+    )
+    np.testing.assert_array_equal(np.concatenate([images for images, _ in taken]), whole[0][0][::every])
+
+
 @pytest.mark.parametrize("role", ["train", "val", "test"])
 def test_plain_keeps_the_order(made: Records, role: str) -> None:
     of_role = batches(views.plain(made, role, SIZE, 5))

@@ -1,4 +1,4 @@
-"""A classifier: a backbone and a linear head, cut into a frozen trunk and a trained tail, saved and loaded whole."""
+"""A classifier: backbone, pooling and head, cut into a frozen trunk and a trained tail, saved and loaded whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -18,6 +18,9 @@ from flatmin.reporting import InputError
 
 WEIGHTS = "classifier.weights.h5"
 MODEL = "model.json"
+RESIZING = (keras.layers.ZeroPadding2D, keras.layers.Cropping2D)  # whose outputs are of no resolution of their own
+STANDARDIZED = "standardized"
+Levels = Literal["last", "all"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Description:
     """What `model.json` holds: all that is needed to assemble the same network again.
 
     weights_digest: SHA-256 of the file that the backbone's weights came from, None for none or Keras' own download.
+    levels, hidden_units: as params.yaml's `extract` has them.
     """
 
     backbone: str
@@ -37,6 +41,8 @@ class Description:
     preprocessing: str
     multiply_adds: int
     fine_tune_at: str | int | None = None
+    levels: Levels = "last"
+    hidden_units: int = 0
 
 
 class Tail(keras.Model):
@@ -58,10 +64,14 @@ class Tail(keras.Model):
 
 @dataclass(frozen=True)
 class Classifier:
-    """Base and head, and what describes them."""
+    """What describes it, and its parts: images -> `base`, then pooled: `features` -> `head`: logits.
+
+    features: the base with its pooling, one model: images as `base` takes them -> float32 [batch, channels].
+    """
 
     description: Description
     base: keras.Model
+    features: keras.Model
     head: keras.Model
     network: keras.Model = field(repr=False)
 
@@ -69,8 +79,7 @@ class Classifier:
         """Trunk and tail, sharing this classifier's weights.
 
         Args:
-            at: the first trained layer of the backbone, by name or index; None freezes the whole backbone and
-                pools what it makes.
+            at: the first trained layer of the backbone, by name or index; None trains the head alone.
 
         Returns:
             trunk: pixels float32 [batch, size, size, 3] in [0, 255] -> boundary tensors; and the tail.
@@ -78,10 +87,8 @@ class Classifier:
         pixels = keras.Input(self.network.input.shape[1:], name="pixels")
         prepared = backbones.preprocess(self.description.backbone, pixels)
         if at is None:
-            pooling, *trained = self.head.layers
-            head = keras.Sequential([keras.Input(self.head.input.shape[-1:]), *trained], name="head")
-            return keras.Model(pixels, pooling(self.base(prepared)), name="trunk"), Tail(None, head)
-        frozen, body = cut(self.base, layer_index(self.base, at))
+            return keras.Model(pixels, self.features(prepared), name="trunk"), Tail(None, self.head)
+        frozen, body = cut(self.features, self.base.layers, layer_index(self.base, at))
         return keras.Model(pixels, frozen(prepared), name="trunk"), Tail(body, self.head)
 
     def trunk_identity(self, at: str | int | None) -> dict[str, Any]:
@@ -92,6 +99,7 @@ class Classifier:
             "image_size": self.description.image_size,
             "preprocessing": self.description.preprocessing,
             "cut": None if at is None else layer_index(self.base, at),
+            "levels": self.description.levels,
             "weights": cache.digest(np.ascontiguousarray(weight) for weight in trunk.get_weights()),
             "precision": keras.config.dtype_policy().name,
         }
@@ -114,29 +122,88 @@ class Classifier:
 
 
 def assemble(description: Description, weights: str = "none") -> Classifier:
-    """Build backbone and head, the backbone with `weights` as `backbones.build` takes them."""
+    """Build a classifier, its backbone with `weights` as `backbones.build` takes them."""
     size = description.image_size
     base = backbones.build(description.backbone, size, weights)
-    head = keras.Sequential(
-        [
-            keras.layers.GlobalAveragePooling2D(name="pooling"),
-            keras.layers.Dropout(description.dropout, seed=description.seed, name="dropout"),
-            keras.layers.Dense(
-                len(description.class_names),
-                kernel_initializer=keras.initializers.GlorotUniform(description.seed),
-                dtype="float32",
-                name="logits",
-            ),
-        ],
-        name="head",
-    )
+    features = pooled(base, description.levels)
+    head = _head(description, features.output.shape[-1])
     pixels = keras.Input((size, size, 3), name="pixels")
-    network = keras.Model(pixels, head(base(backbones.preprocess(description.backbone, pixels))), name="classifier")
-    return Classifier(description, base, head, network)
+    prepared = backbones.preprocess(description.backbone, pixels)
+    network = keras.Model(pixels, head(features(prepared)), name="classifier")
+    return Classifier(description, base, features, head, network)
+
+
+def pooled(base: keras.Model, levels: Levels) -> keras.Model:
+    """A backbone with global average pooling: of its output, or of the last activations of each of its resolutions.
+
+    What a network makes before its last layers serves classes that it was not trained for (Head2Toe, arXiv:2201.03529).
+    Resolutions stand one behind the other, each channel as `standardize` has it.
+    """
+    if levels == "last":
+        return keras.Model(
+            base.input, keras.layers.GlobalAveragePooling2D(name="pooling")(base.output), name="features"
+        )
+    last: dict[int, Any] = {}
+    for layer in base.layers:
+        rows = layer.output.shape[1]
+        if len(layer.output.shape) == 4 and rows != base.input.shape[1] and not isinstance(layer, RESIZING):
+            last[rows] = layer.output
+    last[base.output.shape[1]] = base.output
+    vectors = [keras.layers.GlobalAveragePooling2D(name=f"pooling_{rows}")(each) for rows, each in last.items()]
+    scaled = keras.layers.BatchNormalization(
+        epsilon=1e-5, center=False, scale=False, trainable=False, dtype="float32", name=STANDARDIZED
+    )(keras.layers.Concatenate(name="levels")(vectors))
+    return keras.Model(base.input, scaled, name="features")
+
+
+def standardize(model: Classifier, images: tf.data.Dataset) -> None:
+    """Bring each channel that the head sees to mean 0 and variance 1 over these images; for good.
+
+    Args:
+        model: one with `levels` "all"; others are left as they are.
+        images: batches as `views.plain` gives them.
+    """
+    if model.description.levels == "last":
+        return
+    layer = model.features.get_layer(STANDARDIZED)
+    name = model.description.backbone
+    plain = keras.Model(model.base.input, layer.input)
+    forward = tf.function(
+        lambda pixels: plain(backbones.preprocess(name, pixels), training=False), reduce_retracing=True
+    )
+    batches = reporting.progress(images, "standardizing", unit="batch")
+    features = np.concatenate([forward(pixels).numpy() for pixels, _ in batches]).astype(np.float64)
+    layer.moving_mean.assign(features.mean(axis=0))
+    layer.moving_variance.assign(features.var(axis=0))
+
+
+def _head(description: Description, channels: int) -> keras.Model:
+    """float32 [batch, channels] -> logits, float32 [batch, classes]; linear without hidden units."""
+    layers = [
+        keras.Input((channels,)),
+        keras.layers.Dropout(description.dropout, seed=description.seed, name="dropout"),
+    ]
+    if description.hidden_units:
+        initializer = keras.initializers.HeNormal(description.seed + 1)
+        layers += [
+            keras.layers.Dense(description.hidden_units, "relu", kernel_initializer=initializer, name="hidden"),
+            keras.layers.Dropout(description.dropout, seed=description.seed + 1, name="hidden_dropout"),
+        ]
+    initializer = keras.initializers.GlorotUniform(description.seed)
+    classes = len(description.class_names)
+    layers += [keras.layers.Dense(classes, kernel_initializer=initializer, dtype="float32", name="logits")]
+    return keras.Sequential(layers, name="head")
 
 
 def create(
-    backbone: str, class_names: Sequence[str], image_size: int | None, dropout: float, seed: int, weights: str
+    backbone: str,
+    class_names: Sequence[str],
+    image_size: int | None,
+    dropout: float,
+    seed: int,
+    weights: str,
+    levels: Levels = "last",
+    hidden_units: int = 0,
 ) -> Classifier:
     """A new classifier around a backbone of the table, with pretrained weights and a random head."""
     size = image_size or backbones.find(backbone).image_size
@@ -150,6 +217,8 @@ def create(
         weights_digest=backbones.digest(backbone, weights),
         preprocessing=backbones.find(backbone).preprocessing,
         multiply_adds=0,
+        levels=levels,
+        hidden_units=hidden_units,
     )
     built = assemble(description, weights)
     counted = backbones.multiply_adds(built.base)
@@ -203,17 +272,17 @@ def layer_index(base: keras.Model, at: str | int) -> int:
     )
 
 
-def cut(base: keras.Model, index: int) -> tuple[keras.Model, keras.Model]:
-    """Cut a functional model before `base.layers[index]` into two that make the same of an image in a row.
+def cut(model: keras.Model, layers: Sequence[keras.Layer], index: int) -> tuple[keras.Model, keras.Model]:
+    """Cut a functional model before `layers[index]` into two that make the same of an image in a row.
 
     The tensors that frozen layers make and trained ones use are the boundary; a cut inside a residual block has
-    several. Operations that are no layers, such as `x + y`, are trained where anything they use is.
+    several. What is not in `layers`, such as pooling or `x + y`, is trained where anything it uses is.
     """
     if index == 0:
-        return keras.Sequential([keras.Input(base.input.shape[1:]), keras.layers.Identity()], name="frozen"), base
-    frozen_layers = {id(layer) for layer in base.layers[:index]}
-    is_layer = {id(layer) for layer in base.layers}
-    nodes = [node for depth in sorted(base._nodes_by_depth, reverse=True) for node in base._nodes_by_depth[depth]]
+        return keras.Sequential([keras.Input(model.input.shape[1:]), keras.layers.Identity()], name="frozen"), model
+    frozen_layers = {id(layer) for layer in layers[:index]}
+    is_layer = {id(layer) for layer in layers}
+    nodes = [node for depth in sorted(model._nodes_by_depth, reverse=True) for node in model._nodes_by_depth[depth]]
     trained: set[int] = set()
     boundary: dict[int, Any] = {}
     for node in nodes:
@@ -225,7 +294,7 @@ def cut(base: keras.Model, index: int) -> tuple[keras.Model, keras.Model]:
         boundary.update((id(tensor), tensor) for tensor in node.input_tensors if id(tensor) not in trained)
     tensors = list(boundary.values())
     crossing = tensors[0] if len(tensors) == 1 else tensors
-    return keras.Model(base.input, crossing, name="frozen"), keras.Model(crossing, base.output, name="body")
+    return keras.Model(model.input, crossing, name="frozen"), keras.Model(crossing, model.output, name="body")
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -239,12 +239,16 @@ class Training(Section):
 
 
 class Extract(Training):
-    """extract-train: a linear classifier behind each frozen backbone.
+    """extract-train: a classifier behind each frozen backbone.
 
-    weights: for each backbone `imagenet` (the default), `none` (random), or a weights file.
+    weights: for each backbone `imagenet` (the default), `none` (random), or a weights file. levels: the head sees what
+    the backbone makes at last, or the last activations of all resolutions. hidden_units: of a ReLU layer in the head,
+    or 0. finetune keeps both.
     """
 
     weights: dict[BackboneName, Text] = {}
+    levels: Literal["last", "all"] = "last"
+    hidden_units: Annotated[int, Field(ge=0)] = 0
 
 
 class Finetune(Training):

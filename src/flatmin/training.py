@@ -29,13 +29,14 @@ SELECTED = Path("models/selected")
 SGD_MOMENTUM = 0.9
 # What TensorFlow raises where another worker is gone.
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.InternalError)
+STANDARDIZED_ON = 2000  # train images
 CHECKED = 1000  # val images on which views and assembled network are compared
 
 Epoch = dict[str, float]
 
 
 def extract(params: Params, backbone: str) -> None:
-    """Train a linear classifier behind a frozen backbone: models/extract/{backbone}, its metrics and its plot."""
+    """Train a classifier behind a frozen backbone: models/extract/{backbone}, its metrics and its plot."""
     if backbone not in params.backbones:
         raise InputError(f"backbones: expected one of {', '.join(params.backbones)}, received {backbone}")
     recipe = params.extract
@@ -43,7 +44,18 @@ def extract(params: Params, backbone: str) -> None:
     size = _of_backbone(recipe.image_size, backbone)
 
     def start(records: Records) -> Classifier:
-        return classifier.create(backbone, records.class_names, size, recipe.dropout, params.seed, weights)
+        model = classifier.create(
+            backbone,
+            records.class_names,
+            size,
+            recipe.dropout,
+            params.seed,
+            weights,
+            recipe.levels,
+            recipe.hidden_units,
+        )
+        classifier.standardize(model, views.sample(records, model.description.image_size, STANDARDIZED_ON))
+        return model
 
     digest = backbones.digest(backbone, weights)
     _run(Job(f"extract/{backbone}", params, recipe, start, depends_on={"backbone": backbone, "weights": digest}))

@@ -54,6 +54,12 @@ def plain(records: Records, role: str, size: int, batch_size: int) -> tf.data.Da
     return _batches(records.images(role), size, batch_size)
 
 
+def sample(records: Records, size: int, number: int) -> tf.data.Dataset:
+    """Batches as `plain`'s of at least so many train images, evenly from all of the records, or of all there are."""
+    every = max(1, records.count("train") // number)
+    return _batches(records.images("train", lambda position: position % every == 0), size, TRUNK_BATCH)
+
+
 def augmented(
     records: Records, augmenter: Augmenter, size: int, batch_size: int, seed: int, epoch: int
 ) -> tf.data.Dataset:
