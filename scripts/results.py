@@ -43,6 +43,8 @@ FIGURES = {  # title -> metric of evaluate, and its decimals
     "adaptive rise": ("sharpness.adaptive_rise", 3),
     "largest eigenvalue": ("sharpness.eigenvalue_1", 1),
 }
+ACCURACY = next(iter(FIGURES))
+PAIR = ("accuracy", "low", "high")  # of SAM less the finetune beside it: the difference, and its interval over images
 COLUMNS = 3  # of the picture's panels
 Run = Mapping[str, Any]
 
@@ -174,9 +176,6 @@ def controls(runs: Sequence[Run]) -> Controls:
     return dict(sorted(found.items(), key=lambda item: item[0].place))
 
 
-PAIR = ("accuracy", "low", "high")  # of SAM less the finetune beside it: the difference, and its interval over images
-
-
 def _methods(run: Run) -> dict[str, str]:
     """The method that each of a control's two trained stages is."""
     match run["finetune.epochs"] / run["sam.epochs"], run["sam.every"], run.get("sam.method", "sam"):
@@ -206,10 +205,7 @@ def difference(first: Mapping[int, Run], second: Mapping[int, Run]) -> str:
     if len(points) == 1:
         return f"{mean:+.2f}"
     half = scipy.stats.t.ppf(0.975, len(points) - 1) * statistics.stdev(points) / len(points) ** 0.5
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-
-
-ACCURACY = next(iter(FIGURES))
+    return _interval({"accuracy": mean, "low": mean - half, "high": mean + half})
 
 
 def spread(values: Sequence[float], decimals: int) -> str:
