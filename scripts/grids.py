@@ -134,6 +134,10 @@ def make_run(values: Mapping[str, Any], told: Sequence[str], targets: Sequence[s
     """A run with its settings, checked by the schema; `told` are the keys in its name, `where` begins a message."""
     settings, given = _yaml(Path("params.yaml")), []
     for key, value in values.items():
+        if "${" in str(value):
+            raise InputError(
+                f"{where}: {key}: expected no ${{, which DVC takes for another key's value, received {value!r}"
+            )
         *sections, last = key.split(".")
         section = settings
         for name in sections:
@@ -163,4 +167,7 @@ def _hydra(value: Any) -> str:
         return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_hydra, value)) + "]"
+    if isinstance(value, str):  # a backslash stands for itself but before a quote
+        quoted = re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + (found[2] and r"\""), value)
+        return f'"{quoted}"'
     return json.dumps(value, default=str)  # a date: the schema refuses it

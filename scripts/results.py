@@ -44,8 +44,11 @@ FIGURES = {  # title -> metric of evaluate, and its decimals
     "largest eigenvalue": ("sharpness.eigenvalue_1", 1),
 }
 ACCURACY = next(iter(FIGURES))
+TEXT = ("name", "targets", "commit")  # a commit's digits may look like a number
 PAIR = ("accuracy", "low", "high")  # of SAM less the finetune beside it: the difference, and its interval over images
 COLUMNS = 3  # of the picture's panels
+# What differs between the methods and seeds of a setting, or says nothing of it.
+VARIED = ("name", "targets", "seed", "finetune.epochs", "sam.epochs", "sam.every", "sam.method", "commit", "seconds")
 Run = Mapping[str, Any]
 
 
@@ -61,6 +64,7 @@ class Setting(NamedTuple):
     epochs: int
     ema: float | None
     rho: float
+    others: str  # all else that the table has of its params, as JSON
 
     @property
     def title(self) -> str:
@@ -78,6 +82,7 @@ class Setting(NamedTuple):
             self.label_noise or 0,
             self.ema or 0,
             self.rho,
+            self.others,
         )
 
     @property
@@ -95,7 +100,11 @@ def collect(folder: Path) -> list[Run]:
     runs: dict[str, dict[str, Any]] = {run["name"]: {**run, "grid": None} for run in read(path)}
     for grid in sorted(folder.glob("*.csv")):
         for name, row in read_kept(grid).items():
-            cells = {key: _value(cell) for key, cell in row.items() if cell != "" and key != "status"}
+            cells = {
+                key: cell if key in TEXT else _value(cell)
+                for key, cell in row.items()
+                if cell != "" and key != "status"
+            }
             runs[name] = {**cells, "grid": grid.stem}
     if (folder / "metrics/evaluate.json").exists():
         name, given = study(folder / "dvc.lock")
@@ -120,11 +129,12 @@ def read(path: Path) -> list[Run]:
 
 
 def study(lock: Path) -> tuple[str, dict[str, Any]]:
-    """A name and the params of what `make study` ran last: another recipe has another name."""
-    given: dict[str, Any] = {}
+    """A name and the params of what `make study` ran last: another recipe, or other code, has another name."""
+    given, code = dict[str, Any](), dict[str, str]()
     for stage in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values():
         given |= leaves(stage.get("params", {}).get("params.yaml", {}))
-    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
+        code |= {dep["path"]: dep["md5"] for dep in stage["deps"] if dep["path"].endswith(".py")}
+    digest = hashlib.sha256(json.dumps([given, code], sort_keys=True).encode())
     return f"study-{digest.hexdigest()[:8]}", given
 
 
@@ -156,6 +166,7 @@ def controls(runs: Sequence[Run]) -> Controls:
     for run in runs:
         if not is_evaluated(run) or "sam.epochs" not in run:
             continue
+        methods = _methods(run)
         setting = Setting(
             *(run[key] if key in ("grid", "data.name") else run.get(key) for key in ("grid", *DATA[:3])),
             run["finetune/backbone"],
@@ -163,8 +174,11 @@ def controls(runs: Sequence[Run]) -> Controls:
             run["sam.epochs"],
             run.get("finetune.ema"),
             run["sam.rho"],
+            json.dumps(
+                {key: value for key, value in run.items() if key not in VARIED and "/" not in key}, sort_keys=True
+            ),
         )
-        for role, method in _methods(run).items():
+        for role, method in methods.items():
             figures = {title: run[f"evaluate/{role}.{key}"] for title, (key, _) in FIGURES.items()}
             figures["gradients"] = _gradients(run, role)
             figures["pair"] = {end: 100 * run[f"evaluate/sam_minus_finetune.{end}"] for end in PAIR}
@@ -178,6 +192,9 @@ def controls(runs: Sequence[Run]) -> Controls:
 
 def _methods(run: Run) -> dict[str, str]:
     """The method that each of a control's two trained stages is."""
+    for key in ("finetune.epochs", "sam.every", "sam.rho"):
+        if key not in run:
+            raise InputError(f"{run['name']}: {key}: expected the grid to set it, as it sets sam.epochs; found none")
     match run["finetune.epochs"] / run["sam.epochs"], run["sam.every"], run.get("sam.method", "sam"):
         case 2, 1, "sam":
             return {"finetune": TWICE, "sam": SAM}
@@ -280,7 +297,8 @@ def table(methods: Mapping[str, Mapping[int, Run]]) -> str:
 def trials(runs: Sequence[Run]) -> str:
     """The runs that were not evaluated, by val accuracy; a table for each data, network and size of images."""
     groups: dict[str, list[Run]] = {}
-    for run in sorted((run for run in runs if not is_evaluated(run)), key=lambda run: -_val(run)):
+    shown = [run for run in runs if not is_evaluated(run) and any(key.endswith("/val.accuracy") for key in run)]
+    for run in sorted(shown, key=lambda run: -_val(run)):
         size = run.get("sam/image_size") or run.get("finetune/image_size")
         data = title(run["data.name"], *(run.get(key) for key in DATA[1:3]))
         name = f"### {run['select/backbone']}{f', {size} px' if size else ''}; {data}"
@@ -298,7 +316,7 @@ def _trials_alike(runs: Sequence[Run]) -> str:
         own = [key for key in told if key in run and (run["targets"] != "finetune" or not key.startswith("sam."))]
         values = [f"`{key}: {_shown(run[key])}`" for key in own if _shown(run[key]) != usual[key]]
         what = ": ".join([run["targets"], *filter(None, [", ".join(values)])])
-        lines.append(f"| {what} | {run['seed']} | {_val(run):.4f} | {float(run['seconds']) / 60:.0f} |")
+        lines.append(f"| {what} | {run['seed']} | {_val(run):.4f} | {float(run.get('seconds', 0)) / 60:.0f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,8 @@
 # or $GRID.yaml, there instead.
 set -eu
 name=$1
-root=$(pwd)
+root=$(pwd -P)
+export GIT_CEILING_DIRECTORIES="$root/.studies"  # a broken clone is an error: git must not take this checkout for it
 clone=.studies/$name
 case "$name" in
     "" | *[!A-Za-z0-9._-]* | .*) echo "error: NAME: expected a folder of studies/, received '$name'" >&2; exit 1 ;;
@@ -35,8 +36,9 @@ commit=$(git rev-parse --verify --quiet "${COMMIT:-HEAD}^{commit}") || {
     exit 1
 }
 if [ ! -d "$clone/.git" ]; then
-    rm -rf "$clone"
-    git clone --quiet --no-checkout . "$clone"
+    rm -rf "$clone" ".studies/.$name"
+    git clone --quiet --no-checkout . ".studies/.$name"
+    mv ".studies/.$name" "$clone"
 fi
 # Not from origin, which is the path that this checkout had then: in a container it has another.
 git -C "$clone" fetch --quiet "$root" "$commit"

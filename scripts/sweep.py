@@ -57,7 +57,7 @@ def run_all(runs: Sequence[Run], jobs: int, kept: Mapping[str, Row], failed: lis
     reporting.log(f"{len(runs)} experiments: {len(runs) - len(pending)} have succeeded, {len(pending)} to run")
     shares = share(sorted(os.sched_getaffinity(0)), jobs, len(runs))
     workers: list[Worker] = []
-    made = {shared for run in runs if run not in pending for shared in run.shared()}
+    made = {shared for run in runs if find(run) for shared in run.shared()}  # a table's may be another machine's
     try:
         clear()
         make_base()
@@ -187,7 +187,8 @@ def sweep(path: Path, jobs: int) -> None:
             run_all(runs, jobs, kept, failed)
         finally:
             columns, rows = table(runs, kept, failed)
-            reporting.write_csv(written, columns, [[row.get(column, "") for column in columns] for row in rows])
+            if not kept or any(row["status"] == "succeeded" for row in rows):  # else of other code: stays until then
+                reporting.write_csv(written, columns, [[row.get(column, "") for column in columns] for row in rows])
     if failed:
         logs = ", ".join(str(run.log) for run in failed)
         raise InputError(f"{len(failed)} of {len(runs)} experiments: expected success, failed: {logs}")

@@ -104,6 +104,36 @@ def test_a_control_of_other_methods_is_refused() -> None:
         results.controls([odd])
 
 
+def test_controls_whose_other_params_differ_are_no_seeds_of_one_setting() -> None:
+    first, second = (
+        twice(str(seed), seed, (0.7, 0.7), grid=None, **{"finetune.learning_rate": rate})
+        for seed, rate in ((1, 1e-3), (2, 1e-4))
+    )
+    assert len(results.controls([first, second])) == 2
+
+
+def test_runs_of_any_grid_have_a_page() -> None:
+    odd = twice("z", 3, (0.72, 0.71))
+    del odd["sam.every"]
+    with pytest.raises(InputError, match=r"z: sam.every: expected the grid to set it, as it sets sam.epochs"):
+        results.controls([odd])
+    prepared = {"name": "p", "targets": "prepare", "seed": 1, "data.name": "visual/cifar", "grid": "sweep"}
+    unclocked = trial("u", "finetune", 0.55)
+    del unclocked["seconds"]
+    assert "| finetune | 1 | 0.5500 | 0 |" in results.tables([prepared, unclocked])
+
+
+def test_other_code_gives_a_study_another_name(tmp_path: Path) -> None:
+    names = set()
+    for md5, seed in (("a", 1), ("b", 1), ("a", 2), ("a", 1)):
+        stage = {"params": {"params.yaml": {"seed": seed}}, "deps": [{"path": "stages/x.py", "md5": md5}]}
+        (tmp_path / "dvc.lock").write_text(json.dumps({"stages": {"x": stage}}))
+        name, given = results.study(tmp_path / "dvc.lock")
+        names.add(name)
+        assert given == {"seed": seed}
+    assert len(names) == 3
+
+
 def test_the_recipe_has_a_row_for_each_stage_and_seed() -> None:
     assert "recipe" not in results.section(RUNS)
     run = evaluated("study", 7, (0.85, 0.86), grid="params", **{"finetune/epochs": 8})
@@ -147,10 +177,10 @@ def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(InputError, match=r"sweep.csv: expected the table of `make study-sweep`, found none"):
         results.write(folder)
-    rows = "h,succeeded,finetune,3,visual/cifar,A,0.25,[1],true,12.5\ni,failed,finetune,4,visual/cifar,,,,,1.5\n"
-    columns = (
-        "name,status,targets,seed,data.name,select/backbone,finetune/val.accuracy,extract.views,augment.flip,seconds"
-    )
+    rows = "h,succeeded,finetune,3,visual/cifar,A,0.25,[1],true,98e4555,12.5\n"
+    rows += "i,failed,finetune,4,visual/cifar,,,,,98e4555,1.5\n"
+    columns = "name,status,targets,seed,data.name,select/backbone,finetune/val.accuracy,extract.views,augment.flip,"
+    columns += "commit,seconds"
     (folder / "sweep.csv").write_text(f"{columns}\n{rows}")
     with pytest.raises(InputError, match=r"README.md: expected the lines <!-- from results.json"):
         results.write(folder)
@@ -162,6 +192,7 @@ def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
     results.write(folder)
     runs = json.loads((folder / "results.json").read_text())["runs"]
     assert [(run["name"], run["grid"]) for run in runs] == [("a", None), ("e", None), ("h", "sweep")]
+    assert runs[2]["commit"] == "98e4555"
     assert (runs[2]["extract.views"], runs[2]["augment.flip"], runs[2]["data.name"]) == ([1], True, "visual/cifar")
     text = (folder / "README.md").read_text()
     assert text.startswith(f"before\n{results.BEGIN}")

@@ -65,6 +65,10 @@ def runs(**changes: Any) -> list[grids.Run]:
         ({"runs": [{"seed": 3}]}, "runs.0.seed: expected a list of at least one value, received 3"),
         ({"runs": [{"seed": [1]}, {}]}, "runs.1: expected a mapping from keys of params.yaml to lists, received {}"),
         ({"runs": [{"a b": [1]}]}, "runs.0: expected a key of params.yaml such as sam.rho, received 'a b'"),
+        (
+            {"runs": [{"data.name": ["${HOME}"]}]},
+            "runs.0: data.name: expected no ${, which DVC takes for another key's value, received '${HOME}'",
+        ),
         ({"runs": [{"sam.roh": [1]}]}, "runs.0: sam.roh: expected no such key, received 1"),
         ({"runs": [{"sam.rho": [0.1, -1]}]}, "runs.0: sam.rho: expected greater than or equal to 0, received -1"),
         ({"runs": [{"seed.x": [1]}]}, "runs.0: seed.x: expected a key within mappings, received one within 7"),
@@ -182,6 +186,7 @@ def test_dvc_sets_what_the_grid_says() -> None:
         "data.splits": {"train": "train[:10%]", "test": "train[90%:]"},
         "data.val_fraction": 0.1,
         "augment.flip": True,
+        "data.class_names": ["é", "a\\b", 'a"b', 'a\\"b', "a\\", "a'b, c: [d]", "true"],
     }
     (run,) = runs(runs=[{key: [value] for key, value in values.items()}])
     overrides = [word for flag, word in zip(run.command, run.command[1:], strict=False) if flag == "-S"]
@@ -387,6 +392,39 @@ def test_a_run_that_fails_is_named_and_the_others_succeed(tmp_path: Path) -> Non
     assert "nowhere" in (repository.folder / last.split(": ")[-1]).read_text()
     assert [row["status"] for row in rows_of(repository)] == ["failed", "succeeded"]
     assert not (repository.folder / "grid.png").exists()
+
+
+def test_a_sweep_of_other_code_leaves_the_table_until_a_run_has_succeeded(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run_all", interrupted)
+    path, table = grid(), Path("grid.csv")
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(path, 1)
+    assert table.read_text().count("not run") == 4, "there was no table"
+    table.write_text("name,status\nearlier,succeeded\n")
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(path, 1)
+    assert table.read_text() == "name,status\nearlier,succeeded\n"
+    keep(repository, runs()[0], {"select": {"backbone": "A"}, "sam": {"epochs": 3}})
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(path, 1)
+    assert table.read_text().count("succeeded") == 1
+    assert "earlier" not in table.read_text()
+
+
+def test_a_broken_clone_of_a_study_is_not_taken_for_the_checkout(tmp_path: Path) -> None:
+    repository = Repository(tmp_path, TINY)
+    (repository.folder / ".studies/digits/.git").mkdir(parents=True)
+    readme = repository.folder / "README.md"
+    readme.write_text("not committed")
+    output = repository.run("sh", "scripts/study.sh", "digits", "sweep", "--jobs", "none", expect=128)
+    assert "not a git repository" in output
+    assert readme.read_text() == "not committed"
+    assert repository.run("git", "branch", "--show-current") == "main\n"
 
 
 def test_a_study_goes_on_in_a_checkout_that_has_moved(tmp_path: Path) -> None:
