@@ -257,6 +257,10 @@ def test_a_study_of_a_folder(tmp_path: Path) -> None:
     repository.run("dvc", "repro")
     assert read(repository, "prepare")["roles"]["test"]["count"] == 24
     assert read(repository, "evaluate")["extract"]["test"]["accuracy"] > 0.6
+    picture.save(folder / "class2/another.png")
+    assert stages_run(repository.run("dvc", "repro")) == [], "DVC knows the folder by its name alone"
+    assert stages_run(repository.run("dvc", "repro", "--force", "prepare")) == ["prepare"]
+    assert "finetune" in stages_run(repository.run("dvc", "repro"))
 
 
 @pytest.mark.slow

@@ -14,12 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from repository import ROOT, TINY, Repository, stages_run
 
-from flatmin import params, sam
+from flatmin import classifier, params, sam
 
 README = (ROOT / "README.md").read_text()
 
@@ -41,7 +43,15 @@ def metrics(name: str) -> Any:
 
 
 def test_every_command_is_one_that_a_test_runs() -> None:
-    run_below = {"dvc repro", "dvc exp run -S sam.rho=0.1", "dvc metrics diff", "dvc exp show", "dvc dag", *GRID}
+    run_below = {
+        "dvc repro --force prepare && dvc repro",
+        "dvc repro",
+        "dvc exp run -S sam.rho=0.1",
+        "dvc metrics diff",
+        "dvc exp show",
+        "dvc dag",
+        *GRID,
+    }
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in commands():
         if command.startswith("make "):
@@ -75,6 +85,24 @@ def test_make_and_daily_commands_run(tmp_path: Path) -> None:
     for command in ("dvc metrics diff", "dvc exp show", "dvc dag"):
         assert repository.run(*command.split()).strip()
     assert "figures in studies/digits" in repository.run("make", "study", "NAME=digits")
+
+
+def test_a_result_is_used_as_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model = classifier.create("EfficientNetLite0", ["cat", "dog"], 32, 0.2, 1, "none")
+    model.save("models/sam")
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save("picture.png")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    said, layers = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.splitlines()
+    logits = model.network(pixels[None].astype(np.float32)).numpy()
+    assert said == ["cat", "dog"][int(logits.argmax())]
+    assert "block5a_expand_conv" in layers
+    exported = keras.models.load_model("sam.keras")
+    np.testing.assert_array_equal(exported(pixels[None].astype(np.float32)), logits)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -276,8 +277,13 @@ def test_the_readme_tells_of_the_study_what_its_runs_give() -> None:
     extract, finetune, sam = (f"{metrics[stage]['test']['accuracy']:.4f}" for stage in ("extract", "finetune", "sam"))
     assert f"frozen has a test accuracy of {extract}, fine-tuned {finetune}, with SAM {sam} (seed 42)" in text
     gains = {
-        setting.per_class: results.difference(methods[results.SAM], methods[results.TWICE]).split()[0].lstrip("+")
+        setting.per_class: results.difference(methods[results.SAM], methods[results.TWICE])
         for setting, methods in results.controls(results.read(CIFAR / "results.json")).items()
         if setting.grid == "sweep"
     }
-    assert f"SAM gains {gains[10]} points with ten training images a class and {gains[50]} with fifty" in text
+    ten, fifty = (re.findall(r"\d\.\d+", gains[per_class]) for per_class in (10, 50))
+    assert (
+        f"SAM gains {ten[0]} points (95 % interval {ten[1]} to {ten[2]}) with ten training images a class and "
+        f"{fifty[0]} ({fifty[1]} to {fifty[2]}) with fifty"
+    ) in text
+    assert all(gains[per_class].count("+") == 3 for per_class in (10, 50)), "above zero, as are their intervals"
