@@ -129,6 +129,23 @@ def test_the_head_sees_every_resolution() -> None:
     assert [tensor.shape[1:] for tensor in trunk.outputs] == [(8, 8, 40), (96,), (144,)], "pooled, not whole"
 
 
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("EfficientNetB0", [96, 144, 240, 672, 1280]),  # of the next stage's expansion; no gate of one pixel
+        ("ConvNeXtTiny", [96, 192, 384, 768]),  # of sums, which are no layers
+    ],
+)
+def test_a_resolution_is_what_the_network_makes_of_it_at_last(name: str, channels: list[int]) -> None:
+    built = create(name, 64, levels="all")
+    levels = built.features.get_layer("levels").input
+    assert [tensor.shape[1] for tensor in levels] == channels
+    pooled = [tensor._keras_history.operation.input for tensor in levels]
+    assert min(tensor.shape[1] for tensor in pooled) == 2
+    if name == "ConvNeXtTiny":
+        assert {type(tensor._keras_history.operation).__name__ for tensor in pooled[:-1]} == {"Add"}
+
+
 def test_name_and_index_are_the_same_cut() -> None:
     base = create().base
     for index, layer in enumerate(base.layers):

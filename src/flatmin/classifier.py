@@ -144,10 +144,11 @@ def pooled(base: keras.Model, levels: Levels) -> keras.Model:
             base.input, keras.layers.GlobalAveragePooling2D(name="pooling")(base.output), name="features"
         )
     last: dict[int, Any] = {}
-    for layer in base.layers:
-        rows = layer.output.shape[1]
-        if len(layer.output.shape) == 4 and rows != base.input.shape[1] and not isinstance(layer, RESIZING):
-            last[rows] = layer.output
+    for node in nodes(base):
+        for tensor in node.output_tensors:
+            is_image = len(tensor.shape) == 4 and tensor.shape[1] > 1  # not the gates of squeeze-and-excitation
+            if is_image and tensor.shape[1] != base.input.shape[1] and not isinstance(node.operation, RESIZING):
+                last[tensor.shape[1]] = tensor
     last[base.output.shape[1]] = base.output
     vectors = [keras.layers.GlobalAveragePooling2D(name=f"pooling_{rows}")(each) for rows, each in last.items()]
     scaled = keras.layers.BatchNormalization(
@@ -272,6 +273,11 @@ def layer_index(base: keras.Model, at: str | int) -> int:
     )
 
 
+def nodes(model: keras.Model) -> list[Any]:
+    """A functional model's calls of layers and of operations such as `x + y`, from images to output."""
+    return [node for depth in sorted(model._nodes_by_depth, reverse=True) for node in model._nodes_by_depth[depth]]
+
+
 def cut(model: keras.Model, layers: Sequence[keras.Layer], index: int) -> tuple[keras.Model, keras.Model]:
     """Cut a functional model before `layers[index]` into two that make the same of an image in a row.
 
@@ -282,10 +288,9 @@ def cut(model: keras.Model, layers: Sequence[keras.Layer], index: int) -> tuple[
         return keras.Sequential([keras.Input(model.input.shape[1:]), keras.layers.Identity()], name="frozen"), model
     frozen_layers = {id(layer) for layer in layers[:index]}
     is_layer = {id(layer) for layer in layers}
-    nodes = [node for depth in sorted(model._nodes_by_depth, reverse=True) for node in model._nodes_by_depth[depth]]
     trained: set[int] = set()
     boundary: dict[int, Any] = {}
-    for node in nodes:
+    for node in nodes(model):
         operation = node.operation
         uses_trained = any(id(tensor) in trained for tensor in node.input_tensors)
         if id(operation) in frozen_layers or (id(operation) not in is_layer and not uses_trained):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +31,42 @@ def evaluate(params: Params) -> None:
     # Scores are the network's own, and second derivatives are beyond half precision, whatever the training's.
     runtime.configure(params.runtime.model_copy(update={"math": "float32"}), params.seed)
     records = Records("data/records")
-    logits = {role: _logits(records, role, params.evaluate) for role in ("test", "predict") if role in records.roles}
-    with reporting.whole("predictions") as aside:
-        aside.mkdir()
-        for role, of_role in logits.items():
-            _write_predictions(aside / f"{role}.csv", records, role, of_role)
     labels = records.labels("test")
     labelled = bool((labels >= 0).all())
-    metrics = compare(logits["test"], labels, params.evaluate, params.seed) if labelled else {}
+    asked = [(role, False) for role in ("test", "predict") if role in records.roles]
     if labelled and params.evaluate.mirrored:
-        for name, of_mirror in _logits(records, "test", params.evaluate, mirrored=True).items():
-            metrics[name]["mirrored"] = scores(mean(logits["test"][name], of_mirror), labels, params.evaluate)
+        asked.append(("test", True))
+    logits = _logits(records, asked, params.evaluate.batch_size)
+    with reporting.whole("predictions") as aside:
+        aside.mkdir()
+        for role in (role for role, mirrored in asked if not mirrored):
+            _write_predictions(aside / f"{role}.csv", records, role, logits[role, False])
+    of_test = logits["test", False]
+    metrics = compare(of_test, labels, params.evaluate, params.seed) if labelled else {}
+    for name, of_mirror in logits.get(("test", True), {}).items():
+        metrics[name]["mirrored"] = scores(mean(of_test[name], of_mirror), labels, params.evaluate)
     for name, measured in measure_sharpness(records, params.evaluate, params.seed).items():
         metrics.setdefault(name, {})["sharpness"] = measured
     reporting.write_json("metrics/evaluate.json", metrics)
-    _write_plots(logits["test"], labels, records.class_names, labelled)
+    _write_plots(of_test, labels, records.class_names, labelled)
     for name in MODELS if labelled else ():
         reporting.log(f"evaluate: {name} test accuracy {metrics[name]['test']['accuracy']:.4f}")
 
 
-def _logits(records: Records, role: str, settings: Evaluate, mirrored: bool = False) -> dict[str, np.ndarray]:
-    batches = math.ceil(records.count(role) / settings.batch_size)
-    found = {}
+def _logits(
+    records: Records, asked: Sequence[tuple[str, bool]], batch_size: int
+) -> dict[tuple[str, bool], dict[str, np.ndarray]]:
+    """For each (role, whether its images are mirrored) asked for: model -> float32 [n, classes]."""
+    found: dict[tuple[str, bool], dict[str, np.ndarray]] = {each: {} for each in asked}
     for name, folder in MODELS.items():
         model = classifier.load(folder)
-        images = views.plain(records, role, model.description.image_size, settings.batch_size)
-        if mirrored:
-            images = images.map(lambda pixels, labels: (tf.image.flip_left_right(pixels), labels))
-        found[name] = model.logits(images, batches, f"{name} on {role}{', mirrored' if mirrored else ''}")
+        for role, mirrored in asked:
+            images = views.plain(records, role, model.description.image_size, batch_size)
+            if mirrored:
+                images = images.map(lambda pixels, labels: (tf.image.flip_left_right(pixels), labels))
+            batches = math.ceil(records.count(role) / batch_size)
+            title = f"{name} on {role}{', mirrored' if mirrored else ''}"
+            found[role, mirrored][name] = model.logits(images, batches, title)
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -34,5 +33,5 @@ def draw(records: Records, settings: Augment, seed: int, path: Path | str) -> No
         row[0].set_ylabel(records.class_names[labels[index]], fontsize=8)
     for axis, title in zip(axes[0], ["stored", *(f"epoch {number + 1}" for number in range(VERSIONS))], strict=True):
         axis.set_title(title, fontsize=8)
-    with reporting.whole(path) as aside, mpl.rc_context({"svg.hashsalt": "flatmin"}):
+    with reporting.whole(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})

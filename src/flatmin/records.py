@@ -231,7 +231,7 @@ class _Written:
         self.roles = {role: self.roles[role] for role in ROLES if role in self.roles}
         for writer in self.roles.values():
             for path in writer.close():
-                self.files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                self.files[path.name] = {"bytes": path.stat().st_size, "sha256": reporting.sha256(path)}
 
     def duplicates(self) -> dict[str, list[tuple[str, str]]]:
         """For pairs of roles, as `train_test`: each of test's pictures that train has too, by both names."""
@@ -301,11 +301,6 @@ def _serialize(image: bytes, label: int, name: str) -> bytes:
     }
     example = tf.train.Example(features=tf.train.Features(feature=features))
     return bytes(example.SerializeToString(deterministic=True))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(written: _Written, data: Data, class_names: list[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import glob
+import hashlib
 import json
 import math
 import os
@@ -96,11 +98,16 @@ def progress(items: Iterable[Any], description: str, total: int | None = None, u
 
 @contextmanager
 def whole(path: Path | str) -> Iterator[Path]:
-    """Give a path beside `path` to write a file or folder to; it takes `path`'s place when the block ends well."""
+    """Give a path beside `path` to write a file or folder to; it takes `path`'s place when the block ends well.
+
+    What processes that were killed left there goes.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _remove(aside)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if left == aside or not Path("/proc", left.name.split(".")[-2]).exists():
+            _remove(left)
     try:
         yield aside
         if path.is_dir() or aside.is_dir():  # else it is replaced at once
@@ -115,6 +122,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path | str, values: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import matplotlib as mpl
 import numpy as np
 import scipy.linalg
 import tensorflow as tf
@@ -254,7 +253,7 @@ def draw(along: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path | str) -
         axis.set_ylabel("mean train loss (nats)")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    with reporting.whole(path) as aside, mpl.rc_context({"svg.hashsalt": "flatmin"}):
+    with reporting.whole(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})
 
 

@@ -42,24 +42,18 @@ _DTYPES = {
 def read(path: str | Path) -> dict[str, Array]:
     """Read a state dict: tensors by name, nothing else.
 
-    Parameters
-    ----------
-    path
-        A file as `torch.save(model.state_dict(), path)` wrote it before PyTorch 1.6, or writes it with
-        `_use_new_zipfile_serialization=False`, on a little-endian machine.
+    Args:
+        path: a file as `torch.save(model.state_dict(), path)` wrote it before PyTorch 1.6, or writes it with
+            `_use_new_zipfile_serialization=False`, on a little-endian machine.
 
-    Returns
-    -------
-    dict
-        The tensors in the file's order, each a contiguous array of its own with the tensor's shape and its
-        dtype (bool, uint8, int8 to int64, float16 to float64). A tensor's strides are honoured: what is
-        transposed in the file comes out as PyTorch would show it.
+    Returns:
+        The tensors in the file's order, each a contiguous array of its own with the tensor's shape and its dtype
+        (bool, uint8, int8 to int64, float16 to float64). A tensor's strides are honoured: what is transposed in
+        the file comes out as PyTorch would show it.
 
-    Raises
-    ------
-    InputError
-        The file can't be read, is of another format, is cut short, or names anything that is no plain tensor.
-        Nothing in the file is ever called.
+    Raises:
+        InputError: the file can't be read, is of another format, is cut short, or names anything that is no plain
+            tensor. Nothing in the file is ever called.
     """
     try:
         content = Path(path).read_bytes()

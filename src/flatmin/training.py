@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -30,6 +31,7 @@ SGD_MOMENTUM = 0.9
 # What TensorFlow raises where another worker is gone.
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.InternalError)
 STANDARDIZED_ON = 2000  # train images
+STATE_DAYS = 30
 CHECKED = 1000  # val images on which views and assembled network are compared
 
 Epoch = dict[str, float]
@@ -126,6 +128,7 @@ def _run(job: Job) -> None:
     runtime.configure(job.params.runtime, job.params.seed)
     records = Records(RECORDS)
     worker, workers = runtime.worker(strategy)
+    forget_states()
     state = State(job.state(records), worker, workers)
     with strategy.scope():
         model = job.start(records)
@@ -184,6 +187,11 @@ class Trainer:
         self.tail = rewrite.faster(tail, half=job.params.runtime.math != "float32" and runtime.has_bfloat16())
         _build(self.trunk, self.tail, model.description.image_size)
         settings = sam.Settings(rho=0.0) if job.sam is None else sam.Settings(**job.sam.settings())
+        if settings.accumulate > self.steps * self.recipe.epochs:
+            raise InputError(
+                f"sam.accumulate: expected at most {self.steps * self.recipe.epochs}, the batches of all epochs, "
+                f"received {settings.accumulate}"
+            )
         self.optimizer = make_optimizer(self.recipe, self.steps / settings.accumulate)
         self.optimizer.build(self.tail.trainable_variables)
         self.step = sam.Step(settings, self.tail, self.optimizer)
@@ -355,20 +363,20 @@ class Trainer:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Within the block the weights are their moving averages, where the recipe asks for them."""
-        if self.recipe.ema is None:
+        if self.recipe.ema is None or not int(self._inner.iterations):  # before the first update they are zeros
             yield
             return
         trained = _values(self.tail.trainable_variables)
-        _assign(self.tail.trainable_variables, self._averages)
+        _assign(self.tail.trainable_variables, self._inner._model_variables_moving_average)
         try:
             yield
         finally:
             _assign(self.tail.trainable_variables, trained)
 
     @property
-    def _averages(self) -> Sequence[Any]:
-        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        return inner._model_variables_moving_average
+    def _inner(self) -> keras.optimizers.Optimizer:
+        """The optimizer, without what scales its loss."""
+        return getattr(self.optimizer, "inner_optimizer", self.optimizer)
 
     def _kept_weights(self) -> list[np.ndarray]:
         with self._averaged():
@@ -386,7 +394,7 @@ def _assign(variables: Sequence[Any], values: Sequence[Any]) -> None:
 
 def gradient_evaluations(images: int, batch_size: int, epochs: int, step: Sam | None) -> int:
     """How many times an image went forward and backward: once in a plain step, twice in a sharpness-aware one."""
-    if step is None:
+    if step is None or sam.Settings(**step.settings()).flat:
         return images * epochs
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)] * epochs
     sharp = (index // step.accumulate % step.every == 0 for index in range(len(sizes)))
@@ -466,6 +474,14 @@ def plateau(history: Sequence[Epoch], schedule: Plateau, rate: float) -> float:
         if waited and waited % schedule.patience == 0:
             rate = max(rate * schedule.factor, min(rate, schedule.minimum))
     return rate
+
+
+def forget_states() -> None:
+    """Remove the states that nobody has gone on with for STATE_DAYS: of trainings that were given up."""
+    for folder in (cache.folder() / "state").glob("*"):
+        with suppress(OSError):  # another process removes it too
+            if max(path.stat().st_mtime for path in (folder, *folder.iterdir())) < time.time() - STATE_DAYS * 86400:
+                shutil.rmtree(folder)
 
 
 class State:
