@@ -394,6 +394,25 @@ def test_a_run_that_fails_is_named_and_the_others_succeed(tmp_path: Path) -> Non
     assert not (repository.folder / "grid.png").exists()
 
 
+@pytest.mark.usefixtures("repository")
+def test_what_another_machine_made_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table has the first run, DVC's cache lacks its start: of the two others one makes it, the other waits."""
+    first, *others = runs(runs=[{"seed": [7], "sam.rho": [0.02, 0.05, 0.1]}])
+    started: list[sweep.Worker] = []
+
+    def start(run: grids.Run, slot: int, _: Any) -> sweep.Worker:
+        assert all(worker.process.poll() is not None for worker in started), "the one before makes the start"
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        process = subprocess.Popen(["sleep", "2"], start_new_session=True)
+        started.append(sweep.Worker(run, slot, Path(), process, time.monotonic()))
+        return started[-1]
+
+    monkeypatch.setattr(sweep, "start", start)
+    failed: list[grids.Run] = []
+    sweep.run_all([first, *others], 2, {first.name: {}}, failed)
+    assert [worker.run for worker in started] == failed == others, "these left no experiment"
+
+
 def test_a_sweep_of_other_code_leaves_the_table_until_a_run_has_succeeded(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
