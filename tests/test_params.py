@@ -107,6 +107,11 @@ def test_every_study_is_good(path: Path) -> None:
             {"name": "cosine", "warmup_epochs": 9},
             "finetune.schedule.warmup_epochs: expected less than epochs, which is 2, received 9",
         ),
+        (
+            "extract",
+            {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 8, "epochs": 3, "views": 2, "augment": False},
+            "extract.views: expected at most 1 without augment, received 2",
+        ),
         ("data.label_noise", 1, "data.label_noise: expected less than 1, received 1"),
         ("finetune.schedule", {"name": "plateau", "factor": 3}, "finetune.schedule.factor: expected less than 1"),
         ("finetune.schedule", {"name": "plateau", "plateau": 3}, "finetune.schedule.plateau: expected no such key"),

@@ -418,6 +418,23 @@ def test_the_stages_write_what_they_trained(head: dict[str, Any], study: Path) -
         training.extract(settings, "ResNet50")
 
 
+@pytest.mark.slow
+def test_extract_may_see_images_as_they_are(study: Path) -> None:
+    seen = {}
+    for name, augment, own in (
+        ("plain", "none", True),
+        ("as they are", "tensorflow", False),
+        ("not", "tensorflow", True),
+    ):
+        settings = small(extract={"augment": own, "views": 1})
+        settings = settings.model_copy(
+            update={"augment": params.Augment.model_validate({"engine": augment, "flip": augment != "none"})}
+        )
+        training.extract(settings, "MobileNet025")
+        seen[name] = written(study, "extract/MobileNet025")
+    assert seen["plain"] == seen["as they are"] != seen["not"]
+
+
 class Watched(training.Trainer):
     """Keeps the trained weights after every step."""
 

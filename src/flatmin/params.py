@@ -243,12 +243,19 @@ class Extract(Training):
 
     weights: for each backbone `imagenet` (the default), `none` (random), or a weights file. levels: the head sees what
     the backbone makes at last, or the last activations of all resolutions. hidden_units: of a ReLU layer in the head,
-    or 0. finetune keeps both.
+    or 0. finetune keeps both. augment: whether the head is trained on augmented images, or on the images as they are.
     """
 
     weights: dict[BackboneName, Text] = {}
     levels: Literal["last", "all"] = "last"
     hidden_units: Annotated[int, Field(ge=0)] = 0
+    augment: bool = True
+
+    @model_validator(mode="after")
+    def _differing_views(self) -> Self:
+        if self.views > 1 and not self.augment:
+            raise _WrongError("views", f"at most 1 without augment, received {self.views}")
+        return self
 
 
 class Finetune(Training):

@@ -20,7 +20,7 @@ import tensorflow as tf
 from flatmin import backbones, cache, classifier, reporting, rewrite, runtime, sam, views
 from flatmin.augment import Augmenter
 from flatmin.classifier import Classifier, Tail
-from flatmin.params import Cosine, EarlyStopping, Params, Plateau, Sam, Training
+from flatmin.params import Augment, Cosine, EarlyStopping, Params, Plateau, Sam, Training
 from flatmin.records import Records
 from flatmin.reporting import InputError
 from flatmin.views import Share, Views
@@ -42,6 +42,8 @@ def extract(params: Params, backbone: str) -> None:
     if backbone not in params.backbones:
         raise InputError(f"backbones: expected one of {', '.join(params.backbones)}, received {backbone}")
     recipe = params.extract
+    if not recipe.augment:
+        params = params.model_copy(update={"augment": Augment(engine="none")})
     weights = recipe.weights.get(backbone, "imagenet")
     size = _of_backbone(recipe.image_size, backbone)
 
