@@ -47,6 +47,8 @@ ACCURACY = next(iter(FIGURES))
 TEXT = ("name", "targets", "commit")  # a commit's digits may look like a number
 PAIR = ("accuracy", "low", "high")  # of SAM less the finetune beside it: the difference, and its interval over images
 COLUMNS = 3  # of the picture's panels
+STAGES = (("extract", "select"), ("finetune", "finetune"), ("sam", "sam"))  # of a recipe, and their files in metrics/
+FROZEN = "frozen"  # a grid whose runs fine-tune as a token, since evaluate wants all three classifiers
 # What differs between the methods and seeds of a setting, or says nothing of it.
 VARIED = ("name", "targets", "seed", "finetune.epochs", "sam.epochs", "sam.every", "sam.method", "commit", "seconds")
 Run = Mapping[str, Any]
@@ -258,11 +260,16 @@ def recipes(runs: Sequence[Run], now: bool) -> str:
     found.sort(key=lambda run: (run["finetune/image_size"], run["finetune/epochs"], run["seed"]))
     for run in found:
         name = f"{run['finetune/backbone']}, {run['finetune/image_size']} px, {run['finetune/epochs']} epochs"
-        for stage, file in {"extract": "select", "finetune": "finetune", "sam": "sam"}.items():
+        stages = STAGES
+        if run["grid"] == FROZEN:
+            name, stages = f"{run['select/backbone']}, frozen", STAGES[:1]
+        for stage, file in stages:
             figures = [f"{run[f'evaluate/{stage}.test.{key}']:.4f}" for key in ("accuracy", "top5_accuracy", "ece")]
             mirrored = run.get(f"evaluate/{stage}.mirrored.accuracy")
             figures = [f"{run[f'{file}/val.accuracy']:.4f}", *figures, f"{mirrored:.4f}" if mirrored else ""]
             lines.append(f"| {name} | {run['seed']} | {stage} | {' | '.join(figures)} |")
+        if run["grid"] == FROZEN:
+            continue
         points = {end: 100 * run[f"evaluate/sam_minus_finetune.{end}"] for end in PAIR}
         p_value = run["evaluate/sam_minus_finetune.p_value"]
         lines.append(

@@ -147,6 +147,9 @@ def test_the_recipe_has_a_row_for_each_stage_and_seed() -> None:
     assert "| A, 96 px, 8 epochs | 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |  |" in text
     assert "| A, 96 px, 8 epochs | 7 | sam | 0.8800 | 0.8600 | 0.9700 | 0.0500 | 0.8650 |" in text
     assert "| A, 96 px, 8 epochs | 7 | sam - finetune, points | | +1.00 [-2.00, +1.00], p 0.12 |" in text
+    alone = results.section([*RUNS, {**run, "grid": "frozen", "select/backbone": "B"}])
+    assert "| B, frozen | 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |  |" in alone
+    assert "0.8600" not in alone, "its fine-tuning stands for nothing"
     earlier = {**run, "grid": None}
     assert "A, 96 px, 8 epochs" not in results.section([*RUNS, earlier])
     assert "A, 96 px, 8 epochs" in results.tables([*RUNS, earlier])
@@ -226,7 +229,7 @@ def test_test_images_are_read_for_recipes_and_controls_of_several_seeds_alone(fo
         if not results.is_evaluated(run):
             assert not [key for key in run if key.startswith("evaluate/")], run["name"]
         elif "sam.epochs" not in run:
-            assert run["grid"] in (None, "params", "seeds", "quick"), f"{run['name']} is no recipe"
+            assert run["grid"] in (None, "params", "seeds", "quick", "frozen"), f"{run['name']} is no recipe"
     for path in folder.glob("*.csv"):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
