@@ -53,11 +53,12 @@ class Worker:
 
 def run_all(runs: Sequence[Run], jobs: int, kept: Mapping[str, Row], failed: list[Run]) -> None:
     """Run what has not succeeded, so many at a time on a share of the cores each; put what fails into `failed`."""
-    pending = [run for run in runs if run.name not in kept and find(run) is None]
+    here = {run.name for run in runs if find(run)}  # what the table alone has may be another machine's
+    pending = [run for run in runs if run.name not in kept.keys() | here]
     reporting.log(f"{len(runs)} experiments: {len(runs) - len(pending)} have succeeded, {len(pending)} to run")
     shares = share(sorted(os.sched_getaffinity(0)), jobs, len(runs))
     workers: list[Worker] = []
-    made = {shared for run in runs if find(run) for shared in run.shared()}  # a table's may be another machine's
+    made = {shared for run in runs if run.name in here for shared in run.shared()}
     try:
         clear()
         make_base()
