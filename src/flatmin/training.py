@@ -365,7 +365,8 @@ class Trainer:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Within the block the weights are their moving averages, where the recipe asks for them."""
-        if self.recipe.ema is None or not int(self._inner.iterations):  # before the first update they are zeros
+        # Before the first update they are zeros.
+        if self.recipe.ema is None or not int(tf.convert_to_tensor(self._inner.iterations)):
             yield
             return
         trained = _values(self.tail.trainable_variables)
