@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import scipy.stats
 import yaml
+from grids import BEHIND
 from matplotlib.figure import Figure
 from runs_table import DATA, METRICS, leaves, read_kept
 
@@ -34,6 +35,7 @@ from flatmin.reporting import InputError
 BEGIN, END = "<!-- from results.json, by scripts/results.py -->\n", "<!-- end -->\n"
 TABLES = "# Every run of this study\n\nFrom results.json, by `python scripts/results.py`. "
 TABLES += "[README.md](README.md) says what they mean.\n"
+TRIALS = "## Trials, chosen among by val\n\nWhat is not told is as in params.yaml at the run's commit.\n"
 METHODS = ("finetune", "finetune, 2x epochs", "SAM", "SAM, every 5th step")
 PLAIN, TWICE, SAM, CHEAPER = METHODS
 FIGURES = {  # title -> metric of evaluate, and its decimals
@@ -314,24 +316,28 @@ def trials(runs: Sequence[Run]) -> str:
 
 
 def _trials_alike(runs: Sequence[Run]) -> str:
-    """What most of them have; a row for each, with the params in which it differs from that."""
+    """What most of them have where all set it; a row for each, with what else it sets that not all have alike."""
     told = [key for key in dict.fromkeys(key for run in runs for key in run) if _is_told(key, runs)]
-    usual = {key: Counter(_shown(run[key]) for run in runs if key in run).most_common(1)[0][0] for key in told}
-    lines = [f"Unless told: {', '.join(f'`{key}: {value}`' for key, value in usual.items())}.", ""] if told else []
+    usual = {
+        key: Counter(_shown(run[key]) for run in runs).most_common(1)[0][0]
+        for key in told
+        if all(key in run for run in runs)
+    }
+    lines = [f"Unless told: {', '.join(f'`{key}: {value}`' for key, value in usual.items())}.", ""] if usual else []
     lines += ["| run | seed | val accuracy | minutes |", "|---|---|---|---|"]
     for run in runs:
-        own = [key for key in told if key in run and (run["targets"] != "finetune" or not key.startswith("sam."))]
-        values = [f"`{key}: {_shown(run[key])}`" for key in own if _shown(run[key]) != usual[key]]
+        own = [key for key in told if key in run and key.partition(".")[0] not in BEHIND.get(run["targets"], ())]
+        values = [f"`{key}: {_shown(run[key])}`" for key in own if _shown(run[key]) != usual.get(key)]
         what = ": ".join([run["targets"], *filter(None, [", ".join(values)])])
         lines.append(f"| {what} | {run['seed']} | {_val(run):.4f} | {float(run.get('seconds', 0)) / 60:.0f} |")
     return "\n".join(lines) + "\n"
 
 
 def _is_told(key: str, runs: Sequence[Run]) -> bool:
-    """Whether a param has several values in these runs."""
-    if key in ("name", "targets", "seed", "seconds", "commit", "grid", "data.splits", *DATA[:3]) or "/" in key:
+    """Whether these runs have several values of a param, params.yaml's being one."""
+    if key in ("name", "targets", "seed", "seconds", "commit", "grid", "data.source", "data.splits", *DATA[:3]):
         return False
-    return len({_shown(run[key]) for run in runs if key in run}) > 1
+    return "/" not in key and len({_shown(run[key]) if key in run else None for run in runs}) > 1
 
 
 def _val(run: Run) -> float:
@@ -357,7 +363,7 @@ def tables(runs: Sequence[Run]) -> str:
     )
     parts = [TABLES, f"## Recipes\n\n{recipes(runs, now=False)}", "## Controls\n", *now]
     parts += ["## Controls of earlier code or params\n", *before] if before else []
-    return "\n".join([*parts, f"## Trials, chosen among by val\n\n{trials(runs)}", took])
+    return "\n".join([*parts, f"{TRIALS}\n{trials(runs)}", took])
 
 
 def draw(found: Controls, path: Path) -> None:
