@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from repository import ROOT
 
+import flatmin
 from flatmin import runtime
 from flatmin.params import Runtime
 
@@ -46,6 +49,16 @@ def test_half_rounds_products_where_the_processor_can(math: str, tmp_path: Path)
         assert 5e-4 < error < 1e-2
     else:
         assert error < 1e-5
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN is asked for on x86 alone")
+@pytest.mark.parametrize("value", [None, "0"])
+def test_onednn_is_asked_for_unless_the_user_decided(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    if value:
+        monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", value)
+    importlib.reload(flatmin)
+    assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == (value or "1")
 
 
 def test_params_decide_and_not_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
