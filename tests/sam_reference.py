@@ -47,7 +47,7 @@ def worst_point(weights: Weights, direction: Weights, rho: float, adaptive: bool
     return [w + rho * scale * part / norm for w, scale, part in zip(weights, scales, scaled, strict=True)]
 
 
-def parts(batch: Batch, splits: int) -> Iterator[tuple[float, Batch]]:
+def parts(batch: Batch, splits: int | list[int]) -> Iterator[tuple[float, Batch]]:
     for inputs, labels in zip(*(np.array_split(array, splits) for array in batch), strict=True):
         if len(labels):
             yield len(labels) / len(batch[1]), (inputs, labels)
@@ -70,13 +70,14 @@ def train(
     rho_max: float | None = None,
     sigma: float = 0.0,
     decay: float = 0.0,
-    replicas: int = 1,
+    replicas: int | list[int] = 1,
     synchronised: bool = False,
     clip: float | None = None,
 ) -> Weights:
     """The weights after a step on each batch.
 
     rates: the learning rates of the steps; gsam ties rho to them, between 0 and the highest.
+    replicas: equal ones, or where a batch is cut.
     clip: the final gradient's largest norm.
     """
     average: Weights = [np.zeros_like(w) for w in weights]

@@ -1,8 +1,9 @@
 """Sharpness-aware steps on two replicas, run as a script: `python sam_replicas.py FOLDER CASES`.
 
-CASES is a JSON list of pairs: `fit` or `loop`, and settings. They run on two logical CPUs or, where TF_CONFIG is set,
-on its workers, and each writes FOLDER/{its number}.npz. Each replica's half of a batch is that of `np.array_split`, and
-the network is `sam_reference`'s.
+CASES is a JSON list of pairs: `fit`, `loop` or `counted`, and settings. They run on two logical CPUs or, where
+TF_CONFIG is set, on its workers, and each writes FOLDER/{its number}.npz. Each replica's half of a batch is that of
+`np.array_split`; `counted` gives the first replica as many as `first` says, batch by batch, and the other one the rest
+or, where there is none, an example that does not count. The network is `sam_reference`'s.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -45,13 +47,26 @@ def two_replicas() -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
+def uneven(inputs: np.ndarray, labels: np.ndarray, first: list[int]) -> tf.data.Dataset:
+    """The parts of batches of eight, in turn: inputs, labels, and 1 for each example that counts."""
+
+    def parts() -> Iterator[tuple[np.ndarray, ...]]:
+        for start, cut in zip(range(0, len(labels), 8), first * len(labels), strict=False):
+            for part in (slice(start, start + cut), slice(start + cut, start + 8)):
+                count = len(labels[part])
+                yield (inputs[part], labels[part], np.ones(count)) if count else (inputs[:1], labels[:1], np.zeros(1))
+
+    signature = (tf.TensorSpec((None, 6)), tf.TensorSpec((None,), tf.int64), tf.TensorSpec((None,)))
+    return tf.data.Dataset.from_generator(parts, output_signature=signature)
+
+
 def run(strategy: tf.distribute.Strategy, kind: str, settings: dict[str, Any], out: str) -> None:
     options = settings.pop("optimizer", {})
-    broken = settings.pop("broken", None)
+    broken, first, images = (settings.pop(key, None) for key in ("broken", "first", "images"))
     inputs, labels = data()
     if broken is not None:
         inputs[broken, 7, 0] = np.inf  # in the second replica's half
-    inputs, labels = inputs.reshape(-1, 6), labels.reshape(-1)
+    inputs, labels = inputs.reshape(-1, 6)[:images], labels.reshape(-1)[:images]
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     with strategy.scope():
         model = network()
@@ -66,15 +81,21 @@ def run(strategy: tf.distribute.Strategy, kind: str, settings: dict[str, Any], o
     def forward(part: Any) -> tuple[tf.Tensor, Any]:
         # Keras divides what a loss object returns by the number of replicas, each of which has half of the batch.
         outputs = model(part[0], training=True)
+        if kind == "counted":
+            losses = keras.losses.sparse_categorical_crossentropy(part[1], outputs, from_logits=True)
+            return tf.reduce_sum(losses * part[2]) / 8, outputs
         return cross_entropy(part[1], outputs), outputs
 
     @tf.function
     def distributed(*batch: Any) -> tf.Tensor:
-        shares = strategy.run(lambda *part: step(forward, part)[0], args=batch)
+        shares = strategy.run(lambda *part: step(forward, part, *map(tf.reduce_sum, part[2:]))[0], args=batch)
         return strategy.reduce("SUM", shares, axis=None)
 
     if kind == "fit":
         losses = wrapped.fit(inputs, labels, batch_size=8, epochs=1, shuffle=False, verbose=0).history["loss"]
+    elif kind == "counted":
+        batches = strategy.distribute_datasets_from_function(lambda _: uneven(inputs, labels, first))
+        losses = [float(distributed(*batch)) for batch in batches]
     else:
         sharding = tf.data.Options()
         sharding.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
@@ -83,7 +104,8 @@ def run(strategy: tf.distribute.Strategy, kind: str, settings: dict[str, Any], o
     kernel, bias = model.trainable_variables
     on_each = [strategy.experimental_local_results(variable.value) for variable in (kernel, bias)]
     same = all(np.array_equal(value, values[0]) for values in on_each for value in values)
-    np.savez(out, kernel=np.array(kernel), bias=np.array(bias), losses=losses, same=same)
+    kernel, bias, steps = (np.array(variable) for variable in (kernel, bias, trained.iterations))
+    np.savez(out, kernel=kernel, bias=bias, losses=losses, same=same, steps=steps)
 
 
 if __name__ == "__main__":

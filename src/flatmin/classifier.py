@@ -226,6 +226,19 @@ def create(
     return replace(built, description=replace(description, multiply_adds=counted))
 
 
+def describe(folder: Path | str) -> Description:
+    """Of what `save` wrote, without its weights.
+
+    Raises:
+        InputError: the file is missing, or holds no description.
+    """
+    path = Path(folder) / MODEL
+    try:
+        return Description(**reporting.read_json(path))
+    except TypeError as error:
+        raise InputError(f"{path}: expected a classifier's description, received {error}") from None
+
+
 def load(folder: Path | str, **changes: Any) -> Classifier:
     """What `save` wrote. `changes` replace values of the description, such as `image_size` or `dropout`.
 
@@ -233,11 +246,7 @@ def load(folder: Path | str, **changes: Any) -> Classifier:
         InputError: a file is missing, or doesn't hold such a classifier.
     """
     folder = Path(folder)
-    saved = reporting.read_json(folder / MODEL)
-    try:
-        description = Description(**{**saved, **changes})
-    except TypeError as error:
-        raise InputError(f"{folder / MODEL}: expected a classifier's description, received {error}") from None
+    description = replace(describe(folder), **changes)
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder / WEIGHTS}: expected weights that an earlier stage wrote, found none")
     classifier = assemble(description)
@@ -306,8 +315,8 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Accuracy, top-5 accuracy (fractions) and mean cross-entropy (nats) of float logits [n, classes]."""
     logits = logits.astype(np.float64)
     own = logits[np.arange(len(labels)), labels]
-    # Ties count against the prediction but for the index order that argmax has.
-    rank = (logits > own[:, None]).sum(axis=1) + (
+    # Ties count against the prediction but for the index order that argmax has; NaN is never right.
+    rank = (~(logits <= own[:, None])).sum(axis=1) + (
         (logits == own[:, None]) & (np.arange(logits.shape[1]) < labels[:, None])
     ).sum(axis=1)
     highest = logits.max(axis=1)

@@ -123,9 +123,8 @@ def measure_sharpness(records: Records, settings: Evaluate, seed: int) -> dict[s
 def _sample(records: Records, model: Classifier, settings: Evaluate) -> tf.data.Dataset:
     """Batches of every k-th un-augmented train image, with the smallest k that leaves at most `sharpness.images`."""
     every = math.ceil(records.count("train") / settings.sharpness.images)
-    images = views.plain(records, "train", model.description.image_size, 1).shard(every, 0)
     # Second derivatives hold about four times of what scoring does.
-    return images.rebatch(max(1, settings.batch_size // 4))
+    return views.sample(records, model.description.image_size, every, max(1, settings.batch_size // 4))
 
 
 def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:

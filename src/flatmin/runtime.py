@@ -101,12 +101,18 @@ def worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:
 
 
 def machine() -> list[str]:
-    """The kind of machine: GPUs, or processor and cores. Results are equal to the byte on the same kind only."""
+    """The kind of machine: GPUs, or processor, cores, and what TensorFlow computes with there.
+
+    Results are equal to the byte on the same kind only.
+    """
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         return [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in gpus]
     models = re.findall(r"^model name\s*: (.*)$", _cpuinfo(), re.MULTILINE)
-    return [*sorted(set(models) or {platform.machine()}), f"{len(os.sched_getaffinity(0))} cores"]
+    cores = f"{len(os.sched_getaffinity(0))} cores"
+    half = [name for name, has in (("float16", has_float16()), ("bfloat16", has_bfloat16())) if has]
+    onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "left to TensorFlow")
+    return [*sorted(set(models) or {platform.machine()}), cores, *half, f"oneDNN {onednn}"]
 
 
 def has_float16() -> bool:

@@ -234,8 +234,7 @@ def learning_rate_range(optimizer: keras.optimizers.Optimizer) -> tuple[float, f
     Where a schedule does not say, the lowest is 0 and the highest that of step 0; a rate that is no schedule is the
     highest itself, so that callbacks which lower it lower rho.
     """
-    schedule = _base(optimizer)._learning_rate
-    match schedule:
+    match schedule := base_optimizer(optimizer)._learning_rate:
         case keras.optimizers.schedules.CosineDecay():
             peak = schedule.initial_learning_rate if schedule.warmup_target is None else schedule.warmup_target
             return peak * schedule.alpha, float(peak)
@@ -245,10 +244,11 @@ def learning_rate_range(optimizer: keras.optimizers.Optimizer) -> tuple[float, f
             return float(min(schedule.values)), float(max(schedule.values))
         case keras.optimizers.schedules.LearningRateSchedule():
             return 0.0, float(schedule(0))
-    return 0.0, float(tf.convert_to_tensor(schedule))
+    return 0.0, float(tf.convert_to_tensor(base_optimizer(optimizer).learning_rate))
 
 
-def _base(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+def base_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """The optimizer, without what scales its loss."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
@@ -301,12 +301,14 @@ class Step:
         return made
 
     @tf.autograph.experimental.do_not_convert
-    def __call__(self, forward: Forward, batch: Any) -> tuple[tf.Tensor, Any]:
+    def __call__(self, forward: Forward, batch: Any, count: tf.Tensor | None = None) -> tuple[tf.Tensor, Any]:
         """Train on one batch.
 
         Args:
             forward: called with the batch, or with parts of it, in training mode.
             batch: nested tensors, the examples along the first axis; None is let through.
+            count: float32 scalar: how many of the examples are real, where a replica's loss is its mean over these
+                times their share of all replicas'. Without it all are, and the loss is the mean over R replicas.
 
         Returns:
             the clean pass's loss, and its outputs in the batch's order.
@@ -320,10 +322,13 @@ class Step:
             return loss, outputs
         before = self._state()
         passes = self._passes if self.settings.num_batch_splits == 1 else self._passes_by_part
-        loss, outputs, gradients, used = passes(forward, batch)
-        size = tf.cast(_examples(batch), "float32")
+        own = size = tf.cast(_examples(batch), "float32") if count is None else count
         if _replicas() > 1:
-            gradients, size = tf.distribute.get_replica_context().all_reduce("SUM", (gradients, size))
+            size = tf.distribute.get_replica_context().all_reduce("SUM", own)
+        share = 1 / _replicas() if count is None else tf.math.divide_no_nan(own, size)
+        loss, outputs, gradients, used = passes(forward, batch, share)
+        if _replicas() > 1:
+            gradients = tf.distribute.get_replica_context().all_reduce("SUM", gradients)
         self._update(gradients, used, size, before)
         return loss, outputs
 
@@ -332,8 +337,11 @@ class Step:
 
     # The two passes
 
-    def _passes(self, forward: Forward, batch: Any) -> tuple[tf.Tensor, Any, Gradients, list[int]]:
-        """Loss, outputs, the gradients by kind, unscaled, and the indices of the weights that have them."""
+    def _passes(self, forward: Forward, batch: Any, share: Any) -> tuple[tf.Tensor, Any, Gradients, list[int]]:
+        """Loss, outputs, the gradients by kind, unscaled, and the indices of the weights that have them.
+
+        share: of the mean over all replicas, what this one's loss is.
+        """
         state = self._state()
         variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
@@ -348,7 +356,7 @@ class Step:
                 direction = tf.distribute.get_replica_context().all_reduce("SUM", clean)
             trained = [variables[index] for index in used]
             gradients["perturbed"] = self._if_sharp(
-                lambda: self._perturbed(forward, batch, trained, self._shifts(direction, trained, used), state),
+                lambda: self._perturbed(forward, batch, trained, self._shifts(direction, trained, used, share), state),
                 lambda: clean,
             )
         return loss, outputs, {kind: gradients[kind] for kind in self._kinds}, used
@@ -372,12 +380,12 @@ class Step:
                 )
         return self._unscaled(gradients)
 
-    def _shifts(self, direction: Tensors, trained: list[keras.Variable], used: list[int]) -> Tensors:
+    def _shifts(self, direction: Tensors, trained: list[keras.Variable], used: list[int], share: Any) -> Tensors:
         """From where the weights are to the worst point nearby."""
         settings = self.settings
         if settings.method == "friendly":
             if not settings.sync_perturbation:  # a replica's share of the mean, beside averages of the mean
-                direction = [gradient * _replicas() for gradient in direction]
+                direction = [tf.math.divide_no_nan(gradient, tf.cast(share, gradient.dtype)) for gradient in direction]
             averages = [self._averages[index] for index in used]
             direction, _ = friendly_direction(direction, averages, settings.sigma, settings.friendly_lambda)
         rho = settings.rho
@@ -391,19 +399,20 @@ class Step:
         steps = tf.convert_to_tensor(self.optimizer.iterations)
         return tf.cond(tf.equal(steps % self.settings.every, 0), then, otherwise)
 
-    def _passes_by_part(self, forward: Forward, batch: Any) -> tuple[tf.Tensor, Any, Gradients, list[int]]:
+    def _passes_by_part(self, forward: Forward, batch: Any, share: Any) -> tuple[tf.Tensor, Any, Gradients, list[int]]:
         """`_passes` over the parts of a batch, cut as `np.array_split` does, each weighted by its size.
 
         In a loop, so that the activations of one part at a time are in memory.
         """
         batch = _map(tf.convert_to_tensor, batch)
-        size, splits = _examples(batch), self.settings.num_batch_splits
+        size, splits = _examples(batch), int(self.settings.num_batch_splits)
 
         def run(index: Any) -> tuple[tf.Tensor, Any, Gradients, list[int]]:
             start = index * (size // splits) + tf.minimum(index, size % splits)
             end = start + size // splits + tf.cast(index < size % splits, "int32")
-            loss, outputs, gradients, used = self._passes(forward, _map(lambda tensor: tensor[start:end], batch))
-            weight = tf.cast(end - start, "float32") / tf.cast(size, "float32")
+            loss, outputs, gradients, used = self._passes(forward, _map(lambda tensor: tensor[start:end], batch), share)
+            # No examples: what the last batch leaves of several replicas to one.
+            weight = tf.math.divide_no_nan(tf.cast(end - start, "float32"), tf.cast(size, "float32"))
             loss, gradients = tf.nest.map_structure(lambda each: tf.cast(weight, each.dtype) * each, (loss, gradients))
             return loss, outputs, gradients, used
 
@@ -519,7 +528,7 @@ class Step:
         replicas = _replicas()
         if replicas > 1:
             # Keras clips on each replica and sums then: clip the sum, and give each replica its share of that.
-            gradients = [gradient / replicas for gradient in _base(self.optimizer)._clip_gradients(gradients)]
+            gradients = [gradient / replicas for gradient in base_optimizer(self.optimizer)._clip_gradients(gradients)]
         if self._scales:
             gradients = [self.optimizer.scale_loss(gradient) for gradient in gradients]
         variables = self.model.trainable_variables

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ SELECTED = Path("models/selected")
 SGD_MOMENTUM = 0.9
 # What TensorFlow raises where another worker is gone.
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.InternalError)
-STANDARDIZED_ON = 2000  # train images
+STANDARDIZED_ON = 2000  # train images, or up to twice as many
 STATE_DAYS = 30
 CHECKED = 1000  # val images on which views and assembled network are compared
 
@@ -58,7 +59,8 @@ def extract(params: Params, backbone: str) -> None:
             recipe.levels,
             recipe.hidden_units,
         )
-        classifier.standardize(model, views.sample(records, model.description.image_size, STANDARDIZED_ON))
+        every = max(1, records.count("train") // STANDARDIZED_ON)
+        classifier.standardize(model, views.sample(records, model.description.image_size, every))
         return model
 
     digest = backbones.digest(backbone, weights)
@@ -72,12 +74,12 @@ def finetune(params: Params, step: Sam | None = None) -> None:
     recipe = params.finetune
     if step and step.epochs:
         recipe = recipe.model_copy(update={"epochs": step.epochs})
-    saved = reporting.read_json(SELECTED / classifier.MODEL)
+    backbone = classifier.describe(SELECTED).backbone
     changes: dict[str, Any] = {"dropout": recipe.dropout, "seed": params.seed}
-    if size := _of_backbone(recipe.image_size, saved["backbone"]):
+    if size := _of_backbone(recipe.image_size, backbone):
         changes["image_size"] = size
-    default = backbones.find(saved["backbone"]).fine_tune_at
-    cut = _of_backbone(recipe.fine_tune_at, saved["backbone"])
+    default = backbones.find(backbone).fine_tune_at
+    cut = _of_backbone(recipe.fine_tune_at, backbone)
     job = Job(
         "finetune" if step is None else "sam",
         params,
@@ -324,7 +326,7 @@ class Trainer:
             return mean * count / global_count + sum(self.tail.losses) / self.strategy.num_replicas_in_sync, logits
 
         boundary = self._boundary(inputs)
-        loss, logits = self.step(forward, (boundary, labels, present))
+        loss, logits = self.step(forward, (boundary, labels, present), count)
         correct = tf.reduce_sum(tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32))
         return tf.stack([loss * global_count, correct, count])
 
@@ -366,20 +368,16 @@ class Trainer:
     def _averaged(self) -> Iterator[None]:
         """Within the block the weights are their moving averages, where the recipe asks for them."""
         # Before the first update they are zeros.
-        if self.recipe.ema is None or not int(tf.convert_to_tensor(self._inner.iterations)):
+        if self.recipe.ema is None or not int(tf.convert_to_tensor(self.optimizer.iterations)):
             yield
             return
         trained = _values(self.tail.trainable_variables)
-        _assign(self.tail.trainable_variables, self._inner._model_variables_moving_average)
+        averages = sam.base_optimizer(self.optimizer)._model_variables_moving_average
+        _assign(self.tail.trainable_variables, averages)
         try:
             yield
         finally:
             _assign(self.tail.trainable_variables, trained)
-
-    @property
-    def _inner(self) -> keras.optimizers.Optimizer:
-        """The optimizer, without what scales its loss."""
-        return getattr(self.optimizer, "inner_optimizer", self.optimizer)
 
     def _kept_weights(self) -> list[np.ndarray]:
         with self._averaged():
@@ -518,8 +516,11 @@ class State:
         found = {}
         for path in (self._before, self.file):
             if path and path.exists():
-                with np.load(path, allow_pickle=False) as saved:
-                    found[len(json.loads(str(saved["history"])))] = path
+                try:
+                    with np.load(path, allow_pickle=False) as saved:
+                        found[len(json.loads(str(saved["history"])))] = path
+                except (EOFError, ValueError, KeyError, zipfile.BadZipFile):  # power was lost before it was on disk
+                    reporting.log(f"{path}: expected a resume state, found a broken file; doing without")
         return found
 
     def epochs(self) -> int:
@@ -539,7 +540,8 @@ class State:
             return json.loads(str(saved["history"])), best
 
     def remove(self) -> None:
-        for path in self._files().values():
-            path.unlink()
+        for path in (self._before, self.file):
+            if path:
+                path.unlink(missing_ok=True)
         with suppress(OSError):  # another worker's may be there
             self.file.parent.rmdir()

@@ -54,10 +54,9 @@ def plain(records: Records, role: str, size: int, batch_size: int) -> tf.data.Da
     return _batches(records.images(role), size, batch_size)
 
 
-def sample(records: Records, size: int, number: int) -> tf.data.Dataset:
-    """Batches as `plain`'s of at least so many train images, evenly from all of the records, or of all there are."""
-    every = max(1, records.count("train") // number)
-    return _batches(records.images("train", lambda position: position % every == 0), size, TRUNK_BATCH)
+def sample(records: Records, size: int, every: int, batch_size: int = TRUNK_BATCH) -> tf.data.Dataset:
+    """Batches as `plain`'s of every so-many-th train image, the first one included."""
+    return _batches(records.images("train", lambda position: position % every == 0), size, batch_size)
 
 
 def augmented(
@@ -203,7 +202,7 @@ class _Maker:
         depends_on: dict[str, Any] = {
             "trunk": self._identity,
             "engine": self.engine,
-            "math": [self._params.runtime.math, self._params.runtime.deterministic, runtime.has_float16()],
+            "math": [self._params.runtime.math, self._params.runtime.deterministic],
             "machine": runtime.machine(),
             "records": self._records.digest,
         }
