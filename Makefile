@@ -10,7 +10,8 @@ repro: setup check-params  ## run the study in params.yaml: only what changed
 	$(RUN) python -m flatmin.selection
 	$(RUN) dvc repro
 
-setup: $(VENV)/cpu.done  ## make .venv from the locked requirements
+# LOCK=gpu, given with any of these, installs the CUDA wheels too.
+setup: $(VENV)/$(or $(LOCK),cpu).done  ## make .venv from the locked requirements
 
 check-params: setup  ## check params.yaml without running anything
 	@$(RUN) python -m flatmin.params
@@ -21,12 +22,9 @@ test: setup $(VENV)/dev.done  ## lint, types, all tests
 	$(RUN) mypy
 	$(RUN) python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
 
-$(VENV)/cpu.done: requirements/cpu.txt
+$(VENV)/dev.done: | setup
+$(VENV)/%.done: requirements/%.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
-	touch $@
-
-$(VENV)/dev.done: requirements/dev.txt $(VENV)/cpu.done
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
 	touch $@
 
@@ -48,13 +46,12 @@ lock:  ## compile the locks anew (needs uv)
 	cd requirements && $(COMPILE) dev.in -o dev.txt
 
 # docs/container.md tells more. LOCK=cpu does without the CUDA wheels, ENGINE=podman without docker.
-LOCK ?= gpu
 ENGINE ?= docker
 IMAGE := flatmin$(if $(filter cpu,$(LOCK)),-cpu)
 INSIDE := ENGINE=$(ENGINE) IMAGE=$(IMAGE) scripts/container.sh
 
 image:  ## build the image: Debian, Python and the locked wheels
-	$(ENGINE) build --tag $(IMAGE) --build-arg LOCK=$(LOCK) $(if $(BASE),--build-arg BASE=$(BASE)) \
+	$(ENGINE) build --tag $(IMAGE) --build-arg LOCK=$(or $(LOCK),gpu) $(if $(BASE),--build-arg BASE=$(BASE)) \
 		--build-arg REVISION=$$(git log -1 --format=%H -- Dockerfile requirements) .
 
 docker-repro: image  ## run the study in the image, on the GPUs where there are any

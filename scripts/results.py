@@ -46,6 +46,7 @@ FIGURES = {  # title -> metric of evaluate, and its decimals
     "largest eigenvalue": ("sharpness.eigenvalue_1", 1),
 }
 ACCURACY = next(iter(FIGURES))
+NEEDED = ("name", "seed", "data.name")  # of a run
 TEXT = ("name", "targets", "commit")  # a commit's digits may look like a number
 PAIR = ("accuracy", "low", "high")  # of SAM less the finetune beside it: the difference, and its interval over images
 COLUMNS = 3  # of the picture's panels
@@ -100,8 +101,7 @@ Controls = dict[Setting, dict[str, dict[int, Run]]]  # method -> seed -> its fig
 
 def collect(folder: Path) -> list[Run]:
     """The runs of results.json with those of the grids' tables that succeeded, by name."""
-    path = folder / "results.json"
-    runs: dict[str, dict[str, Any]] = {run["name"]: {**run, "grid": None} for run in read(path)}
+    runs: dict[str, dict[str, Any]] = {run["name"]: {**run, "grid": None} for run in read(folder / "results.json")}
     for grid in sorted(folder.glob("*.csv")):
         for name, row in read_kept(grid).items():
             cells = {
@@ -116,8 +116,7 @@ def collect(folder: Path) -> list[Run]:
         for file in METRICS.values():
             metrics = reporting.read_json(folder / f"metrics/{file}.json")
             runs[name] |= {f"{file}/{key}": value for key, value in leaves(metrics)}
-    reporting.write_json(path, {"runs": list(runs.values())})
-    return read(path)  # as everybody else reads them: their keys are in order
+    return json.loads(json.dumps(list(runs.values()), sort_keys=True))  # as everybody else reads them
 
 
 def read(path: Path) -> list[Run]:
@@ -127,8 +126,10 @@ def read(path: Path) -> list[Run]:
         InputError: it holds something else.
     """
     found = reporting.read_json(path).get("runs") if path.exists() else []
-    if not isinstance(found, list) or not all(isinstance(run, dict) and "name" in run for run in found):
-        raise InputError(f"{path}: expected runs, a list of mappings with a name each, received {str(found)[:80]}")
+    if not isinstance(found, list) or not all(isinstance(run, dict) and set(NEEDED) <= run.keys() for run in found):
+        raise InputError(
+            f"{path}: expected runs, a list of mappings with {', '.join(NEEDED)} each, received {str(found)[:80]}"
+        )
     return found
 
 
@@ -255,9 +256,14 @@ def summary(found: Controls) -> str:
 
 
 def recipes(runs: Sequence[Run], now: bool) -> str:
-    """What each stage of the recipes gave, a row for each seed; of params that stand somewhere `now`, or of all."""
-    lines = ["| recipe | seed | stage | val accuracy | test accuracy | test top-5 | ECE | with flips |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    """What each stage of the recipes gave, a row for each seed.
+
+    Of params that stand somewhere `now`; or of all, and then with the sharpness.
+    """
+    sharpness = {} if now else {name: key for name, key in FIGURES.items() if key[0].startswith("sharpness.")}
+    columns = ("recipe (pixels and epochs of finetune)", "seed", "stage", "val accuracy", "test accuracy")
+    columns += ("test top-5", "ECE", "with flips", *sharpness)
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     found = [run for run in runs if is_evaluated(run) and "sam.epochs" not in run and (run["grid"] or not now)]
     found.sort(key=lambda run: (run["finetune/image_size"], run["finetune/epochs"], run["seed"]))
     for run in found:
@@ -269,13 +275,20 @@ def recipes(runs: Sequence[Run], now: bool) -> str:
             figures = [f"{run[f'evaluate/{stage}.test.{key}']:.4f}" for key in ("accuracy", "top5_accuracy", "ece")]
             mirrored = run.get(f"evaluate/{stage}.mirrored.accuracy")
             figures = [f"{run[f'{file}/val.accuracy']:.4f}", *figures, f"{mirrored:.4f}" if mirrored else ""]
-            lines.append(f"| {name} | {run['seed']} | {stage} | {' | '.join(figures)} |")
+            for key, decimals in sharpness.values():
+                value = run.get(f"evaluate/{stage}.{key}")
+                figures.append("" if value is None else f"{value:.{decimals}f}")
+            what = stage
+            if stage == "sam":
+                what += f", {run['sam/gradient_evaluations'] / run['finetune/gradient_evaluations']:.2g}x gradients"
+            lines.append(f"| {name} | {run['seed']} | {what} | {' | '.join(figures)} |")
         if run["grid"] == FROZEN:
             continue
         points = {end: 100 * run[f"evaluate/sam_minus_finetune.{end}"] for end in PAIR}
         p_value = run["evaluate/sam_minus_finetune.p_value"]
         lines.append(
-            f"| {name} | {run['seed']} | sam - finetune, points | | {_interval(points)}, p {p_value:.2g} | | | |"
+            f"| {name} | {run['seed']} | sam - finetune, points | | {_interval(points)}, p {p_value:.2g} |"
+            + " |" * (len(columns) - 5)
         )
     return "\n".join(lines) + "\n" if found else ""
 
@@ -403,12 +416,14 @@ def write(folder: Path) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise InputError(f"{page}: expected the lines {BEGIN.strip()} and {END.strip()} once each")
     runs = collect(folder)
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    with reporting.whole(page) as aside:
-        aside.write_text(f"{before}{BEGIN}\n{section(runs)}\n{END}{after}", encoding="utf-8")
-    with reporting.whole(folder / "tables.md") as aside:
-        aside.write_text(tables(runs), encoding="utf-8")
     found = controls(runs)
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    written = {page: f"{before}{BEGIN}\n{section(runs)}\n{END}{after}", folder / "tables.md": tables(runs)}
+    # Nothing above has refused a run, which results.json would keep for good.
+    reporting.write_json(folder / "results.json", {"runs": runs})
+    for path, content in written.items():
+        with reporting.whole(path) as aside:
+            aside.write_text(content, encoding="utf-8")
     if any(setting.grid for setting in found):
         draw(found, folder / "accuracy.png")
     reporting.log(f"{len(runs)} runs: results.json, README.md and tables.md in {folder}")

@@ -27,11 +27,18 @@ def find(run: Run) -> str | None:
 
 
 def read_kept(path: Path) -> dict[str, Row]:
-    """Name -> row of the runs that an earlier table has as succeeded, on this machine or another."""
+    """Name -> row of the runs that an earlier table has as succeeded, on this machine or another.
+
+    Raises:
+        InputError: a row has not a cell for each column.
+    """
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    for row in rows:
+        if None in row or None in row.values():
+            raise InputError(f"{path}: {row.get('name')}: expected a cell for each column, received more or fewer")
     return {row["name"]: row for row in rows if row.get("name") and row.get("status") == "succeeded"}
 
 
@@ -126,4 +133,12 @@ def draw(lines: Mapping[str, Mapping[Any, Sequence[float]]], x: str, y: str, pat
 
 
 def output(*command: str, cwd: Path | None = None) -> str:
-    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
+    """What a command prints.
+
+    Raises:
+        InputError: it fails.
+    """
+    done = subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{' '.join(command)}: expected it to succeed, received: {done.stderr.strip()[:500]}")
+    return done.stdout

@@ -61,10 +61,11 @@ if [ "${2:-}" = sweep ]; then
     exec python "$root/scripts/sweep.py" "$root/studies/$name/$grid.yaml" "$@"
 fi
 dvc repro
-rm -rf "$root/studies/$name/metrics" "$root/studies/$name/plots"
-cp -R metrics plots dvc.lock "$root/studies/$name/"
+rm -rf figures  # whole here first: renamed, they are there at once
+mkdir figures
+cp -R metrics plots dvc.lock figures/
 if [ -f predictions/predict.csv ]; then  # of images whose labels nobody knows here
-    PYTHONPATH=src python - "$root/studies/$name/test_predictions.csv" <<'END'
+    PYTHONPATH=src python - figures/test_predictions.csv <<'END'
 import csv, sys
 from flatmin import reporting
 columns = ("name", "finetune", "sam")
@@ -72,4 +73,9 @@ with open("predictions/predict.csv", encoding="utf-8", newline="") as file:
     reporting.write_csv(sys.argv[1], columns, [[row[column] for column in columns] for row in csv.DictReader(file)])
 END
 fi
+cd figures
+for file in metrics plots dvc.lock test_predictions.csv; do
+    rm -rf "$root/studies/$name/$file"
+    if [ -e "$file" ]; then mv "$file" "$root/studies/$name/"; fi
+done
 echo "study $name: figures in studies/$name"

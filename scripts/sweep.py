@@ -184,6 +184,9 @@ def sweep(path: Path, jobs: int) -> None:
         signal.signal(signal.SIGTERM, _interrupt)
         written = path.with_suffix(".csv")
         kept, failed = read_kept(written), list[Run]()
+        if kept and not kept.keys() & {run.name for run in runs}:
+            commits = ", ".join(sorted({row.get("commit") or "?" for row in kept.values()}))
+            reporting.log(f"note: {written}: the {len(kept)} runs there are of other code or params (commit {commits})")
         try:
             run_all(runs, jobs, kept, failed)
         finally:

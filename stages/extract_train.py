@@ -9,7 +9,7 @@ import sys
 from flatmin import params, reporting
 
 
-def main(backbone: str) -> None:
+def main(backbone: str = "") -> None:
     # Here, since the processes that augment load this file too and need no TensorFlow.
     with reporting.quiet():
         from flatmin import training

@@ -351,6 +351,17 @@ def test_sam_epochs_are_longer_than_the_warm_up() -> None:
     values["finetune"] |= {"epochs": 9, "schedule": {"name": "cosine", "warmup_epochs": 2}}
     values["sam"] = {"epochs": 2}
     with pytest.raises(
-        InputError, match=r"sam.epochs: expected more than finetune.schedule.warmup_epochs, which is 2,"
+        InputError, match=r"^params.yaml: sam.epochs: expected more than finetune.schedule.warmup_epochs, which is 2,"
     ):
         params.parse(values, "params.yaml")
+
+
+@pytest.mark.parametrize("section", ["extract", "finetune"])
+def test_views_that_are_all_the_same_are_refused(section: str) -> None:
+    values = copy.deepcopy(TINY)
+    values["augment"] = {"engine": "none"}
+    values["extract"]["views"] = values["finetune"]["views"] = 1
+    assert params.parse(values)
+    values[section]["views"] = 2
+    with pytest.raises(InputError, match=rf"^params.yaml: {section}.views: expected at most 1 with augment"):
+        params.parse(values)

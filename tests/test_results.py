@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ results: Any = importlib.import_module("results")
 
 PAGES = sorted(path.parent for path in (ROOT / "studies").glob("*/results.json"))
 CIFAR = ROOT / "studies/cifar100"
+# Grid, and whether controls -> how many runs may have test figures: what the pages tell, and nothing beside it.
+EVALUATED = {
+    ("params", False): 1,
+    ("seeds", False): 2,
+    ("halfhour", False): 3,
+    ("frozen", False): 1,
+    ("sweep", True): 32,
+    ("digits", True): 10,
+    (None, False): 1,
+    (None, True): 44,
+}
 PAIR = {"evaluate/sam_minus_finetune.low": -0.02, "evaluate/sam_minus_finetune.high": 0.01}
 
 
@@ -143,9 +155,10 @@ def test_the_recipe_has_a_row_for_each_stage_and_seed() -> None:
     run |= {f"{file}/val.accuracy": 0.88 for file in ("select", "finetune", "sam")}
     run["evaluate/sam_minus_finetune.p_value"] = 0.123
     run["evaluate/sam.mirrored.accuracy"] = 0.865
+    run |= {"finetune/gradient_evaluations": 500, "sam/gradient_evaluations": 600}
     text = results.section([*RUNS, run])
     assert "| A, 96 px, 8 epochs | 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |  |" in text
-    assert "| A, 96 px, 8 epochs | 7 | sam | 0.8800 | 0.8600 | 0.9700 | 0.0500 | 0.8650 |" in text
+    assert "| A, 96 px, 8 epochs | 7 | sam, 1.2x gradients | 0.8800 | 0.8600 | 0.9700 | 0.0500 | 0.8650 |" in text
     assert "| A, 96 px, 8 epochs | 7 | sam - finetune, points | | +1.00 [-2.00, +1.00], p 0.12 |" in text
     alone = results.section([*RUNS, {**run, "grid": "frozen", "select/backbone": "B"}])
     assert "| B, frozen | 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |  |" in alone
@@ -190,8 +203,17 @@ def test_runs_are_kept_and_new_ones_added(tmp_path: Path) -> None:
         results.write(folder)
     (folder / "README.md").write_text(f"before\n{results.BEGIN}old{results.END}after\n")
     (folder / "results.json").write_text('{"a": 1}')
-    with pytest.raises(InputError, match=r"results.json: expected runs, a list of mappings with a name each"):
+    with pytest.raises(InputError, match=r"results.json: expected runs, a list of mappings with name, seed, data.name"):
         results.write(folder)
+    before = json.dumps({"runs": [RUNS[0], {**RUNS[4], "grid": None}, {**RUNS[0], "name": "z", "sam.every": 3}]})
+    (folder / "results.json").write_text(before)
+    with pytest.raises(InputError, match=r"z: expected SAM beside finetune of twice its epochs"):
+        results.write(folder)
+    assert (folder / "results.json").read_text() == before, "a run that is refused is not kept"
+    (folder / "sweep.csv").write_text(f"{columns}\n{rows.rpartition(',')[0]}\n")
+    with pytest.raises(InputError, match=r"sweep.csv: i: expected a cell for each column"):
+        results.write(folder)
+    (folder / "sweep.csv").write_text(f"{columns}\n{rows}")
     (folder / "results.json").write_text(json.dumps({"runs": [RUNS[0], {**RUNS[4], "grid": None}]}))
     results.write(folder)
     runs = json.loads((folder / "results.json").read_text())["runs"]
@@ -225,11 +247,11 @@ def test_a_page_shows_what_its_runs_give(folder: Path) -> None:
 @pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
 def test_test_images_are_read_for_recipes_and_controls_of_several_seeds_alone(folder: Path) -> None:
     runs = results.read(folder / "results.json")
+    read = Counter((run["grid"], "sam.epochs" in run) for run in runs if results.is_evaluated(run))
+    assert {key: count for key, count in read.items() if count > EVALUATED.get(key, 0)} == {}
     for run in runs:
         if not results.is_evaluated(run):
             assert not [key for key in run if key.startswith("evaluate/")], run["name"]
-        elif "sam.epochs" not in run:
-            assert run["grid"] in (None, "params", "seeds", "halfhour", "frozen"), f"{run['name']} is no recipe"
     for path in folder.glob("*.csv"):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
@@ -278,7 +300,7 @@ def test_the_readme_tells_of_the_study_what_its_runs_give() -> None:
     text = " ".join((ROOT / "README.md").read_text().split())
     metrics = json.loads((CIFAR / "metrics/evaluate.json").read_text())
     extract, finetune, sam = (f"{metrics[stage]['test']['accuracy']:.4f}" for stage in ("extract", "finetune", "sam"))
-    assert f"frozen has a test accuracy of {extract}, fine-tuned {finetune}, with SAM {sam} (seed 42)" in text
+    assert f"frozen has a test accuracy of {extract}, fine-tuned {finetune}, with SAM in every fifth step {sam}" in text
     gains = {
         setting.per_class: results.difference(methods[results.SAM], methods[results.TWICE])
         for setting, methods in results.controls(results.read(CIFAR / "results.json")).items()

@@ -23,6 +23,7 @@ from flatmin import reporting
 from flatmin.reporting import InputError
 
 LIMIT = 50 * 10**9
+LONGEST_PAUSE = 60  # seconds
 CHECKSUMS = "checksums.json"
 LIBRARIES = ("tensorflow", "keras", "numpy", "imgaug", "opencv-python-headless", "pillow", "ai-edge-litert")
 
@@ -93,7 +94,8 @@ class Entry:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:  # another makes it; the shared lock is lost all the same
                 time.sleep(pause)
-                pause *= 2  # else two that read a large broken one in turns would keep each other from making it
+                # Ever longer: two that read a large broken one in turns would keep each other from making it.
+                pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 if not _intact(self.folder):
                     self._fill(make)

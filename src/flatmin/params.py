@@ -211,9 +211,9 @@ class Training(Section):
 
     schedule: null keeps the learning rate. weight_decay: decoupled, times the learning rate. ema: momentum of the
     weights' exponential moving average, which is then what is validated and kept. image_size: pixels, one for all
-    backbones or one for each named; the table in backbones.py has the default. views: so many augmented views of each
-    image are drawn, what the frozen layers make of them is kept, and epoch e takes view e mod views; 0 augments afresh
-    in every epoch.
+    backbones or one for each named; without it, extract's is in the table in backbones.py, and finetune's is extract's.
+    views: so many augmented views of each image are drawn, what the frozen layers make of them is kept, and epoch e
+    takes view e mod views; 0 augments afresh in every epoch.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"]
@@ -364,6 +364,13 @@ class Params(Section):
         return _different(names)
 
     @model_validator(mode="after")
+    def _differing_views(self) -> Self:
+        for name, recipe in (("extract", self.extract), ("finetune", self.finetune)):
+            if recipe.views > 1 and self.augment.engine == "none":
+                raise _WrongError(f"{name}.views", f"at most 1 with augment.engine none, received {recipe.views}")
+        return self
+
+    @model_validator(mode="after")
     def _warm_up_of_sam_ends(self) -> Self:
         schedule, epochs = self.finetune.schedule, self.sam.epochs
         if isinstance(schedule, Cosine) and epochs and schedule.warmup_epochs >= epochs:
@@ -451,7 +458,7 @@ def _explain(findings: ValidationError, values: Any) -> str:
         case "value_error":
             error = context["error"]
             if isinstance(error, _WrongError):
-                key = f"{key}.{error.key}".strip(".")
+                key = f"{key}.{error.key}" if finding["loc"] else error.key
             return f"{key}: expected {error}" + ("" if "received" in str(error) else f", received {received}")
         case "extra_forbidden":
             expected = "no such key"
@@ -504,5 +511,9 @@ _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 60
 
 
+def _main(path: str = "params.yaml") -> None:
+    reporting.log(f"{path}: good, seed {load(path).seed}")
+
+
 if __name__ == "__main__":
-    reporting.run(lambda: reporting.log(f"params.yaml: good, seed {load().seed}"), *sys.argv[1:])
+    reporting.run(_main, *sys.argv[1:])

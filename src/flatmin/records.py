@@ -26,11 +26,9 @@ ROLES = ("train", "val", "test", "predict")
 TRAIN, VAL = 0, 1
 LEFT_OUT = -1
 
-# A shard is full at so many examples or bytes, whichever comes first, but holds a multiple of MULTIPLE, so
-# that workers who share shards out never cut through a chunk of examples that is augmented as one.
+# A shard is full at so many examples or bytes, whichever comes first.
 SHARD = 4096
 SHARD_BYTES = 2**27
-MULTIPLE = 32
 
 HANDED_OVER = 32
 NAMED_DUPLICATES = 20
@@ -257,8 +255,9 @@ class _Role:
         self.widths: list[int] = []
 
     def add(self, example: Example, picture: Picture) -> None:
-        full = self._in_shard >= SHARD or self._bytes >= SHARD_BYTES
-        if self._writer is None or (full and self._in_shard % MULTIPLE == 0):
+        if "\r" in example.name:  # which a CSV's reader takes for the end of a line
+            raise InputError(f"data.name: expected names without carriage returns, received {example.name!r}")
+        if self._writer is None or self._in_shard >= SHARD or self._bytes >= SHARD_BYTES:
             self._next_shard()
         record = _serialize(picture.encoded, example.label, example.name)
         self._writer.write(record)
@@ -392,6 +391,9 @@ class Records:
     def __init__(self, folder: Path | str) -> None:
         self._folder = Path(folder)
         self.info = reporting.read_json(self._folder / "dataset.json")
+        for key in ("class_names", "roles", "digest", "files"):
+            if key not in self.info:
+                raise InputError(f"{self._folder / 'dataset.json'}: {key}: expected as prepare writes it, found none")
         self.class_names: list[str] = self.info["class_names"]
         self.roles: list[str] = [role for role in ROLES if role in self.info["roles"]]
         self.digest: str = self.info["digest"]
