@@ -85,6 +85,7 @@ def assert_same(received: list[np.ndarray], expected: list[np.ndarray], relative
 
 def test_a_tail_in_float32_gives_the_same_outputs() -> None:
     tail, boundary = tail_of("EfficientNetLite0", "block5b_dwconv", "float32")
+    assert len(boundary) == 2  # this cut, of the next test too, is inside a residual block
     fast = rewrite.faster(tail)
     assert fast is not tail
     assert_same([fast(boundary).numpy()], [tail(boundary).numpy()])
@@ -95,12 +96,9 @@ def test_a_tail_in_float32_gives_the_same_outputs() -> None:
     [
         ("MobileNet025", "conv_dw_8"),
         ("EfficientNetLite0", "block5b_dwconv"),
-        pytest.param("MobileNet", 0, marks=pytest.mark.slow),
         pytest.param("MobileNetV2", "block_11_expand_relu", marks=pytest.mark.slow),
         pytest.param("EfficientNetLite0", 0, marks=pytest.mark.slow),
-        pytest.param("EfficientNetLite1", "block3a_expand_conv", marks=pytest.mark.slow),
         pytest.param("ResNet50", "conv4_block4_3_bn", marks=pytest.mark.slow),
-        pytest.param("ResNet50", "conv2_block1_1_conv", marks=pytest.mark.slow),
         pytest.param("EfficientNetB0", "block5a_expand_conv", marks=pytest.mark.slow),
         pytest.param("MobileNetV3Small", "expanded_conv_6_expand", marks=pytest.mark.slow),
         pytest.param("DenseNet121", "conv4_block13_0_bn", marks=pytest.mark.slow),
@@ -129,12 +127,6 @@ def test_half_precision_rounds_what_one_pixel_is_multiplied_with() -> None:
     away = [np.linalg.norm(one - other) / np.linalg.norm(other) for one, other in zip(received, expected, strict=True)]
     assert away[0] == 0  # forward it is oneDNN's mode that rounds, which is not on here
     assert 2**-12 < max(away) < 2**-4  # bfloat16 rounds to 8 bits
-
-
-def test_a_cut_inside_a_residual_block_gives_several_boundary_tensors() -> None:
-    tail, boundary = tail_of("EfficientNetLite0", "block6b_dwconv")
-    assert len(boundary) == 2
-    assert_same(outputs_and_gradients(rewrite.faster(tail), boundary), outputs_and_gradients(tail, boundary))
 
 
 def test_variables_are_the_same_in_the_same_order() -> None:

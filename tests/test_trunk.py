@@ -55,6 +55,7 @@ def test_litert_gives_what_tensorflow_gives(
     assert "INFO" not in err
     # The conversion is kept.
     kept = sorted((cache.folder() / "litert").glob("*/trunk.tflite"))
+    assert kept
     changed = [path.stat().st_mtime_ns for path in kept]
     trunk.engine(frozen, identity, Runtime(trunk="litert"), PIXELS)
     assert [path.stat().st_mtime_ns for path in sorted((cache.folder() / "litert").glob("*/*.tflite"))] == changed
