@@ -1,9 +1,6 @@
 """What `write` stores and refuses, and what `Records` reads back."""
 
-import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
-from repository import TINY
 
 from flatmin import datasets, records
 from flatmin.datasets import Example
@@ -21,7 +16,6 @@ from flatmin.params import Data
 from flatmin.records import Records, write
 from flatmin.reporting import InputError
 
-ROOT = Path(records.__file__).parents[2]
 CIFAR = "visual_domain_decathlon/cifar100"
 needs_tfds_data = pytest.mark.skipif(
     not (Path(os.environ.get("TFDS_DATA_DIR", "nowhere")) / CIFAR).is_dir(),
@@ -168,15 +162,16 @@ def test_replaces_what_is_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["records"]
 
 
-@pytest.mark.parametrize(("shard", "shard_bytes"), [(32, 2**27), (4096, 1), (33, 2**27)])
-def test_shards_hold_multiples(shard: int, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("shard", "shard_bytes", "held"), [(33, 2**27, 33), (4096, 1, 1)])
+def test_a_shard_is_full_at_so_many_examples_or_bytes(
+    shard: int, shard_bytes: int, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(records, "SHARD", shard)
     monkeypatch.setattr(records, "SHARD_BYTES", shard_bytes)
     write(Data.model_validate(DIGITS), 0, tmp_path / "records")
     read = Records(tmp_path / "records")
-    multiple = 64 if shard == 33 else 32
     shards = sorted(path.name for path in (tmp_path / "records").glob("train-*"))
-    number = -(-read.count("train") // multiple)
+    number = -(-read.count("train") // held)
     assert shards == [f"train-{index:05d}-of-{number:05d}.tfrecord" for index in range(number)]
     labels = [label for _, label in read._stored("train").map(records._parse).as_numpy_iterator()]
     assert labels == read.labels("train").tolist()
@@ -382,6 +377,12 @@ def test_a_class_that_train_lacks(tmp_path: Path) -> None:
     )
 
 
+def test_a_name_that_no_table_can_hold(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", train=3, test=1)
+    put(source / "train" / "cat" / "a\rb.png", 1)
+    assert refused(data(source), tmp_path).startswith("data.name: expected names without carriage returns, received")
+
+
 def test_all_of_a_role_is_broken(tmp_path: Path) -> None:
     source = folder(tmp_path / "source", train=3, test=1)
     for class_name in ("cat", "dog"):
@@ -402,6 +403,9 @@ def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
         Records(tmp_path / "records")
     shard.unlink()
     with pytest.raises(InputError, match=rf"{shard.name}: expected \d+ bytes, received none"):
+        Records(tmp_path / "records")
+    (tmp_path / "records/dataset.json").write_text("{}")
+    with pytest.raises(InputError, match=r"dataset.json: class_names: expected as prepare writes it, found none"):
         Records(tmp_path / "records")
     with pytest.raises(InputError, match=r"dataset\.json: expected a file that an earlier stage wrote"):
         Records(tmp_path)
@@ -439,37 +443,3 @@ def test_tfds_records(tmp_path: Path) -> None:
     assert set(read.labels("predict")) == {-1}
     image, _ = next(read.images("predict").as_numpy_iterator())
     assert image.shape == (72, 72, 3)
-
-
-# The stage
-
-
-def run_stage(folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, str(ROOT / "stages" / "prepare.py")]
-    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
-
-
-def write_params(folder: Path, name: str) -> None:
-    data = {"source": "bundled", "name": name, "splits": {"train": "train[:80%]", "test": "train[80%:]"}}
-    (folder / "params.yaml").write_text(yaml.safe_dump(TINY | {"data": data | {"val_fraction": 0.1}}))
-
-
-@pytest.mark.slow
-def test_the_stage(tmp_path: Path) -> None:
-    write_params(tmp_path, "digits")
-    ended = run_stage(tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    metrics = json.loads((tmp_path / "metrics" / "prepare.json").read_text())
-    assert metrics["digest"] == Records(tmp_path / "data" / "records").digest
-    assert "prepare: train 12" in ended.stdout
-
-
-@pytest.mark.slow
-def test_the_stage_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
-    write_params(tmp_path, "letters")
-    ended = run_stage(tmp_path)
-    assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("error: data.name: expected digits")
-    assert "Traceback" not in ended.stderr
-    assert not (tmp_path / "metrics").exists()

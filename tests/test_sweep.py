@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import csv
 import datetime
 import fcntl
@@ -36,6 +35,13 @@ GRID: dict[str, Any] = {
     "picture": {"x": "sam.rho", "y": "sam/val.accuracy"},
 }
 COMMAND = ("python", "scripts/sweep.py", "grid.yaml")
+EPOCHS = 40  # of fine-tuning where a signal must come before the last
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A checkout for tests that write nothing but grid.yaml."""
+    return Repository(tmp_path_factory.mktemp("untouched"), TINY)
 
 
 @pytest.fixture
@@ -92,8 +98,10 @@ def runs(**changes: Any) -> list[grids.Run]:
         ),
     ],
 )
-@pytest.mark.usefixtures("repository")
-def test_wrong_grids_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_wrong_grids_are_refused(
+    changes: dict[str, Any], message: str, untouched: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(untouched.folder)
     with pytest.raises(InputError) as caught:
         runs(**changes)
     beginning, _, end = message.partition("...")
@@ -313,10 +321,11 @@ def logs(repository: Repository) -> str:
 
 def stop_in_training(repository: Repository, number: int, jobs: int) -> tuple[int, str]:
     """Start a sweep, send it a signal after some epochs with SAM that no earlier sweep saw; exit code and output."""
-    seen = logs(repository).count("sam 2/8: loss")
+    told = f"sam 2/{EPOCHS}: loss"
+    seen = logs(repository).count(told)
     process = repository.start(*COMMAND, "--jobs", str(jobs))
     until = time.monotonic() + 500
-    while logs(repository).count("sam 2/8: loss") <= seen and process.poll() is None:
+    while logs(repository).count(told) <= seen and process.poll() is None:
         assert time.monotonic() < until, logs(repository)
         time.sleep(0.1)
     process.send_signal(number)
@@ -332,16 +341,26 @@ def rows_of(repository: Repository) -> list[dict[str, str]]:
         ]
 
 
+def curves(repository: Repository) -> dict[str, str]:
+    """What each epoch of SAM gave in each experiment, by name."""
+    refs = repository.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
+    return {ref.rpartition("/")[2]: repository.run("git", "show", f"{ref}:plots/sam.csv") for ref in refs}
+
+
 @pytest.mark.slow
 def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tmp_path: Path) -> None:
-    params = copy.deepcopy(TINY)
-    params["finetune"] |= {"epochs": 8, "views": 2}
+    params = TINY | {
+        "backbones": ["MobileNet025"],
+        "extract": TINY["extract"] | {"levels": "all"},  # the last has next to nothing to learn from random weights
+        "finetune": TINY["finetune"] | {"epochs": EPOCHS, "views": 2, "fine_tune_at": "conv_pw_12"},
+    }
+    three = GRID | {"runs": [{"seed": [7], "sam.rho": [0.02, 0.1]}, {"seed": [8], "sam.rho": [0.02]}]}
     whole, killed = (Repository(tmp_path / name, params) for name in ("whole", "killed"))
     for repository in (whole, killed):
-        (repository.folder / "grid.yaml").write_text(yaml.safe_dump(GRID, sort_keys=False))
+        (repository.folder / "grid.yaml").write_text(yaml.safe_dump(three, sort_keys=False))
     jobs = len(os.sched_getaffinity(0))
     output = whole.run(*COMMAND, "--jobs", str(jobs))
-    assert "4 experiments: 0 have succeeded, 4 to run" in output
+    assert "3 experiments: 0 have succeeded, 3 to run" in output
     with Image.open(whole.folder / "grid.png") as picture:
         assert picture.width >= 400
 
@@ -358,23 +377,24 @@ def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tm
         os.killpg(os.getpgid(orphans[0]), signal.SIGKILL)  # one worker dies with it
 
     output = killed.run(*COMMAND, "--jobs", str(jobs))
-    assert "4 experiments: grid.csv and grid.png" in output
+    assert "3 experiments: grid.csv and grid.png" in output
     assert "sam: going on after epoch" in logs(killed)
     assert logs(killed).count("view 1/2: ") == logs(whole).count("view 1/2: ") > 0, "the views are found again"
     assert marked(killed) == []
     assert not list((killed.folder / sweep.FOLDER).glob("clone-*"))
     assert rows_of(killed) == rows_of(whole)
-    assert len(rows_of(killed)) == 4
+    assert curves(killed) == curves(whole)
+    assert len(rows_of(killed)) == 3
     assert {row["status"] for row in rows_of(killed)} == {"succeeded"}
 
     refs, table = killed.run("git", "for-each-ref", "refs/exps"), (killed.folder / "grid.csv").read_bytes()
-    assert "4 experiments: 4 have succeeded, 0 to run" in killed.run(*COMMAND)
+    assert "3 experiments: 3 have succeeded, 0 to run" in killed.run(*COMMAND)
     assert killed.run("git", "for-each-ref", "refs/exps") == refs
     assert (killed.folder / "grid.csv").read_bytes() == table
     assert rows_of(killed)[0]["name"] in killed.run("dvc", "exp", "show", "--csv")
     for ref in refs.split()[2::3]:
         killed.run("git", "update-ref", "-d", ref)
-    assert "4 experiments: 4 have succeeded, 0 to run" in killed.run(*COMMAND), "the table has them"
+    assert "3 experiments: 3 have succeeded, 0 to run" in killed.run(*COMMAND), "the table has them"
     assert (killed.folder / "grid.csv").read_bytes() == table
 
 
@@ -414,7 +434,7 @@ def test_what_another_machine_made_is_not_there(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_sweep_of_other_code_leaves_the_table_until_a_run_has_succeeded(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -424,10 +444,14 @@ def test_a_sweep_of_other_code_leaves_the_table_until_a_run_has_succeeded(
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(path, 1)
     assert table.read_text().count("not run") == 4, "there was no table"
-    table.write_text("name,status\nearlier,succeeded\n")
+    assert "note" not in capsys.readouterr().out
+    earlier = "name,status,commit\nearlier,succeeded,abc1234\n"
+    table.write_text(earlier)
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(path, 1)
-    assert table.read_text() == "name,status\nearlier,succeeded\n"
+    assert table.read_text() == earlier
+    told = "note: grid.csv: the 1 runs there are of other code or params (commit abc1234)\n"
+    assert capsys.readouterr().out == told
     keep(repository, runs()[0], {"select": {"backbone": "A"}, "sam": {"epochs": 3}})
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(path, 1)
