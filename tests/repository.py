@@ -112,8 +112,9 @@ class Repository:
         return output
 
     def figures(self) -> dict[str, bytes]:
-        """Every metrics, plots and weights file with its bytes."""
-        found = [path for folder in ("metrics", "plots", "models") for path in (self.folder / folder).rglob("*")]
+        """Every file of metrics, plots, weights and predictions with its bytes."""
+        folders = ("metrics", "plots", "models", "predictions")
+        found = [path for folder in folders for path in (self.folder / folder).rglob("*")]
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in found if path.is_file()}
 
 

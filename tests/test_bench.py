@@ -103,7 +103,7 @@ def test_both_sides_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     folder.prepare(params)
     runs = {"flatmin": folder.run(speed.HERE / "stage.py", "extract", speed.BACKBONE)}
     shutil.copytree(folder.path / "models/extract" / speed.BACKBONE, folder.path / "models/selected")
-    for pipeline, stage in (("keras", "extract"), ("original", "extract"), ("original", "finetune")):
+    for pipeline, stage in (("keras", "extract"), ("original", "finetune")):
         runs[f"{pipeline} {stage}"] = folder.run(speed.HERE / "baselines.py", pipeline, stage, 2)
     for name, found in runs.items():
         first, second = found["epoch_seconds"]

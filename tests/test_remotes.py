@@ -238,7 +238,10 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "the key or the secret": ({"AWS_SECRET_ACCESS_KEY": "an-old-secret-of-mine"}, []),
     "no credentials": ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, []),
     "no such bucket": ({}, ["dvc remote modify --local s3 url s3://no-such-bucket/flatmin"]),
-    "no such server": ({}, ["dvc remote modify --local s3 endpointurl http://127.0.0.1:{port}"]),
+    "no such server": (
+        {"AWS_MAX_ATTEMPTS": "1"},  # of five, which end alike
+        ["dvc remote modify --local s3 endpointurl http://127.0.0.1:{port}"],
+    ),
     "no default remote": ({}, ["dvc remote default --unset"]),
     "an `ssh://` remote": ({}, ["dvc remote add --local --default other ssh://s3.example.org/flatmin"]),
     "nothing was pushed": ({}, ["dvc remote modify --local s3 url s3://bucket/empty"]),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from repository import ROOT
 
 import flatmin
@@ -41,9 +42,14 @@ def convolved(math: str, folder: Path) -> np.ndarray:
     return np.load(folder / f"{math}.npy")
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return convolved("float32", tmp_path_factory.mktemp("plain"))
+
+
 @pytest.mark.parametrize("math", ["half", "half_tail"])
-def test_half_rounds_products_where_the_processor_can(math: str, tmp_path: Path) -> None:
-    plain, rounded = convolved("float32", tmp_path), convolved(math, tmp_path)
+def test_half_rounds_products_where_the_processor_can(math: str, plain: np.ndarray, tmp_path: Path) -> None:
+    rounded = convolved(math, tmp_path)
     error = np.linalg.norm(rounded - plain) / np.linalg.norm(plain)
     if re.search(r"^flags.*\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
         assert 5e-4 < error < 1e-2
@@ -59,6 +65,8 @@ def test_onednn_is_asked_for_unless_the_user_decided(value: str | None, monkeypa
         monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", value)
     importlib.reload(flatmin)
     assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == (value or "1")
+    if not tf.config.list_physical_devices("GPU"):
+        assert runtime.machine()[-1] == f"oneDNN {value or '1'}", "on which resume states and views depend"
 
 
 def test_params_decide_and_not_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,5 +116,12 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_the_bytes_of_views_follow_from_the_networks() -> None:
-    assert scaling.ask("boundaries") == RESULTS["boundaries"]
+def test_the_bytes_of_views_follow_from_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 224 px a view has (224 / 160) squared of the values at 160, as both are multiples of 32."""
+    monkeypatch.setattr(scaling, "SIZES", (160,))
+    boundaries = RESULTS["boundaries"]
+    assert scaling.of_boundaries() == {name: {"160": sizes["160"]} for name, sizes in boundaries.items()}
+    for sizes in boundaries.values():
+        bytes_of_view = sizes["160"]["bytes"] * 224**2 // 160**2
+        share = pytest.approx(sizes["160"]["trunk_share"], rel=2e-3)
+        assert sizes["224"] == sizes["160"] | {"bytes": bytes_of_view, "trunk_share": share}

@@ -459,6 +459,11 @@ def test_a_sweep_of_other_code_leaves_the_table_until_a_run_has_succeeded(
     assert "earlier" not in table.read_text()
 
 
+def test_a_command_that_fails_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"^git nonsense: expected it to succeed, received: git: 'nonsense' is not"):
+        sweep.output("git", "nonsense")
+
+
 def test_a_broken_clone_of_a_study_is_not_taken_for_the_checkout(tmp_path: Path) -> None:
     repository = Repository(tmp_path, TINY)
     (repository.folder / ".studies/digits/.git").mkdir(parents=True)

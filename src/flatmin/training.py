@@ -517,7 +517,7 @@ class State:
         for path in (self._before, self.file):
             if path and path.exists():
                 try:
-                    with np.load(path, allow_pickle=False) as saved:
+                    with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
                         found[len(json.loads(str(saved["history"])))] = path
                 except (EOFError, ValueError, KeyError, zipfile.BadZipFile):  # power was lost before it was on disk
                     reporting.log(f"{path}: expected a resume state, found a broken file; doing without")
