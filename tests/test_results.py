@@ -300,7 +300,8 @@ def test_the_readme_tells_of_the_study_what_its_runs_give() -> None:
     text = " ".join((ROOT / "README.md").read_text().split())
     metrics = json.loads((CIFAR / "metrics/evaluate.json").read_text())
     extract, finetune, sam = (f"{metrics[stage]['test']['accuracy']:.4f}" for stage in ("extract", "finetune", "sam"))
-    assert f"frozen has a test accuracy of {extract}, fine-tuned {finetune}, with SAM in every fifth step {sam}" in text
+    assert f"frozen has a test accuracy of {extract}, fine-tuned {finetune}, with SAM in every fifth step " in text
+    assert f"with SAM in every fifth step {sam} (seed 42)." in text
     gains = {
         setting.per_class: results.difference(methods[results.SAM], methods[results.TWICE])
         for setting, methods in results.controls(results.read(CIFAR / "results.json")).items()
