@@ -24,7 +24,7 @@ test: setup $(VENV)/dev.done  ## lint, types, all tests
 
 $(VENV)/dev.done: | setup
 $(VENV)/%.done: requirements/%.txt
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
 	touch $@
 
@@ -32,7 +32,7 @@ $(VENV)/%.done: requirements/%.txt
 study: setup  ## run studies/NAME/params.yaml: make study NAME=digits
 	@$(RUN) sh scripts/study.sh "$(NAME)"
 
-# docs/sweeps.md tells more. JOBS is how many run at a time, GRID another grid's name.
+# docs/sweeps.md tells more. JOBS is how many run at a time, study-sweep's GRID another grid's name.
 sweep: setup check-params  ## run the grid of the default study: table and picture in studies/digits
 	@$(RUN) python scripts/sweep.py studies/digits/sweep.yaml $(if $(JOBS),--jobs $(JOBS))
 
@@ -63,7 +63,7 @@ docker-shell: image  ## a shell in the image
 image-test: setup  ## build the image without a registry, run the study in it, compare (root on Debian)
 	scripts/image_test.sh
 
-# QUICK=1 measures less, in minutes, into bench/results-quick.json. What was measured before a kill is kept.
+# QUICK=1 measures less, in minutes, into bench/results-quick.json. After a kill speed.py, the longest, goes on.
 bench: setup  ## Flatmin beside the usual pipelines: bench/results.json and docs/speed.md
 	$(RUN) python bench/sam_cost.py $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(RUN) python bench/tail.py)

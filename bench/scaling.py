@@ -115,8 +115,18 @@ TERMS: dict[str, dict[str, Term]] = {
 
 
 def measure(again: bool) -> None:
-    """Add the points that bench/scaling.json lacks, each as soon as it is there; then the lines."""
-    results = reporting.read_json(RESULTS) if RESULTS.exists() else ask("machine")
+    """Add the points that bench/scaling.json lacks, each as soon as it is there; then the lines.
+
+    Raises:
+        InputError: what is there was measured on another kind of machine, or on other images.
+    """
+    here = ask("machine")
+    results = reporting.read_json(RESULTS) if RESULTS.exists() else dict(here)
+    for name, value in here.items():
+        if results.get(name) != value:
+            raise InputError(
+                f"{RESULTS}: {name}: expected {value!r}, as here, found {results.get(name)!r}; move it away"
+            )
     points: dict[str, Point] = results.setdefault("points", {})
 
     def keep(name: str, point: Point) -> None:

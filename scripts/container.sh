@@ -25,7 +25,11 @@ if [ ! -t 0 ]; then set -- --interactive "$@"; elif [ -t 1 ]; then set -- --inte
 case "${engine##*/}" in
     podman*) if [ "$(id -u)" != 0 ]; then set -- --userns=keep-id "$@"; fi ;;
 esac
-if [ -e /dev/nvidia0 ] && [ "$engine" = docker ]; then set -- --gpus all "$@"; fi
+# The image without CUDA needs none, and docker fails at --gpus where NVIDIA's toolkit for containers is missing.
+case "$engine ${IMAGE:-flatmin}" in
+    *-cpu) ;;
+    docker\ *) if [ -e /dev/nvidia0 ]; then set -- --gpus all "$@"; fi ;;
+esac
 # What is committed inside has the author that it would have outside.
 if name=$(git -C "$checkout" config user.name) && email=$(git -C "$checkout" config user.email); then
     set -- --env "GIT_AUTHOR_NAME=$name" --env "GIT_AUTHOR_EMAIL=$email" \

@@ -24,8 +24,11 @@ if ! flock --nonblock 9; then
     echo "error: $clone: expected no other run of this study, found one" >&2
     exit 1
 fi
-if [ -n "$(git status --porcelain -- src stages dvc.yaml)" ]; then
+if [ -z "${COMMIT:-}" ] && [ -n "$(git status --porcelain -- src stages dvc.yaml)" ]; then
     echo "note: the study runs the last commit; what is not committed in src, stages and dvc.yaml is left out"
+fi
+if [ -z "${COMMIT:-}" ] && [ -n "$(git status --porcelain -- "studies/$name/params.yaml")" ]; then
+    echo "note: the study runs studies/$name/params.yaml as it is, which is not committed"
 fi
 grid=${GRID:-sweep}
 case "$grid" in
@@ -50,9 +53,14 @@ if [ ! -f "$params" ]; then
     exit 1
 fi
 cp "$params" "$clone/params.yaml"
+cache=$(dvc cache dir)
+# What is relative is so to the checkout.
+case "${FLATMIN_CACHE:-/}" in /*) ;; *) export FLATMIN_CACHE="$root/$FLATMIN_CACHE" ;; esac
+case "${FLATMIN_WEIGHTS:-/}" in /*) ;; *) export FLATMIN_WEIGHTS="$root/$FLATMIN_WEIGHTS" ;; esac
+case "${TFDS_DATA_DIR:-/}" in /* | "~"*) ;; *) export TFDS_DATA_DIR="$root/$TFDS_DATA_DIR" ;; esac
 cd "$clone"
 rm -rf metrics plots
-dvc config --local cache.dir "$root/.dvc/cache"
+dvc config --local cache.dir "$cache"
 PYTHONPATH=src python -m flatmin.params
 PYTHONPATH=src python -m flatmin.selection
 if [ -f "$root/studies/$name/dvc.lock" ]; then cp "$root/studies/$name/dvc.lock" dvc.lock; else rm -f dvc.lock; fi

@@ -118,8 +118,9 @@ def start(run: Run, slot: int, cores: Sequence[int]) -> Worker:
     shutil.rmtree(clone, ignore_errors=True)
     shutil.copytree(FOLDER / "base", clone, symlinks=True)
     environment = {**os.environ, "FLATMIN_SWEEP": str(FOLDER.resolve())}
-    if "FLATMIN_CACHE" in environment:
-        environment["FLATMIN_CACHE"] = os.path.abspath(environment["FLATMIN_CACHE"])
+    for name in ("FLATMIN_CACHE", "FLATMIN_WEIGHTS", "TFDS_DATA_DIR"):
+        if environment.get(name) and not environment[name].startswith("~"):
+            environment[name] = os.path.abspath(environment[name])
     began = time.monotonic() - (float(run.clock.read_text()) if run.clock.exists() else 0)
     reporting.log(f"{run.name}: started")
     everything = os.sched_getaffinity(0)

@@ -306,9 +306,7 @@ def test_unknown_bundled_name() -> None:
 def test_folder_of_classes(tmp_path: Path) -> None:
     for index in range(4):
         put(tmp_path / "dog" / f"{index}.png", seed=index)
-        put(tmp_path / "cat" / "young" / f"{index}.JPG", seed=index) if index > 9 else put(
-            tmp_path / "cat" / f"{index}.JPG", seed=index
-        )
+        put(tmp_path / "cat" / f"{index}.JPG", seed=index)
     for noise in ("dog/Thumbs.db", "dog/.hidden.png", "cat/notes.txt", ".git/x.png", "readme.md"):
         put(tmp_path / noise, b"noise")
     source = open_source(data("folder", tmp_path), seed=0)
@@ -467,6 +465,13 @@ def test_tfds_makes_what_is_not_prepared(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert len(set(names)) == 10
     assert all(name.startswith("tiny-train.tfrecord") for name in names)  # TFDS's own ids
     assert source.labels("train").dtype == np.int32
+    (shard,) = tmp_path.rglob("*.tfrecord*")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(InputError, match=rf"data\.name: expected whole files in {tmp_path}.*, received: .*truncated"):
+        list(source.examples("train"))
+    shard.unlink()
+    with pytest.raises(InputError, match=r"data\.name: expected whole files .*, received: .*No such file"):
+        source.labels("train")
 
 
 def test_tfds_takes_names_and_the_supervised_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

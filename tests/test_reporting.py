@@ -202,6 +202,19 @@ def test_what_the_file_system_refuses_is_one_line(
             assert written.count("\n") == 1
 
 
+def test_too_little_memory_or_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import tensorflow as tf
+
+    def full() -> None:
+        raise tf.errors.ResourceExhaustedError(None, None, "data/records: No space left on device\nat ...")
+
+    assert outcome(full, capsys) == (
+        1,
+        "error: expected room in memory and on the disk (a smaller batch_size takes less memory), received: "
+        "data/records: No space left on device\n",
+    )
+
+
 def test_an_interrupt_ends_as_shells_expect(capsys: pytest.CaptureFixture[str]) -> None:
     def wait() -> None:
         raise KeyboardInterrupt

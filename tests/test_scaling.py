@@ -105,6 +105,10 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
     whole = [study for study in scaling.STUDIES if scaling.key("sam-finetune", study) in RESULTS["points"]]
     monkeypatch.setattr(scaling, "STUDIES", whole)
     lacking = json.loads((tmp_path / "scaling.json").read_text())
+    (tmp_path / "scaling.json").write_text(json.dumps(lacking | {"machine": "another"}))
+    with pytest.raises(InputError, match=r"machine: expected .* as here, found 'another'; move it away"):
+        scaling.measure(again=False)
+    lacking |= scaling.ask("machine")  # else this could run on one kind of machine alone
     del lacking["points"]["index images=200000"]
     (tmp_path / "scaling.json").write_text(json.dumps(lacking))
     scaling.measure(again=False)

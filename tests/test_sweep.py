@@ -8,6 +8,8 @@ import datetime
 import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +168,14 @@ def test_a_name_tells_the_values_and_changes_with_what_the_run_depends_on() -> N
 
 
 @pytest.mark.usefixtures("repository")
+def test_grids_that_the_page_names_are_ones_of_this_code(repository: Repository) -> None:
+    named = re.findall(r"^make study-sweep NAME=(\w+)(?:.* GRID=(\w+))?", (ROOT / "docs/sweeps.md").read_text(), re.M)
+    assert ("cifar100", "extract") in named
+    for study, name in named:
+        shutil.copy(ROOT / f"studies/{study}/params.yaml", repository.folder / "params.yaml")
+        assert grids.read_grid(ROOT / f"studies/{study}/{name or 'sweep'}.yaml")[0]
+
+
 def test_names_are_ones_that_git_takes() -> None:
     odd = {"finetune.schedule": [{"name": "cosine", "warmup_epochs": 1}], "data.name": ["../a..b~^:?*[ c", "é" * 200]}
     for run in runs(runs=[odd], picture={"x": "data.name", "y": "sam/epochs"}):
@@ -520,7 +530,12 @@ def test_the_grid_of_a_study_runs_in_its_clone(tmp_path: Path) -> None:
     (study / "params.yaml").write_text(yaml.safe_dump({**TINY, "select": {"tolerance": 0.25}}))
     (study / "sweep.yaml").write_text(yaml.safe_dump(changed))
     repository.commit("another study")
+    repository.run("dvc", "cache", "dir", "--local", str(tmp_path / "dvc"))
+    repository.variables["FLATMIN_CACHE"] = "../kept"
     repository.run("sh", "scripts/study.sh", "other", "sweep", "--jobs", "1")
+    assert (tmp_path / "kept/state").is_dir(), "a relative path is so to the checkout"
+    assert (tmp_path / "dvc/files").is_dir()
+    assert not (repository.folder / ".dvc/cache").exists()
     assert repository.run("git", "status", "--porcelain").split()[1::2] == [
         "studies/other/sweep.csv",
         "studies/other/sweep.png",

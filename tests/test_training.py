@@ -164,14 +164,18 @@ def test_state_is_whole_or_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_a_state_that_was_not_all_written_is_done_without(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99, None])
+def test_a_state_that_was_not_all_written_or_is_damaged_is_done_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float | None
 ) -> None:
     state = training.State(tmp_path / "state")
     state.save([{"val_loss": 1.0}], [keras.Variable(np.arange(300.0))], [np.ones(2)])
     content = state.file.read_bytes()
-    state.file.write_bytes(content[: int(share * len(content))])
+    if share is None:
+        content = content[:900] + bytes([content[900] ^ 1]) + content[901:]
+    else:
+        content = content[: int(share * len(content))]
+    state.file.write_bytes(content)
     assert state.epochs() == 0
     assert "worker_0.npz: expected a resume state, found a broken file; doing without" in capsys.readouterr().out
     state.remove()
@@ -200,6 +204,9 @@ def test_of_several_workers_each_keeps_two_epochs(tmp_path: Path) -> None:
     assert [one_of_two.has(epochs) for epochs in (1, 2, 3)] == [False, True, True]
     assert one_of_two.load(2, variables)[0] == [{"val_loss": 1.0}] * 2
     assert float(variables[0]) == 2.0
+    # Gone on with after two, and lost again while the third was saved by the others.
+    one_of_two.save([{"val_loss": 1.0}] * 3, variables, [])
+    assert [one_of_two.has(epochs) for epochs in (1, 2, 3)] == [False, True, True]
     one_of_two.remove()
     assert not (tmp_path / "together").exists()
 
@@ -288,19 +295,27 @@ def written(study: Path, name: str) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "step",
+    ("step", "views", "precision"),
     [
-        params.Sam(),
+        (params.Sam(), 0, "float32"),
         # Two epochs are eight batches: interrupted with gradients waiting, and with one kept for the next step.
-        params.Sam(method="friendly", accumulate=3, num_batch_splits=2),
-        params.Sam(method="looksam", every=3),
+        (params.Sam(method="friendly", accumulate=3, num_batch_splits=2), 0, "float32"),
+        (params.Sam(method="looksam", every=3), 0, "float32"),
+        (params.Sam(every=2), 3, "mixed_float16"),
     ],
-    ids=lambda step: step.method,
+    ids=lambda value: getattr(value, "method", str(value)),
 )
 def test_a_run_interrupted_and_resumed_gives_the_same_bytes(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: params.Sam
+    study: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: params.Sam,
+    views: int,
+    precision: str,
 ) -> None:
-    settings = small(augment=VARIED, epochs=4, learning_rate=0.003, ema=0.9, dropout=0.5)
+    recipe: dict[str, Any] = {"epochs": 4, "learning_rate": 0.001, "ema": 0.9, "dropout": 0.5, "views": views}
+    recipe |= {"schedule": {"name": "plateau", "factor": 0.5, "patience": 1, "min_delta": 0.0, "minimum": 0.0}}
+    settings = small(augment=VARIED, runtime={"precision": precision}, **recipe)
     training.finetune(settings, step)
     assert metrics("sam")["best_epoch"] > 2, "what is saved is of before the interruption"
     whole = written(study, "sam")
@@ -319,7 +334,7 @@ def test_a_run_interrupted_and_resumed_gives_the_same_bytes(
     training.finetune(settings, step)
     assert "going on after epoch 2" in capsys.readouterr().out
     assert written(study, "sam") == whole
-    assert not list((study / "cache").rglob("*.npz"))
+    assert not list((study / "cache").rglob("worker_*.npz"))
 
 
 @pytest.mark.slow
@@ -350,8 +365,10 @@ def test_sam_may_take_epochs_of_its_own(study: Path) -> None:
 def test_a_training_that_diverges_is_an_error_and_no_file(study: Path) -> None:
     with pytest.raises(InputError, match="finetune: the training diverged in epoch"):
         training.finetune(small(learning_rate=1e30))
-    assert not (study / "models/finetune").exists()
-    assert not (study / "metrics/finetune.json").exists()
+    with pytest.raises(InputError, match=r"sam: .* gradients that were not, in each of 4 batches; .* rho than 1e\+30"):
+        training.finetune(small(), params.Sam(rho=1e30))
+    assert [path.name for path in (study / "models").iterdir()] == ["selected"]
+    assert not (study / "metrics").exists()
 
 
 def trained_weights(folder: str) -> list[np.ndarray]:
@@ -716,7 +733,7 @@ def test_the_default_cut_is_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_state_is_keyed_by_what_the_result_depends_on(study: Path) -> None:
-    def folder(settings: Params, **depends_on: Any) -> str:
+    def folder(settings: Params, machines: tuple[int, int] = (1, 1), **depends_on: Any) -> str:
         files = (training.SELECTED / classifier.MODEL, training.SELECTED / classifier.WEIGHTS)
         job = training.Job(
             "finetune",
@@ -726,7 +743,7 @@ def test_the_state_is_keyed_by_what_the_result_depends_on(study: Path) -> None:
             files=files,
             depends_on=depends_on,
         )
-        return job.state(records.Records("data/records")).name
+        return job.state(records.Records("data/records"), *machines).name
 
     base = folder(small())
     assert base == folder(small())
@@ -736,6 +753,8 @@ def test_the_state_is_keyed_by_what_the_result_depends_on(study: Path) -> None:
         folder(small(ema=0.5)),
         folder(small(runtime={"deterministic": False})),
         folder(small(), sam={"rho": 0.05}),
+        folder(small(), (1, 2)),
+        folder(small(), (2, 2)),
         folder(small().model_copy(update={"seed": 4})),
         folder(small().model_copy(update={"augment": params.Augment(engine="none", crop=1)})),
     ]
@@ -743,7 +762,7 @@ def test_the_state_is_keyed_by_what_the_result_depends_on(study: Path) -> None:
     assert base == folder(small().model_copy(update={"evaluate": params.Evaluate(resamples=7)}))
     (study / "models/selected/model.json").write_text("{}")
     others.append(folder(small()))
-    assert len({base, *others}) == 8
+    assert len({base, *others}) == 10
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_before_the_first_epoch(tmp_path: Path) -> None:

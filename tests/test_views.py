@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 from contextlib import closing
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
-from flatmin import cache, records, reporting, views
+from flatmin import cache, classifier, params, records, reporting, runtime, views
 from flatmin.augment import CHUNK, Augmenter
+from flatmin.classifier import Classifier
 from flatmin.params import Augment, Data
 from flatmin.records import Records
 from flatmin.reporting import InputError
+from flatmin.views import Share
 
 COUNT = 100
 SIZE = 16
@@ -220,6 +224,68 @@ def test_a_killed_augmenting_process_is_one_line(alike: Records, capsys: pytest.
     written = capsys.readouterr().err
     assert written.startswith("error: augment: expected processes that live to the end (is memory short?), received: ")
     assert written.count("\n") == 1
+
+
+def test_views_are_keyed_by_what_they_depend_on(
+    alike: Records, unlike: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 4, "epochs": 1, "image_size": 32}
+    base = params.parse(
+        {
+            "seed": 1,
+            "runtime": {"trunk": "tensorflow"},
+            "data": {"source": "folder", "name": "source", "splits": {"train": "train", "val": "val", "test": "test"}},
+            "augment": {"n": 0, "flip": True},
+            "backbones": ["MobileNet025"],
+            "extract": recipe,
+            "select": {},
+            "finetune": recipe,
+            "sam": {"rho": 0.1},
+            "evaluate": {},
+        }
+    )
+
+    def network(size: int = 32, seed: int = 0, cut: str = "conv_dw_12") -> Classifier:
+        made = classifier.create("MobileNet025", ["cat", "dog"], size, 0.0, seed, "none")
+        return dataclasses.replace(made, description=dataclasses.replace(made.description, fine_tune_at=cut))
+
+    model = network()
+
+    def keys(
+        view: int = 0,
+        records: Records = alike,
+        model: Classifier = model,
+        share: Share | None = None,
+        **sections: Any,
+    ) -> tuple[str, str]:
+        maker = views._Maker(
+            records, model, base.model_copy(update=sections), 1, share or Share(), cast(Augmenter, None)
+        )
+        return maker._key(view), maker._key(None)
+
+    def runtime_of(**changes: Any) -> dict[str, Any]:
+        return {"runtime": base.runtime.model_copy(update=changes)}
+
+    view, of_val = keys()
+    assert keys() == (view, of_val)
+    assert keys(evaluate=params.Evaluate(resamples=7)) == (view, of_val)
+    # What augments is nothing to val's, nor how train is shared out.
+    of_views = [
+        keys(1),
+        keys(seed=2),
+        keys(augment=Augment(n=0)),
+        keys(share=Share(1, 2, 1)),
+        keys(share=Share(0, 2, 1)),
+    ]
+    assert {key for _, key in of_views} == {of_val}
+    of_both = [keys(records=unlike), keys(model=network(64)), keys(model=network(seed=1))]
+    of_both += [keys(model=network(cut="conv_dw_11"))]
+    of_both += [keys(**runtime_of(**{name: value})) for name, value in (("math", "half"), ("trunk", "litert"))]
+    of_both += [keys(**runtime_of(deterministic=not base.runtime.deterministic))]
+    monkeypatch.setattr(runtime, "machine", lambda: ["another"])
+    of_both.append(keys())
+    assert len({key for both in of_both for key in both} | {view, of_val}) == 2 * len(of_both) + 2
+    assert len({key for key, _ in of_views} | {view}) == len(of_views) + 1
 
 
 def test_activations_cut_off_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

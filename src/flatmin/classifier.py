@@ -66,7 +66,8 @@ class Tail(keras.Model):
 class Classifier:
     """What describes it, and its parts: images -> `base`, then pooled: `features` -> `head`: logits.
 
-    features: the base with its pooling, one model: images as `base` takes them -> float32 [batch, channels].
+    features: the base with its pooling, one model: images as `base` takes them -> [batch, channels], with levels `all`
+        float32, else of the policy's compute dtype.
     """
 
     description: Description

@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -314,6 +315,7 @@ class _Tfds(Source):
         return np.fromiter(found, np.int32)
 
     def _read(self, expression: str, decoders: Any, add_tfds_id: bool = False) -> Iterator[dict[str, Any]]:
+        import tensorflow as tf
         import tensorflow_datasets as tfds
 
         with _without_deprecations():
@@ -323,7 +325,12 @@ class _Tfds(Source):
                 read_config=tfds.ReadConfig(add_tfds_id=add_tfds_id, try_autocache=False),
                 shuffle_files=False,
             )
-        yield from dataset.as_numpy_iterator()
+        try:
+            yield from dataset.as_numpy_iterator()
+        except (tf.errors.DataLossError, tf.errors.NotFoundError) as error:
+            raise InputError(
+                f"data.name: expected whole files in {self._builder.data_path}, received: {_first_line(error)}"
+            ) from None
 
 
 @contextmanager
@@ -361,7 +368,9 @@ def _prepared_builder(name: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    first = str(error).strip().partition("\n")[0]
+    without_node = re.sub(r"^\{\{function_node .*?\}\} ", "", first)  # TensorFlow's, long and of no use to who reads
+    return f"{type(error).__name__}: {without_node[:200]}"
 
 
 def _image_and_label(name: str, info: Any) -> tuple[str, str]:

@@ -30,7 +30,7 @@ def draw(records: Records, settings: Augment, seed: int, path: Path | str) -> No
             axis.imshow(image, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-        row[0].set_ylabel(records.class_names[labels[index]], fontsize=8)
+        row[0].set_ylabel(records.class_names[labels[index]], fontsize=8, parse_math=False)
     for axis, title in zip(axes[0], ["stored", *(f"epoch {number + 1}" for number in range(VERSIONS))], strict=True):
         axis.set_title(title, fontsize=8)
     with reporting.whole(path) as aside:

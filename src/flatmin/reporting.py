@@ -53,12 +53,16 @@ def _explain(error: Exception) -> str | None:
         where = error.filename or "the file system"
         return f"{where}: expected a file or folder that can be used, received: {error.strerror or error}"
     # TensorFlow's errors by name, since it is not imported here. What a generator raises, tf.data hands on as text.
-    found = re.search(r"\b(InputError|DataLossError|BrokenProcessPool): (.*)", f"{type(error).__name__}: {error}")
+    found = re.search(
+        r"\b(InputError|DataLossError|ResourceExhaustedError|BrokenProcessPool): (.*)",
+        f"{type(error).__name__}: {error}",
+    )
     if not found:
         return None
     kind, received = found.groups()
     expected = {
         "DataLossError": "data/records: expected whole records (`dvc repro --force prepare` makes them)",
+        "ResourceExhaustedError": "expected room in memory and on the disk (a smaller batch_size takes less memory)",
         "BrokenProcessPool": "augment: expected processes that live to the end (is memory short?)",
     }
     return received if kind == "InputError" else f"{expected[kind]}, received: {received}"

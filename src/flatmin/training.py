@@ -109,7 +109,7 @@ class Job:
     files: Sequence[Path] = ()
     depends_on: dict[str, Any] | None = None
 
-    def state(self, records: Records) -> Path:
+    def state(self, records: Records, workers: int, replicas: int) -> Path:
         sections = {
             "seed": self.params.seed,
             "runtime": self.params.runtime.model_dump(),
@@ -117,6 +117,7 @@ class Job:
             "recipe": self.recipe.model_dump(),
             "records": records.digest,
             "machine": runtime.machine(),
+            "workers": [workers, replicas],
             **(self.depends_on or {}),
         }
         return cache.folder() / "state" / f"{self.name.replace('/', '-')}-{cache.key(sections, self.files)}"
@@ -133,7 +134,7 @@ def _run(job: Job) -> None:
     records = Records(RECORDS)
     worker, workers = runtime.worker(strategy)
     forget_states()
-    state = State(job.state(records), worker, workers)
+    state = State(job.state(records, workers, strategy.num_replicas_in_sync), worker, workers)
     with strategy.scope():
         model = job.start(records)
         trainer = Trainer(job, model, records, strategy)
@@ -216,6 +217,8 @@ class Trainer:
                 history.append(self._epoch(history, augmenter))
                 if best_epoch(history) == len(history) - 1:
                     best = self._kept_weights()
+                if self._replicated:  # where they differ all go on as the first, as a resumed training does
+                    _assign(variables, _values(variables))
                 state.save(history, variables, best)
         _assign(self.tail.trainable_variables, best)
         return history
@@ -262,7 +265,7 @@ class Trainer:
             self.optimizer.learning_rate = plateau(history, self.recipe.schedule, self.recipe.learning_rate)
         rate = float(tf.convert_to_tensor(self.optimizer.learning_rate))
         batches = iter(self._batches(number, augmenter))
-        totals = np.zeros(3)
+        updates, totals = self._updates, np.zeros(3)
         title = f"{self.job.name} {number + 1}/{self.recipe.epochs}"
         for _ in reporting.progress(range(self.steps), title, unit="batch"):
             totals += self.train_step(batches).numpy()
@@ -272,16 +275,36 @@ class Trainer:
         if self._replicated:  # all go by the first's, so that all decide alike
             scores = dict(zip(scores, self.of_all(list(scores.values()))[0].tolist(), strict=True))
         epoch = {"learning_rate": rate, "loss": loss / count, "accuracy": correct / count} | scores
-        if not all(map(math.isfinite, epoch.values())):
-            raise InputError(
-                f"{self.job.name}: the training diverged in epoch {number + 1}: expected finite losses, received "
-                f"{epoch['loss']:g} and val {epoch['val_loss']:g}; try a lower learning_rate than {rate:g}"
-            )
+        self._check(epoch, number + 1, self._updates - updates)
         reporting.log(
             f"{title}: loss {epoch['loss']:.4f}, val loss {epoch['val_loss']:.4f}, "
             f"val accuracy {epoch['val_accuracy']:.4f} ({time.monotonic() - started:.1f} s)"
         )
         return epoch
+
+    @property
+    def _updates(self) -> int:
+        return int(tf.convert_to_tensor(self.optimizer.iterations))
+
+    def _check(self, epoch: Epoch, number: int, updates: int) -> None:
+        """Refuse an epoch after which going on makes no sense.
+
+        Raises:
+            InputError: a figure is not finite; or no step was taken, since a gradient never was.
+        """
+        received = f"{epoch['loss']:g} and val {epoch['val_loss']:g}"
+        finds_scale = number == 1 and isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
+        if not updates and self.steps >= self.step.settings.accumulate and not finds_scale:
+            received = f"gradients that were not, in each of {self.steps} batches"
+        elif all(map(math.isfinite, epoch.values())):
+            return
+        hint = f"try a lower learning_rate than {epoch['learning_rate']:g}"
+        if self.job.sam:
+            hint += f", or a lower rho than {self.job.sam.rho:g}"
+        raise InputError(
+            f"{self.job.name}: the training diverged in epoch {number}: expected finite losses and gradients, "
+            f"received {received}; {hint}"
+        )
 
     def _batches(self, epoch: int, augmenter: Augmenter) -> Any:
         """The epoch's batches, distributed: boundary tensors from the views, else augmented images; and labels."""
@@ -346,14 +369,14 @@ class Trainer:
         batches = math.ceil(count / batch_size)
         return self.model.logits(images.take(batches), batches, "validating")[:count]
 
-    def _logits_of_views(self, views: Views) -> np.ndarray:
+    def _logits_of_views(self, kept: Views) -> np.ndarray:
         """Of all val images, by the tail behind kept activations."""
-        batches = views.val_batches(self.recipe.batch_size)
+        batches = kept.val_batches(self.recipe.batch_size)
         total = math.ceil(self.records.count("val") / self.recipe.batch_size)
         progress = reporting.progress(batches, "validating", total, "batch")
         return np.concatenate([self.score_step(boundary).numpy() for boundary in progress])
 
-    def check_views(self, views: Views) -> dict[str, float]:
+    def check_views(self, kept: Views) -> dict[str, float]:
         """How far the accuracy on val's first images is, seen through the assembled network, from that on their views.
 
         The two paths differ by what runs the trunk and by rounding to float16.
@@ -361,14 +384,14 @@ class Trainer:
         count = min(CHECKED, self.records.count("val"))
         labels = self.records.labels("val")[:count]
         from_images = classifier.score(self._logits_of_images(count), labels)["accuracy"]
-        from_views = classifier.score(self._logits_of_views(views)[:count], labels)["accuracy"]
+        from_views = classifier.score(self._logits_of_views(kept)[:count], labels)["accuracy"]
         return {"images": count, "accuracy": from_images, "accuracy_difference": from_images - from_views}
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Within the block the weights are their moving averages, where the recipe asks for them."""
         # Before the first update they are zeros.
-        if self.recipe.ema is None or not int(tf.convert_to_tensor(self.optimizer.iterations)):
+        if self.recipe.ema is None or not self._updates:
             yield
             return
         trained = _values(self.tail.trainable_variables)
@@ -394,7 +417,10 @@ def _assign(variables: Sequence[Any], values: Sequence[Any]) -> None:
 
 
 def gradient_evaluations(images: int, batch_size: int, epochs: int, step: Sam | None) -> int:
-    """How many times an image went forward and backward: once in a plain step, twice in a sharpness-aware one."""
+    """How many times an image went forward and backward: once in a plain step, twice in a sharpness-aware one.
+
+    As planned: with `every`, a sharp step that is skipped (a gradient was not finite) has the next one sharp too.
+    """
     if step is None or sam.Settings(**step.settings()).flat:
         return images * epochs
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)] * epochs
@@ -518,6 +544,8 @@ class State:
             if path and path.exists():
                 try:
                     with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+                        if saved.zip.testzip():
+                            raise zipfile.BadZipFile(path)
                         found[len(json.loads(str(saved["history"])))] = path
                 except (EOFError, ValueError, KeyError, zipfile.BadZipFile):  # power was lost before it was on disk
                     reporting.log(f"{path}: expected a resume state, found a broken file; doing without")
@@ -533,7 +561,10 @@ class State:
 
     def load(self, epochs: int, variables: Sequence[Any]) -> tuple[list[Epoch], list[np.ndarray]]:
         """Set the variables to what was saved after so many epochs; return history and best weights."""
-        with np.load(self._files()[epochs], allow_pickle=False) as saved:
+        path = self._files()[epochs]
+        if path == self._before:  # the later one is given up: saved again, it must not take this one's place
+            os.replace(path, self.file)
+        with np.load(self.file, allow_pickle=False) as saved:
             for index, variable in enumerate(variables):
                 variable.assign(saved[f"variable_{index}"])
             best = [saved[f"best_{index}"] for index in range(sum(name.startswith("best_") for name in saved.files))]
