@@ -67,7 +67,7 @@ for found in gcc cc g++ clang pip pip3 make; do
 done
 # shellcheck disable=SC2016  # for the container's shell
 OPTIONS="$OPTIONS --user 0:0" "$work/inside/scripts/container.sh" \
-    sh -c 'test -z "$(find /root/.cache /var/lib/apt/lists /var/cache/apt -type f 2>/dev/null)"' >"$work/log" 2>&1 ||
+    sh -c 'test -z "$(find ~root/.cache /var/lib/apt/lists /var/cache/apt -type f 2>/dev/null)"' >"$work/log" 2>&1 ||
     fail "a cache is in the image"
 say "exit codes, user, read-only root, git, no compilers or caches: good"
 
