@@ -167,7 +167,6 @@ def test_a_name_tells_the_values_and_changes_with_what_the_run_depends_on() -> N
     assert runs()[0].name != first.name
 
 
-@pytest.mark.usefixtures("repository")
 def test_grids_that_the_page_names_are_ones_of_this_code(repository: Repository) -> None:
     named = re.findall(r"^make study-sweep NAME=(\w+)(?:.* GRID=(\w+))?", (ROOT / "docs/sweeps.md").read_text(), re.M)
     assert ("cifar100", "extract") in named
@@ -176,6 +175,7 @@ def test_grids_that_the_page_names_are_ones_of_this_code(repository: Repository)
         assert grids.read_grid(ROOT / f"studies/{study}/{name or 'sweep'}.yaml")[0]
 
 
+@pytest.mark.usefixtures("repository")
 def test_names_are_ones_that_git_takes() -> None:
     odd = {"finetune.schedule": [{"name": "cosine", "warmup_epochs": 1}], "data.name": ["../a..b~^:?*[ c", "é" * 200]}
     for run in runs(runs=[odd], picture={"x": "data.name", "y": "sam/epochs"}):
