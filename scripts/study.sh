@@ -24,11 +24,13 @@ if ! flock --nonblock 9; then
     echo "error: $clone: expected no other run of this study, found one" >&2
     exit 1
 fi
-if [ -z "${COMMIT:-}" ] && [ -n "$(git status --porcelain -- src stages dvc.yaml)" ]; then
-    echo "note: the study runs the last commit; what is not committed in src, stages and dvc.yaml is left out"
-fi
-if [ -z "${COMMIT:-}" ] && [ -n "$(git status --porcelain -- "studies/$name/params.yaml")" ]; then
-    echo "note: the study runs studies/$name/params.yaml as it is, which is not committed"
+if [ -z "${COMMIT:-}" ]; then
+    if [ -n "$(git status --porcelain -- src stages dvc.yaml)" ]; then
+        echo "note: the study runs the last commit; what is not committed in src, stages and dvc.yaml is left out"
+    fi
+    if [ -n "$(git status --porcelain -- "studies/$name/params.yaml")" ]; then
+        echo "note: the study runs studies/$name/params.yaml as it is, which is not committed"
+    fi
 fi
 grid=${GRID:-sweep}
 case "$grid" in
@@ -54,10 +56,10 @@ if [ ! -f "$params" ]; then
 fi
 cp "$params" "$clone/params.yaml"
 cache=$(dvc cache dir)
-# What is relative is so to the checkout.
+# What is relative is so to the checkout. TFDS takes ~ and addresses such as gs:// too.
 case "${FLATMIN_CACHE:-/}" in /*) ;; *) export FLATMIN_CACHE="$root/$FLATMIN_CACHE" ;; esac
 case "${FLATMIN_WEIGHTS:-/}" in /*) ;; *) export FLATMIN_WEIGHTS="$root/$FLATMIN_WEIGHTS" ;; esac
-case "${TFDS_DATA_DIR:-/}" in /* | "~"*) ;; *) export TFDS_DATA_DIR="$root/$TFDS_DATA_DIR" ;; esac
+case "${TFDS_DATA_DIR:-/}" in /* | "~"* | *://*) ;; *) export TFDS_DATA_DIR="$root/$TFDS_DATA_DIR" ;; esac
 cd "$clone"
 rm -rf metrics plots
 dvc config --local cache.dir "$cache"

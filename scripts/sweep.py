@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,8 +120,10 @@ def start(run: Run, slot: int, cores: Sequence[int]) -> Worker:
     shutil.copytree(FOLDER / "base", clone, symlinks=True)
     environment = {**os.environ, "FLATMIN_SWEEP": str(FOLDER.resolve())}
     for name in ("FLATMIN_CACHE", "FLATMIN_WEIGHTS", "TFDS_DATA_DIR"):
-        if environment.get(name) and not environment[name].startswith("~"):
-            environment[name] = os.path.abspath(environment[name])
+        given = environment.get(name)
+        # TFDS takes ~ and addresses such as gs:// too.
+        if given and not (name == "TFDS_DATA_DIR" and re.match(r"~|\w+://", given)):
+            environment[name] = os.path.abspath(given)
     began = time.monotonic() - (float(run.clock.read_text()) if run.clock.exists() else 0)
     reporting.log(f"{run.name}: started")
     everything = os.sched_getaffinity(0)

@@ -208,6 +208,7 @@ def test_a_broken_record_is_one_line(augmenting: bool, tmp_path: Path, capsys: p
     written = capsys.readouterr().err
     assert written.startswith("error: data/records: expected whole records (`dvc repro --force prepare` makes them)")
     assert "corrupted record" in written
+    assert "function_node" not in written
     assert written.count("\n") == 1
 
 

@@ -10,7 +10,6 @@ import hashlib
 import io
 import logging
 import os
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from flatmin import reporting
 from flatmin.params import Data
 from flatmin.reporting import InputError
 
@@ -86,7 +86,7 @@ class Source(ABC):
             parts = tfds.core.ReadInstruction.from_spec(expression).to_absolute(self.splits)
         except (ValueError, AssertionError) as error:
             there = ", ".join(f"{name} ({split.num_examples})" for name, split in self.splits.items())
-            reason = str(error).partition("\n")[0]
+            reason = reporting.first_line(str(error))
             raise InputError(f"{key}: expected slices of {there}, received {expression!r}: {reason}") from None
         sizes = {name: split.num_examples for name, split in self.splits.items()}
         slices = [
@@ -368,9 +368,7 @@ def _prepared_builder(name: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    first = str(error).strip().partition("\n")[0]
-    without_node = re.sub(r"^\{\{function_node .*?\}\} ", "", first)  # TensorFlow's, long and of no use to who reads
-    return f"{type(error).__name__}: {without_node[:200]}"
+    return f"{type(error).__name__}: {reporting.first_line(str(error))[:200]}"
 
 
 def _image_and_label(name: str, info: Any) -> tuple[str, str]:

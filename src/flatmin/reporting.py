@@ -65,7 +65,12 @@ def _explain(error: Exception) -> str | None:
         "ResourceExhaustedError": "expected room in memory and on the disk (a smaller batch_size takes less memory)",
         "BrokenProcessPool": "augment: expected processes that live to the end (is memory short?)",
     }
-    return received if kind == "InputError" else f"{expected[kind]}, received: {received}"
+    return received if kind == "InputError" else f"{expected[kind]}, received: {first_line(received)}"
+
+
+def first_line(text: str) -> str:
+    """The first line of a library's error, without TensorFlow's name of a node before it, which says nothing."""
+    return re.sub(r"^\{\{function_node .*?\}\} ", "", text.strip().partition("\n")[0])
 
 
 @contextmanager

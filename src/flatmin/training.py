@@ -255,7 +255,7 @@ class Trainer:
                 raise
             raise InputError(
                 f"{self.job.name}: expected all workers to the end, lost one; start all of them again, and the "
-                f"training goes on after the last epoch that all have kept ({str(error).splitlines()[0][:200]})"
+                f"training goes on after the last epoch that all have kept ({reporting.first_line(str(error))[:200]})"
             ) from None
 
     def _epoch(self, history: list[Epoch], augmenter: Augmenter) -> Epoch:
