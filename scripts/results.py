@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -256,7 +257,7 @@ def summary(found: Controls) -> str:
 
 
 def recipes(runs: Sequence[Run], now: bool) -> str:
-    """What each stage of the recipes gave, a row for each seed.
+    """What each stage of the recipes gave, a row for each seed and one for all of them.
 
     Of params that stand somewhere `now`; or of all, and then with the sharpness.
     """
@@ -265,32 +266,45 @@ def recipes(runs: Sequence[Run], now: bool) -> str:
     columns += ("test top-5", "ECE", "with flips", *sharpness)
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     found = [run for run in runs if is_evaluated(run) and "sam.epochs" not in run and (run["grid"] or not now)]
-    found.sort(key=lambda run: (run["finetune/image_size"], run["finetune/epochs"], run["seed"]))
-    for run in found:
-        name = f"{run['finetune/backbone']}, {run['finetune/image_size']} px, {run['finetune/epochs']} epochs"
-        stages = STAGES
-        if run["grid"] == FROZEN:
-            name, stages = f"{run['select/backbone']}, frozen", STAGES[:1]
-        for stage, file in stages:
-            figures = [f"{run[f'evaluate/{stage}.test.{key}']:.4f}" for key in ("accuracy", "top5_accuracy", "ece")]
-            mirrored = run.get(f"evaluate/{stage}.mirrored.accuracy")
-            figures = [f"{run[f'{file}/val.accuracy']:.4f}", *figures, f"{mirrored:.4f}" if mirrored else ""]
-            for key, decimals in sharpness.values():
-                value = run.get(f"evaluate/{stage}.{key}")
-                figures.append("" if value is None else f"{value:.{decimals}f}")
-            what = stage
-            if stage == "sam":
-                what += f", {run['sam/gradient_evaluations'] / run['finetune/gradient_evaluations']:.2g}x gradients"
-            lines.append(f"| {name} | {run['seed']} | {what} | {' | '.join(figures)} |")
-        if run["grid"] == FROZEN:
-            continue
-        points = {end: 100 * run[f"evaluate/sam_minus_finetune.{end}"] for end in PAIR}
-        p_value = run["evaluate/sam_minus_finetune.p_value"]
-        lines.append(
-            f"| {name} | {run['seed']} | sam - finetune, points | | {_interval(points)}, p {p_value:.2g} |"
-            + " |" * (len(columns) - 5)
-        )
+    found.sort(key=lambda run: (run["finetune/image_size"], run["finetune/epochs"], run["grid"] or "", run["seed"]))
+    for grid, same in itertools.groupby(found, key=lambda run: run["grid"]):
+        seeds = list(same)
+        for run in seeds:
+            lines += _recipe([run], list(sharpness.values()))
+        if grid is not None and len(seeds) > 1:
+            lines += _recipe(seeds, list(sharpness.values()))
     return "\n".join(lines) + "\n" if found else ""
+
+
+def _recipe(seeds: Sequence[Run], sharpness: Sequence[tuple[str, int]]) -> list[str]:
+    """A row for each stage, and the difference that SAM makes: over images for one seed, over seeds for some."""
+    one = seeds[0]
+    name = f"{one['finetune/backbone']}, {one['finetune/image_size']} px, {one['finetune/epochs']} epochs"
+    stages = STAGES
+    if one["grid"] == FROZEN:
+        name, stages = f"{one['select/backbone']}, frozen", STAGES[:1]
+    start = f"| {name} | {one['seed'] if len(seeds) == 1 else f'all {len(seeds)}'} |"
+    lines = []
+    for stage, file in stages:
+        keys = [(f"{file}/val.accuracy", 4)]
+        keys += [(f"evaluate/{stage}.{key}", 4) for key in ("test.accuracy", "test.top5_accuracy", "test.ece")]
+        keys += [(f"evaluate/{stage}.{key}", decimals) for key, decimals in (("mirrored.accuracy", 4), *sharpness)]
+        figures = [spread([run[key] for run in seeds], places) if key in one else "" for key, places in keys]
+        what = stage
+        if stage == "sam":
+            what += f", {one['sam/gradient_evaluations'] / one['finetune/gradient_evaluations']:.2g}x gradients"
+        lines.append(f"{start} {what} | {' | '.join(figures)} |")
+    if one["grid"] != FROZEN:
+        sam, plain = (
+            {run["seed"]: {ACCURACY: run[f"evaluate/{stage}.test.accuracy"]} for run in seeds}
+            for stage in ("sam", "finetune")
+        )
+        points = difference(sam, plain)
+        if len(seeds) == 1:
+            over_images = {end: 100 * one[f"evaluate/sam_minus_finetune.{end}"] for end in PAIR}
+            points = f"{_interval(over_images)}, p {one['evaluate/sam_minus_finetune.p_value']:.2g}"
+        lines.append(f"{start} sam - finetune, points | | {points} |" + " |" * (3 + len(sharpness)))
+    return lines
 
 
 def _interval(points: Mapping[str, float]) -> str:

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from repository import ROOT
@@ -23,10 +24,9 @@ results: Any = importlib.import_module("results")
 
 PAGES = sorted(path.parent for path in (ROOT / "studies").glob("*/results.json"))
 CIFAR = ROOT / "studies/cifar100"
-# Grid, and whether controls -> how many runs may have test figures: what the pages tell, and nothing beside it.
+# Grid, and whether controls -> how many runs have test figures: what the page tells, and nothing beside it.
 EVALUATED = {
     ("params", False): 1,
-    ("seeds", False): 2,
     ("halfhour", False): 3,
     ("frozen", False): 1,
     ("sweep", True): 32,
@@ -160,6 +160,11 @@ def test_the_recipe_has_a_row_for_each_stage_and_seed() -> None:
     assert "| A, 96 px, 8 epochs | 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |  |" in text
     assert "| A, 96 px, 8 epochs | 7 | sam, 1.2x gradients | 0.8800 | 0.8600 | 0.9700 | 0.0500 | 0.8650 |" in text
     assert "| A, 96 px, 8 epochs | 7 | sam - finetune, points | | +1.00 [-2.00, +1.00], p 0.12 |" in text
+    other = {**run, "name": "other", "seed": 8, "evaluate/sam.test.accuracy": 0.88}
+    both = results.section([*RUNS, run, other])
+    assert "| A, 96 px, 8 epochs | all 2 | sam, 1.2x gradients | 0.8800 ± 0.0000 | 0.8700 ± 0.0141 |" in both
+    assert "| A, 96 px, 8 epochs | all 2 | sam - finetune, points | | +2.00 [-10.71, +14.71] |" in both, "over seeds"
+    assert "all 2" not in text
     alone = results.section([*RUNS, {**run, "grid": "frozen", "select/backbone": "B"}])
     assert "| B, frozen | 7 | extract | 0.8800 | 0.7400 | 0.9700 | 0.0300 |  |" in alone
     assert "0.8600" not in alone, "its fine-tuning stands for nothing"
@@ -238,8 +243,19 @@ def test_the_picture_has_a_panel_for_each_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
-def test_a_page_shows_what_its_runs_give(folder: Path) -> None:
+def test_runs_are_those_of_the_grids_tables_and_of_the_metrics(folder: Path) -> None:
+    given, collected = (
+        {run["name"]: run for run in runs} for runs in (results.read(folder / "results.json"), results.collect(folder))
+    )
+    assert given == collected
+
+
+@pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
+def test_a_page_shows_what_its_runs_give(folder: Path, tmp_path: Path) -> None:
     runs = results.read(folder / "results.json")
+    results.draw(results.controls(runs), tmp_path / "accuracy.png")
+    with Image.open(tmp_path / "accuracy.png") as drawn, Image.open(folder / "accuracy.png") as shown:
+        np.testing.assert_array_equal(np.asarray(drawn), np.asarray(shown))
     assert f"{results.BEGIN}\n{results.section(runs)}\n{results.END}" in (folder / "README.md").read_text()
     assert results.tables(runs) == (folder / "tables.md").read_text()
 
@@ -248,7 +264,7 @@ def test_a_page_shows_what_its_runs_give(folder: Path) -> None:
 def test_test_images_are_read_for_recipes_and_controls_of_several_seeds_alone(folder: Path) -> None:
     runs = results.read(folder / "results.json")
     read = Counter((run["grid"], "sam.epochs" in run) for run in runs if results.is_evaluated(run))
-    assert {key: count for key, count in read.items() if count > EVALUATED.get(key, 0)} == {}
+    assert read == EVALUATED
     for run in runs:
         if not results.is_evaluated(run):
             assert not [key for key in run if key.startswith("evaluate/")], run["name"]
@@ -296,20 +312,61 @@ def test_the_predictions_are_of_every_unlabelled_image_and_the_page_has_their_di
     }
 
 
-def test_the_readme_tells_of_the_study_what_its_runs_give() -> None:
-    text = " ".join((ROOT / "README.md").read_text().split())
+def test_both_pages_tell_what_the_runs_give() -> None:
+    """Of what SAM gains: with all seeds, and without the one whose val chose rho."""
+    readme, page = (" ".join((folder / "README.md").read_text().split()) for folder in (ROOT, CIFAR))
     metrics = json.loads((CIFAR / "metrics/evaluate.json").read_text())
     extract, finetune, sam = (f"{metrics[stage]['test']['accuracy']:.4f}" for stage in ("extract", "finetune", "sam"))
-    assert f"frozen has a test accuracy of {extract}, fine-tuned {finetune}, with SAM in every fifth step " in text
-    assert f"with SAM in every fifth step {sam} (seed 42)." in text
-    gains = {
-        setting.per_class: results.difference(methods[results.SAM], methods[results.TWICE])
-        for setting, methods in results.controls(results.read(CIFAR / "results.json")).items()
-        if setting.grid == "sweep"
-    }
-    ten, fifty = (re.findall(r"\d\.\d+", gains[per_class]) for per_class in (10, 50))
+    assert f"frozen has a test accuracy of {extract}, fine-tuned {finetune}, with SAM in every fifth step " in readme
+    assert f"with SAM in every fifth step {sam} (seed 42)." in readme
+    assert f"test accuracy of **{finetune}** fine-tuned and {sam} with SAM in every fifth step: no gain" in page
+    assert f"that network has {extract}, and **" in page
+
+    gains, other_seeds = {}, {}
+    for setting, methods in results.controls(results.read(CIFAR / "results.json")).items():
+        if setting.grid is None:
+            continue
+        key = (setting.data.rpartition("/")[2], setting.per_class, setting.label_noise)
+        sam_runs, twice_runs = methods[results.SAM], methods[results.TWICE]
+        gains[key] = figures(results.difference(sam_runs, twice_runs))
+        others = {seed: run for seed, run in sam_runs.items() if seed != 42}
+        other_seeds[key] = figures(results.difference(others, twice_runs))
+    every = gains["cifar100", None, None]
+    assert f"loses on all 36,000 training images of CIFAR-100 ({every[0]} points, {every[1]} to {every[2]})**" in page
+    assert f"a fifth of their labels wrong ({gains['cifar100', None, 0.2][0]})." in page
+    assert f"50 training images a class too, it loses ({gains['digits', None, None][0]})." in page
+    ten, fifty = (gains["cifar100", count, None] for count in (10, 50))
+    assert f"{ten[0]} with 10 a class ({ten[1]} to {ten[2]}), {fifty[0]} with 50 ({fifty[1]} to {fifty[2]})" in page
+    ten_others, fifty_others = (other_seeds["cifar100", count, None] for count in (10, 50))
+    assert (
+        f"they are {ten_others[0]} ({ten_others[1]} to {ten_others[2]}) and {fifty_others[0]} ({fifty_others[1]} to "
+        f"{fifty_others[2]})"
+    ) in page
+    assert all(gain.startswith("+") for gain in (*ten, *fifty)), "above zero, as are their intervals"
+    ten, fifty, ten_others, fifty_others = (
+        [figure.removeprefix("+") for figure in found] for found in (ten, fifty, ten_others, fifty_others)
+    )
     assert (
         f"SAM gains {ten[0]} points (95 % interval {ten[1]} to {ten[2]}) with ten training images a class and "
-        f"{fifty[0]} ({fifty[1]} to {fifty[2]}) with fifty"
-    ) in text
-    assert all(gains[per_class].count("+") == 3 for per_class in (10, 50)), "above zero, as are their intervals"
+        f"{fifty[0]} ({fifty[1]} to {fifty[2]}) with fifty; without the seed that chose rho {ten_others[0]} "
+        f"({ten_others[1]} to {ten_others[2]}) and {fifty_others[0]} ({fifty_others[1]} to {fifty_others[2]})."
+    ) in readme
+
+
+def figures(difference: str) -> list[str]:
+    """A difference, and its interval's ends."""
+    return re.findall(r"[+-]\d+\.\d+", difference)
+
+
+def test_the_page_tells_what_half_an_hour_and_the_better_head_give() -> None:
+    page = " ".join((CIFAR / "README.md").read_text().split())
+    runs = results.read(CIFAR / "results.json")
+    (head,) = (run for run in runs if run["grid"] == "frozen")
+    assert f"**{head['evaluate/extract.test.accuracy']:.4f}** with a better head" in page
+    short = sorted((run for run in runs if run["grid"] == "halfhour"), key=lambda run: run["seed"])
+    plain, sam = ([run[f"evaluate/{stage}.test.accuracy"] for run in short] for stage in ("finetune", "sam"))
+    each = ", ".join(f"{accuracy:.4f}" for accuracy in plain)
+    assert f"**{results.spread(plain, 4)}** over three seeds ({each};" in page
+    assert f"and SAM in every fifth step {results.spread(sam, 4)}." in page
+    evaluated_runs = sum(map(results.is_evaluated, runs))
+    assert f"{evaluated_runs} of the {len(runs)} runs have test figures" in page
