@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,45 +266,66 @@ def recipes(runs: Sequence[Run], now: bool) -> str:
     columns += ("test top-5", "ECE", "with flips", *sharpness)
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     found = [run for run in runs if is_evaluated(run) and "sam.epochs" not in run and (run["grid"] or not now)]
-    found.sort(key=lambda run: (run["finetune/image_size"], run["finetune/epochs"], run["grid"] or "", run["seed"]))
-    for grid, same in itertools.groupby(found, key=lambda run: run["grid"]):
+    found.sort(key=lambda run: (*_recipe(run), run["seed"]))
+    for recipe, same in itertools.groupby(found, key=_recipe):
         seeds = list(same)
         for run in seeds:
-            lines += _recipe([run], list(sharpness.values()))
-        if grid is not None and len(seeds) > 1:
-            lines += _recipe(seeds, list(sharpness.values()))
+            lines += _stages([run], sharpness.values())
+        if recipe.grid and len(seeds) > 1:
+            lines += _stages(seeds, sharpness.values())
     return "\n".join(lines) + "\n" if found else ""
 
 
-def _recipe(seeds: Sequence[Run], sharpness: Sequence[tuple[str, int]]) -> list[str]:
+class _Recipe(NamedTuple):
+    """What its seeds have in common; `grid` is empty for runs of code or params that no grid has now."""
+
+    image_size: int
+    epochs: int
+    grid: str
+    backbone: str
+
+
+def _recipe(run: Run) -> _Recipe:
+    return _Recipe(run["finetune/image_size"], run["finetune/epochs"], run["grid"] or "", run["finetune/backbone"])
+
+
+def _stages(seeds: Sequence[Run], sharpness: Iterable[tuple[str, int]]) -> list[str]:
     """A row for each stage, and the difference that SAM makes: over images for one seed, over seeds for some."""
-    one = seeds[0]
-    name = f"{one['finetune/backbone']}, {one['finetune/image_size']} px, {one['finetune/epochs']} epochs"
-    stages = STAGES
-    if one["grid"] == FROZEN:
-        name, stages = f"{one['select/backbone']}, frozen", STAGES[:1]
+    one, recipe = seeds[0], _recipe(seeds[0])
+    frozen = recipe.grid == FROZEN
+    name = f"{recipe.backbone}, {recipe.image_size} px, {recipe.epochs} epochs"
+    if frozen:
+        name = f"{one['select/backbone']}, frozen"
     start = f"| {name} | {one['seed'] if len(seeds) == 1 else f'all {len(seeds)}'} |"
+    optional = [("mirrored.accuracy", 4), *sharpness]
     lines = []
-    for stage, file in stages:
-        keys = [(f"{file}/val.accuracy", 4)]
-        keys += [(f"evaluate/{stage}.{key}", 4) for key in ("test.accuracy", "test.top5_accuracy", "test.ece")]
-        keys += [(f"evaluate/{stage}.{key}", decimals) for key, decimals in (("mirrored.accuracy", 4), *sharpness)]
-        figures = [spread([run[key] for run in seeds], places) if key in one else "" for key, places in keys]
+    for stage, file in STAGES[:1] if frozen else STAGES:
+        keys = [
+            f"{file}/val.accuracy",
+            *(f"evaluate/{stage}.test.{key}" for key in ("accuracy", "top5_accuracy", "ece")),
+        ]
+        figures = [spread([run[key] for run in seeds], 4) for key in keys]
+        for metric, decimals in optional:
+            key = f"evaluate/{stage}.{metric}"
+            figures.append(spread([run[key] for run in seeds], decimals) if key in one else "")
         what = stage
         if stage == "sam":
             what += f", {one['sam/gradient_evaluations'] / one['finetune/gradient_evaluations']:.2g}x gradients"
         lines.append(f"{start} {what} | {' | '.join(figures)} |")
-    if one["grid"] != FROZEN:
-        sam, plain = (
-            {run["seed"]: {ACCURACY: run[f"evaluate/{stage}.test.accuracy"]} for run in seeds}
-            for stage in ("sam", "finetune")
-        )
-        points = difference(sam, plain)
-        if len(seeds) == 1:
-            over_images = {end: 100 * one[f"evaluate/sam_minus_finetune.{end}"] for end in PAIR}
-            points = f"{_interval(over_images)}, p {one['evaluate/sam_minus_finetune.p_value']:.2g}"
-        lines.append(f"{start} sam - finetune, points | | {points} |" + " |" * (3 + len(sharpness)))
+    if not frozen:
+        lines.append(f"{start} sam - finetune, points | | {_sam_minus_finetune(seeds)} |" + " |" * (2 + len(optional)))
     return lines
+
+
+def _sam_minus_finetune(seeds: Sequence[Run]) -> str:
+    if len(seeds) == 1:
+        points = {end: 100 * seeds[0][f"evaluate/sam_minus_finetune.{end}"] for end in PAIR}
+        return f"{_interval(points)}, p {seeds[0]['evaluate/sam_minus_finetune.p_value']:.2g}"
+    sam, finetune = (
+        {run["seed"]: {ACCURACY: run[f"evaluate/{stage}.test.accuracy"]} for run in seeds}
+        for stage in ("sam", "finetune")
+    )
+    return difference(sam, finetune)
 
 
 def _interval(points: Mapping[str, float]) -> str:
