@@ -55,7 +55,7 @@ image:  ## build the image: Debian, Python and the locked wheels
 		--build-arg REVISION=$$(git log -1 --format=%H -- Dockerfile requirements) .
 
 docker-repro: image  ## run the study in the image, on the GPUs where there are any
-	$(INSIDE) sh -c 'export PYTHONPATH=src; python -m flatmin.params && python -m flatmin.selection && exec dvc repro'
+	$(INSIDE) sh -c 'export PYTHONPATH=src; python -m flatmin.common.params && python -m flatmin.selection && exec dvc repro'
 
 docker-shell: image  ## a shell in the image
 	$(INSIDE) bash

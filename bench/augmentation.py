@@ -21,9 +21,9 @@ import numpy as np
 from sam_cost import RESULTS, add
 from threadpoolctl import threadpool_limits
 
-from flatmin import augment
-from flatmin.augment import CHUNK, Augmenter
-from flatmin.params import Augment
+from flatmin.common.params import Augment
+from flatmin.inputs import augment
+from flatmin.inputs.augment import CHUNK, Augmenter
 
 SIZES = {72: 16, 180: 8}  # pixels: chunks in a turn
 ENGINES = ("imgaug", "tensorflow")
@@ -90,7 +90,7 @@ def imgaugs(name: str, m: int, sign: int) -> Any:
     import imgaug.augmenters as iaa
     import imgaug.parameters as iap
 
-    from flatmin.augment_ops import FILL, NAMES
+    from flatmin.inputs.augment_ops import FILL, NAMES
 
     level = sign * m / 30
     moved = {
@@ -127,7 +127,7 @@ def zooms(images: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
 
 def operations(size: int, m: int) -> dict[str, tuple[float, int, float]]:
     """By operation: mean and largest difference from imgaug's output, and how much imgaug changes, in gray levels."""
-    from flatmin import augment_ops
+    from flatmin.inputs import augment_ops
 
     images = photographs(size, CHUNK)
     crops, wanted = zooms(images, m)

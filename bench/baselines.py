@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from flatmin import params, reporting
+from flatmin.common import params, reporting
 
 
 def original_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, Any]:
     """Batches of (uint8 images as stored, labels): augmented train, plain val."""
     import tensorflow as tf
 
-    from flatmin.augment import augment
+    from flatmin.inputs.augment import augment
 
     numbers = itertools.count()
 
@@ -72,7 +72,7 @@ def network(start: Any, pixels: Any, resize: bool) -> Any:
     """
     import keras
 
-    from flatmin import backbones
+    from flatmin.models import backbones
 
     size = start.description.image_size
     images = keras.layers.Resizing(size, size)(pixels) if resize else pixels
@@ -82,7 +82,7 @@ def network(start: Any, pixels: Any, resize: bool) -> Any:
 
 def starting_point(settings: Any, records: Any, stage: str) -> Any:
     """A new classifier with its backbone frozen, or the selected one, trained from the cut on."""
-    from flatmin import backbones, classifier
+    from flatmin.models import backbones, classifier
 
     name = settings.backbones[0]
     if stage == "extract":
@@ -109,8 +109,9 @@ def main(pipeline: str, stage: str, epochs: str) -> None:
     with reporting.quiet():
         import keras
 
-        from flatmin import runtime, training
-        from flatmin.records import Records
+        from flatmin import runtime
+        from flatmin.data.records import Records
+        from flatmin.training import training
 
     print("ready", flush=True)
     settings = params.load()

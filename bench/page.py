@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from repro import table
 from speed import EPOCHS, TIMED, seconds, speedup
 
-from flatmin import reporting
+from flatmin.common import reporting
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/speed.md"

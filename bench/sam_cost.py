@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flatmin import reporting
+from flatmin.common import reporting
 
 RESULTS = Path(__file__).with_name("results.json")
 PLAIN = {"rho": 0.0}
@@ -60,7 +60,7 @@ def times(variants: dict[str, dict[str, Any]], turns: int) -> dict[str, float]:
     import keras
     import tensorflow as tf
 
-    from flatmin import classifier
+    from flatmin.models import classifier
 
     keras.utils.set_random_seed(0)
     names = [str(index) for index in range(10)]

@@ -27,8 +27,8 @@ from typing import Any
 import yaml
 from speed import CIFAR, has_cifar
 
-from flatmin import reporting
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.reporting import InputError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("scaling.json")
@@ -495,8 +495,8 @@ def of_machine() -> dict[str, Any]:
 
 def source_images() -> Iterator[tuple[bytes, int]]:
     """Encoded images and labels, the same ones again and again."""
-    from flatmin import datasets
-    from flatmin.params import Data, Splits
+    from flatmin.common.params import Data, Splits
+    from flatmin.data import datasets
 
     splits = Splits(train="train", val="train", test="train")
     if has_cifar():
@@ -536,8 +536,8 @@ def of_augment(side: str, workers: str) -> dict[str, Any]:
     import numpy as np
     from threadpoolctl import threadpool_limits
 
-    from flatmin.augment import CHUNK, Augmenter, augment
-    from flatmin.params import Augment
+    from flatmin.common.params import Augment
+    from flatmin.inputs.augment import CHUNK, Augmenter, augment
 
     images = [np.asarray(resized(image, int(side))) for image, _ in islice(source_images(), 16 * CHUNK)]
     settings = Augment(n=3, m=7, flip=True)
@@ -558,7 +558,7 @@ def of_augment(side: str, workers: str) -> dict[str, Any]:
 
 def of_index(images: str) -> dict[str, Any]:
     """Peak memory of a process that reads names and labels of so many train images, as every later stage does."""
-    from flatmin.records import Records
+    from flatmin.data.records import Records
 
     with tempfile.TemporaryDirectory() as folder:
         rows = ((f"class_{index % 1000:03d}/picture_{index:09d}.jpg", index % 1000) for index in range(int(images)))
@@ -575,7 +575,7 @@ def of_index(images: str) -> dict[str, Any]:
 
 def of_boundaries() -> dict[str, Any]:
     """Bytes of an image's view at each backbone's default cut, and the share of multiply-additions before it."""
-    from flatmin import backbones, classifier
+    from flatmin.models import backbones, classifier
 
     found: dict[str, Any] = {}
     for name in BACKBONES:

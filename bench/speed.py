@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from flatmin import reporting
+from flatmin.common import reporting
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -189,7 +189,8 @@ class Bench:
 
     def __init__(self, path: Path, plan: Plan) -> None:
         """Go on with the file's runs if they are of this plan and machine and the bench did not come to its end."""
-        from flatmin import cache, runtime
+        from flatmin import runtime
+        from flatmin.features import cache
 
         self.path = path
         before = reporting.read_json(path) if path.exists() else {}
@@ -267,8 +268,9 @@ def trunk_rates(turns: int) -> dict[str, float]:
     """Images a second of the frozen backbone by each engine, the quickest of the turns they take."""
     import numpy as np
 
-    from flatmin import classifier, trunk
-    from flatmin.params import Runtime
+    from flatmin.common.params import Runtime
+    from flatmin.features import trunk
+    from flatmin.models import classifier
 
     model = classifier.create(BACKBONE, ["a", "b"], 128, 0.0, 0, "imagenet")
     frozen, _ = model.cut(None)
@@ -296,8 +298,9 @@ def augment_rates(folder: Folder, chunks: int) -> dict[str, float]:
     """Images a second by the number of augmenting processes, once these have started."""
     import itertools
 
-    from flatmin import augment, params
-    from flatmin.records import Records
+    from flatmin.common import params
+    from flatmin.data.records import Records
+    from flatmin.inputs import augment
 
     chosen = params.load(folder.path / "params.yaml").augment
     images = list(Records(folder.path / "data/records").arrays("train"))

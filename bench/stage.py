@@ -8,13 +8,13 @@ It prints `ready` between importing and the stage's work, so that the two can be
 
 import sys
 
-from flatmin import params, reporting
+from flatmin.common import params, reporting
 
 
 def main(stage: str, *backbone: str) -> None:
     # Here, since the processes that augment load this file too and need no TensorFlow.
     with reporting.quiet():
-        from flatmin import training
+        from flatmin.training import training
 
     print("ready", flush=True)
     getattr(training, stage)(params.load(), *backbone)

@@ -42,7 +42,7 @@ def tails(cut: str) -> tuple[dict[str, Any], Any]:
     import keras
     import tensorflow as tf
 
-    from flatmin import classifier, rewrite
+    from flatmin.models import classifier, rewrite
 
     keras.utils.set_random_seed(0)
     network = classifier.create("EfficientNetLite0", [str(index) for index in range(100)], SIZE, 0.2, 0, "none")

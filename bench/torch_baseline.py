@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from flatmin import params, reporting, torch_weights
-from flatmin.augment import augment
+from flatmin.common import params, reporting
+from flatmin.inputs.augment import augment
+from flatmin.models import torch_weights
 
 BACKBONE = "EfficientNetLite0"
 FEATURES = 1280
@@ -187,7 +188,7 @@ def main(epochs: str) -> None:
         import tensorflow as tf
         import torch
 
-        from flatmin.records import Records
+        from flatmin.data.records import Records
 
     print("ready", flush=True)
     settings = params.load()

@@ -3,13 +3,14 @@
 Reads `seed` and `augment` of params.yaml and data/records/. Writes plots/augment_preview.png.
 """
 
-from flatmin import params, reporting
+from flatmin.common import params, reporting
 
 
 def main() -> None:
     settings = params.load()
     with reporting.quiet():
-        from flatmin import preview, records
+        from flatmin.data import records
+        from flatmin.inputs import preview
 
     found = records.Records("data/records")
     preview.draw(found, settings.augment, settings.seed, "plots/augment_preview.png")

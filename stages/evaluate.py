@@ -4,12 +4,12 @@ Reads `seed`, `runtime`, `evaluate` of params.yaml, data/records/ and models/. W
 predictions/ and plots/confusion.csv, plots/class_accuracy.csv, plots/sharpness.png.
 """
 
-from flatmin import params, reporting
+from flatmin.common import params, reporting
 
 
 def main() -> None:
     with reporting.quiet():
-        from flatmin import evaluation
+        from flatmin.evaluation import evaluation
 
     evaluation.evaluate(params.load())
 

@@ -6,13 +6,13 @@ metrics/extract/{backbone}.json and plots/extract/{backbone}.csv.
 
 import sys
 
-from flatmin import params, reporting
+from flatmin.common import params, reporting
 
 
 def main(backbone: str = "") -> None:
     # Here, since the processes that augment load this file too and need no TensorFlow.
     with reporting.quiet():
-        from flatmin import training
+        from flatmin.training import training
 
     training.extract(params.load(), backbone)
 

@@ -4,13 +4,13 @@ Reads `seed`, `runtime`, `augment`, `finetune` of params.yaml, data/records/ and
 models/finetune/, metrics/finetune.json and plots/finetune.csv.
 """
 
-from flatmin import params, reporting
+from flatmin.common import params, reporting
 
 
 def main() -> None:
     # Here, since the processes that augment load this file too and need no TensorFlow.
     with reporting.quiet():
-        from flatmin import training
+        from flatmin.training import training
 
     training.finetune(params.load())
 

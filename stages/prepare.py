@@ -3,13 +3,13 @@
 Reads `seed` and `data` of params.yaml. Writes data/records/ and metrics/prepare.json.
 """
 
-from flatmin import params, reporting
+from flatmin.common import params, reporting
 
 
 def main() -> None:
     settings = params.load()
     with reporting.quiet():
-        from flatmin import records
+        from flatmin.data import records
 
     metrics = records.write(settings.data, settings.seed, "data/records")
     reporting.write_json("metrics/prepare.json", metrics)

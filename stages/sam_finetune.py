@@ -3,13 +3,13 @@
 Reads what finetune reads and `sam` of params.yaml. Writes models/sam/, metrics/sam.json and plots/sam.csv.
 """
 
-from flatmin import params, reporting
+from flatmin.common import params, reporting
 
 
 def main() -> None:
     # Here, since the processes that augment load this file too and need no TensorFlow.
     with reporting.quiet():
-        from flatmin import training
+        from flatmin.training import training
 
     settings = params.load()
     training.finetune(settings, settings.sam)

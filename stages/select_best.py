@@ -4,7 +4,8 @@ Reads `backbones` and `select` of params.yaml, models/extract/ and metrics/extra
 models/selected/ and metrics/select.json.
 """
 
-from flatmin import params, reporting, selection
+from flatmin import selection
+from flatmin.common import params, reporting
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ import keras
 import numpy as np
 import pytest
 
-from flatmin import backbones, torch_weights
-from flatmin.backbones import BACKBONES
-from flatmin.reporting import InputError
+from flatmin.common.reporting import InputError
+from flatmin.models import backbones, torch_weights
+from flatmin.models.backbones import BACKBONES
 
 SMALL = 64
 MOBILENET_FILE = "mobilenet_v1_0.25_224_imagenet.h5"
@@ -413,7 +413,7 @@ def test_a_state_dict_of_another_lite_is_refused(monkeypatch: pytest.MonkeyPatch
             axes = (2, 3, 0, 1) if "dwconv" in name else (3, 2, 0, 1)
             tensors[f"{module}.weight"] = weights[0].transpose(axes)
     content = dict(tensors)
-    monkeypatch.setattr("flatmin.torch_weights.read", lambda _: content)
+    monkeypatch.setattr("flatmin.models.torch_weights.read", lambda _: content)
     assert same_weights(model, backbones.build("EfficientNetLite0", SMALL, tmp_path / "a.pth"))
     with pytest.raises(InputError, match=r"a\.pth.*_blocks"):
         backbones.build("EfficientNetLite1", SMALL, tmp_path / "a.pth")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from flatmin import cache
-from flatmin.cache import Entry
-from flatmin.reporting import InputError
+from flatmin.common.reporting import InputError
+from flatmin.features import cache
+from flatmin.features.cache import Entry
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,10 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatmin import backbones, classifier, reporting
-from flatmin.classifier import Classifier
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.reporting import InputError
+from flatmin.models import backbones, classifier
+from flatmin.models.classifier import Classifier
 
 CLASSES = ("a", "b", "c", "d")
 

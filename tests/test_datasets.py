@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flatmin import datasets
-from flatmin.datasets import BrokenImageError, balanced_order, open_source, read_picture
-from flatmin.params import Data
-from flatmin.reporting import InputError
+from flatmin.common.params import Data
+from flatmin.common.reporting import InputError
+from flatmin.data import datasets
+from flatmin.data.datasets import BrokenImageError, balanced_order, open_source, read_picture
 
 CIFAR = "visual_domain_decathlon/cifar100"
 needs_tfds_data = pytest.mark.skipif(

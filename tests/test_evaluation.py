@@ -20,9 +20,13 @@ from hypothesis import strategies as st
 from networks import spread
 from PIL import Image
 
-from flatmin import backbones, classifier, evaluation, params, records, views
-from flatmin.params import Evaluate, Params
-from flatmin.reporting import InputError
+from flatmin.common import params
+from flatmin.common.params import Evaluate, Params
+from flatmin.common.reporting import InputError
+from flatmin.data import records
+from flatmin.evaluation import evaluation
+from flatmin.features import views
+from flatmin.models import backbones, classifier
 
 CLASSES = ("blue", "green", "red")
 

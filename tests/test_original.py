@@ -12,7 +12,10 @@ import pytest
 import yaml
 from repository import ROOT
 
-from flatmin import classifier, params, records, training
+from flatmin.common import params
+from flatmin.data import records
+from flatmin.models import classifier
+from flatmin.training import training
 
 VALUES: dict[str, Any] = yaml.safe_load((ROOT / "studies/cifar100-original/params.yaml").read_text())
 SIZES = dict.fromkeys(VALUES["backbones"], 180) | {"NASNetMobile": 224}

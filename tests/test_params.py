@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repository import ROOT, TINY
 
-from flatmin import params
-from flatmin.reporting import InputError
+from flatmin.common import params
+from flatmin.common.reporting import InputError
 
 NAMED = sorted((ROOT / "studies").glob("*/params.yaml"))
 
@@ -254,7 +254,7 @@ def test_a_section_can_be_merged_into_another(tmp_path: Path) -> None:
 
 def test_the_command_says_one_line(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed("sam.rho", -1)))
-    command = [sys.executable, "-m", "flatmin.params"]
+    command = [sys.executable, "-m", "flatmin.common.params"]
     environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": ""}
     bad = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stdout) == (1, "")

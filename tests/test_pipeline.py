@@ -59,7 +59,7 @@ def test_stages_are_short() -> None:
 
 
 def test_every_section_of_params_drives_a_stage() -> None:
-    from flatmin.params import Params
+    from flatmin.common.params import Params
 
     named = {name for stage in DVC.values() for name in stage["params"]}
     assert named == set(Params.model_fields)
@@ -143,7 +143,7 @@ def test_a_small_number_given_with_dash_s_is_a_number(study: Repository) -> None
     # DVC writes 1e-05, which YAML 1.1 takes for text.
     study.run("dvc", "exp", "run", "-S", "sam.rho=0.00001", "--name", "small-rho", "select-best")
     assert "1e-05" in (study.folder / "params.yaml").read_text()
-    study.run("python", "-m", "flatmin.params")
+    study.run("python", "-m", "flatmin.common.params")
     study.run("git", "checkout", "--force", "--quiet", ".")
 
 

@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from PIL import Image
 from repository import ROOT
 
-from flatmin import params, preview, records
-from flatmin.augment import CHUNK, augment
-from flatmin.params import Augment
+from flatmin.common import params
+from flatmin.common.params import Augment
+from flatmin.data import records
+from flatmin.inputs import preview
+from flatmin.inputs.augment import CHUNK, augment
 
 CLASSES = [f"from_${digit}_to_$20" for digit in range(10)]  # no formulas
 

@@ -21,7 +21,9 @@ import yaml
 from PIL import Image
 from repository import ROOT, TINY, Repository, stages_run
 
-from flatmin import classifier, params, sam
+from flatmin import sam
+from flatmin.common import params
+from flatmin.models import classifier
 
 README = (ROOT / "README.md").read_text()
 
@@ -197,7 +199,7 @@ def test_the_root_and_studies_digits_are_the_same_study() -> None:
 def test_the_nearest_neighbour_scores_what_the_readme_says(tmp_path: Path) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
-    from flatmin import records
+    from flatmin.data import records
 
     settings = params.load(ROOT / "params.yaml")
     records.write(settings.data, settings.seed, tmp_path / "records")

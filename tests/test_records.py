@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flatmin import datasets, records
-from flatmin.datasets import Example
-from flatmin.params import Data
-from flatmin.records import Records, write
-from flatmin.reporting import InputError
+from flatmin.common.params import Data
+from flatmin.common.reporting import InputError
+from flatmin.data import datasets, records
+from flatmin.data.datasets import Example
+from flatmin.data.records import Records, write
 
 CIFAR = "visual_domain_decathlon/cifar100"
 needs_tfds_data = pytest.mark.skipif(

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from flatmin import reporting
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.reporting import InputError
 
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -245,7 +245,7 @@ def test_a_log_line_is_out_at_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 QUIET = """
 import os
-from flatmin import reporting
+from flatmin.common import reporting
 try:
     with reporting.quiet():
         os.write(2, b"a page of warnings\\n")

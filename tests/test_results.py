@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from repository import ROOT
 
-from flatmin.reporting import InputError
+from flatmin.common.reporting import InputError
 
 sys.path.append(str(ROOT / "scripts"))
 results: Any = importlib.import_module("results")

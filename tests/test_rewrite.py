@@ -12,8 +12,9 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.framework.config import disable_op_determinism
 
-from flatmin import classifier, rewrite, sam
-from flatmin.classifier import Tail
+from flatmin import sam
+from flatmin.models import classifier, rewrite
+from flatmin.models.classifier import Tail
 
 SIZE = 64
 

@@ -17,16 +17,16 @@ from repository import ROOT
 
 import flatmin
 from flatmin import runtime
-from flatmin.params import Runtime
+from flatmin.common.params import Runtime
 
 PROGRAM = """
 import sys
 import numpy as np
-from flatmin import reporting
+from flatmin.common import reporting
 with reporting.quiet():
     import tensorflow as tf
     from flatmin import runtime
-from flatmin.params import Runtime
+from flatmin.common.params import Runtime
 
 runtime.configure(Runtime(math=sys.argv[1]), 0)
 random = np.random.default_rng(0)

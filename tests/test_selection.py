@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatmin import selection
-from flatmin.reporting import InputError
+from flatmin.common.reporting import InputError
 
 
 def candidate(accuracy: float, multiply_adds: int) -> dict[str, Any]:

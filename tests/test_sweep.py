@@ -23,8 +23,8 @@ from dvc.utils.hydra import apply_overrides
 from PIL import Image
 from repository import ROOT, TINY, Repository
 
-from flatmin import reporting
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.reporting import InputError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import grids

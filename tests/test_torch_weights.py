@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flatmin import torch_weights
-from flatmin.reporting import InputError
+from flatmin.common.reporting import InputError
+from flatmin.models import torch_weights
 
 MAGIC = 0x1950A86A20F9469CFC6C
 MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}

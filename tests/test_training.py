@@ -26,10 +26,15 @@ from networks import spread
 from PIL import Image
 from repository import ROOT, TINY
 
-from flatmin import backbones, classifier, params, records, runtime, selection, training, trunk, views
-from flatmin.augment import Augmenter
-from flatmin.params import EarlyStopping, Params, Plateau
-from flatmin.reporting import InputError
+from flatmin import runtime, selection
+from flatmin.common import params
+from flatmin.common.params import EarlyStopping, Params, Plateau
+from flatmin.common.reporting import InputError
+from flatmin.data import records
+from flatmin.features import trunk, views
+from flatmin.inputs.augment import Augmenter
+from flatmin.models import backbones, classifier
+from flatmin.training import training
 
 # Multiples of 1/16, as the differences asked for below are: nothing is rounded, here or in Keras.
 LOSSES = st.lists(st.integers(0, 48).map(lambda value: value / 16), min_size=1, max_size=30)
@@ -665,7 +670,8 @@ import tensorflow as tf
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
-from flatmin import params, training
+from flatmin.common import params
+from flatmin.training import training
 for views in (2, 0):
     for strategy in ("one", "mirrored"):
         values = params.load("params.json").model_dump()
@@ -774,7 +780,8 @@ def test_a_cache_that_cannot_be_written_is_an_error_before_the_first_epoch(tmp_p
 WORKER = """
 import sys
 import time
-from flatmin import params, reporting, training
+from flatmin.common import params, reporting
+from flatmin.training import training
 settings = params.load("../params.json")
 reporting.run(lambda: training.finetune(settings, settings.sam if sys.argv[1] == "sam" else None))
 """

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from flatmin import cache, classifier, runtime, trunk
-from flatmin.params import Runtime
-from flatmin.reporting import InputError
+from flatmin import runtime
+from flatmin.common.params import Runtime
+from flatmin.common.reporting import InputError
+from flatmin.features import cache, trunk
+from flatmin.models import classifier
 
 SIZE = 64
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3)).astype(np.float32)

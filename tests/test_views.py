@@ -14,13 +14,17 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from flatmin import cache, classifier, params, records, reporting, runtime, views
-from flatmin.augment import CHUNK, Augmenter
-from flatmin.classifier import Classifier
-from flatmin.params import Augment, Data
-from flatmin.records import Records
-from flatmin.reporting import InputError
-from flatmin.views import Share
+from flatmin import runtime
+from flatmin.common import params, reporting
+from flatmin.common.params import Augment, Data
+from flatmin.common.reporting import InputError
+from flatmin.data import records
+from flatmin.data.records import Records
+from flatmin.features import cache, views
+from flatmin.features.views import Share
+from flatmin.inputs.augment import CHUNK, Augmenter
+from flatmin.models import classifier
+from flatmin.models.classifier import Classifier
 
 COUNT = 100
 SIZE = 16

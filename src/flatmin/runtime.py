@@ -15,9 +15,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from flatmin import reporting
-from flatmin.params import Runtime
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.params import Runtime
+from flatmin.common.reporting import InputError
 
 
 def configure(runtime: Runtime, seed: int) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatmin import params, reporting
-from flatmin.reporting import InputError
+from flatmin.common import params, reporting
+from flatmin.common.reporting import InputError
 
 EXTRACT_FILES = ("models/extract/{}", "metrics/extract/{}.json", "plots/extract/{}.csv")
 

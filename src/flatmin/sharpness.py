@@ -17,7 +17,8 @@ import scipy.linalg
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from flatmin import reporting, sam
+from flatmin import sam
+from flatmin.common import reporting
 
 EIGENVALUES = 5
 # How far the picture goes: along the eigenvector in units of the weights, along filters in parts of their norms.

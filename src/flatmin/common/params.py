@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from flatmin import reporting
-from flatmin.backbones import BACKBONES
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.reporting import InputError
+from flatmin.models.backbones import BACKBONES
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 

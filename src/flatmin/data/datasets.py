@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from flatmin import reporting
-from flatmin.params import Data
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.params import Data
+from flatmin.common.reporting import InputError
 
 SUFFIXES = frozenset(
     {

@@ -13,8 +13,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin import backbones, cache, reporting
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.reporting import InputError
+from flatmin.features import cache
+from flatmin.models import backbones
 
 WEIGHTS = "classifier.weights.h5"
 MODEL = "model.json"

@@ -19,9 +19,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin import cache, reporting
-from flatmin.params import Runtime
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.params import Runtime
+from flatmin.common.reporting import InputError
+from flatmin.features import cache
 from flatmin.runtime import has_bfloat16, has_float16
 
 # Of the activations' norm. They are kept in float16, which rounds by 1e-3. In half precision TensorFlow rounds what it

@@ -18,13 +18,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin import backbones, cache, classifier, reporting, rewrite, runtime, sam, views
-from flatmin.augment import Augmenter
-from flatmin.classifier import Classifier, Tail
-from flatmin.params import Augment, Cosine, EarlyStopping, Params, Plateau, Sam, Training
-from flatmin.records import Records
-from flatmin.reporting import InputError
-from flatmin.views import Share, Views
+from flatmin import runtime, sam
+from flatmin.common import reporting
+from flatmin.common.params import Augment, Cosine, EarlyStopping, Params, Plateau, Sam, Training
+from flatmin.common.reporting import InputError
+from flatmin.data.records import Records
+from flatmin.features import cache, views
+from flatmin.features.views import Share, Views
+from flatmin.inputs.augment import Augmenter
+from flatmin.models import backbones, classifier, rewrite
+from flatmin.models.classifier import Classifier, Tail
 
 RECORDS = Path("data/records")
 SELECTED = Path("models/selected")

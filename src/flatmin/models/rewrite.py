@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from flatmin.classifier import Tail
+from flatmin.models.classifier import Tail
 
 FULL = ("float32", "float64")
 Calls = dict[int, Callable[..., Any]]  # the id of an operation -> what is called in its place

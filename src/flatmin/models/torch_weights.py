@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from flatmin.reporting import InputError
+from flatmin.common.reporting import InputError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

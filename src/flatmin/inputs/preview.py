@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from flatmin import reporting
-from flatmin.augment import CHUNK, augment
-from flatmin.params import Augment
-from flatmin.records import Records
+from flatmin.common import reporting
+from flatmin.common.params import Augment
+from flatmin.data.records import Records
+from flatmin.inputs.augment import CHUNK, augment
 
 ROWS = 8
 VERSIONS = 7

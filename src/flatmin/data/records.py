@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from flatmin import datasets, reporting
-from flatmin.datasets import UNKNOWN, BrokenImageError, Example, Picture, Source
-from flatmin.params import Data
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.params import Data
+from flatmin.common.reporting import InputError
+from flatmin.data import datasets
+from flatmin.data.datasets import UNKNOWN, BrokenImageError, Example, Picture, Source
 
 ROLES = ("train", "val", "test", "predict")
 TRAIN, VAL = 0, 1

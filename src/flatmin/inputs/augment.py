@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from flatmin.params import Augment
+from flatmin.common.params import Augment
 
 CHUNK = 32
 
@@ -59,7 +59,7 @@ def _randaugmented(images: list[np.ndarray], settings: Augment, seed: np.random.
     if not images:
         return []
     if settings.engine == "tensorflow":
-        from flatmin import augment_ops  # TensorFlow, which imgaug's workers do without
+        from flatmin.inputs import augment_ops  # TensorFlow, which imgaug's workers do without
 
         return augment_ops.randaugment(images, settings.n, settings.m, np.random.default_rng(seed))
     augmenter = _randaugment(settings.n, settings.m)

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from flatmin import cache, reporting, runtime, trunk
-from flatmin.augment import CHUNK, Augmenter
-from flatmin.classifier import Classifier
-from flatmin.params import Params
-from flatmin.records import Records, not_tuned
-from flatmin.reporting import InputError
+from flatmin import runtime
+from flatmin.common import reporting
+from flatmin.common.params import Params
+from flatmin.common.reporting import InputError
+from flatmin.data.records import Records, not_tuned
+from flatmin.features import cache, trunk
+from flatmin.inputs.augment import CHUNK, Augmenter
+from flatmin.models.classifier import Classifier
 
 # So many bytes of decoded images are held to be shuffled; data sets below it are shuffled as a whole.
 SHUFFLE_BYTES = 2**30

@@ -13,10 +13,13 @@ import scipy.special
 import scipy.stats
 import tensorflow as tf
 
-from flatmin import classifier, reporting, rewrite, runtime, sharpness, views
-from flatmin.classifier import Classifier
-from flatmin.params import Evaluate, Params
-from flatmin.records import Records
+from flatmin import runtime, sharpness
+from flatmin.common import reporting
+from flatmin.common.params import Evaluate, Params
+from flatmin.data.records import Records
+from flatmin.features import views
+from flatmin.models import classifier, rewrite
+from flatmin.models.classifier import Classifier
 
 MODELS = {"extract": Path("models/selected"), "finetune": Path("models/finetune"), "sam": Path("models/sam")}
 TUNED = ("finetune", "sam")  # whose minima are compared

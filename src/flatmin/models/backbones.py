@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from flatmin import reporting, torch_weights
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.reporting import InputError
+from flatmin.models import torch_weights
 
 if TYPE_CHECKING:
     import keras

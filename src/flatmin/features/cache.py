@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flatmin import reporting
-from flatmin.reporting import InputError
+from flatmin.common import reporting
+from flatmin.common.reporting import InputError
 
 LIMIT = 50 * 10**9
 LONGEST_PAUSE = 60  # seconds
@@ -45,8 +45,8 @@ def key(depends_on: Mapping[str, Any], files: Iterable[Path] = (), modules: Iter
         modules: names or patterns of this package's modules whose code counts. The libraries' versions always do.
     """
     digest = hashlib.sha256(json.dumps([depends_on, _versions()], sort_keys=True).encode())
-    package = Path(__file__).parent
-    code = sorted({path for module in modules for path in package.glob(f"{module}.py")})
+    package = Path(__file__).parents[1]
+    code = sorted({path for module in modules for path in package.rglob(f"{module}.py")})
     for path in [*code, *files]:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())

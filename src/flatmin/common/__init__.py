@@ -1,0 +1,1 @@
+"""What every stage depends on: errors, files, the console and the params schema."""

@@ -1,0 +1,1 @@
+"""Reads a data set and writes it as records: the prepare stage."""

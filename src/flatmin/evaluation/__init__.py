@@ -1,0 +1,1 @@
+"""Scores classifiers on test images and compares them."""

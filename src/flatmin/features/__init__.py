@@ -1,0 +1,1 @@
+"""Runs frozen layers and keeps their activations on disk."""

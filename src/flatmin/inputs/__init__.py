@@ -1,0 +1,1 @@
+"""Reads records, augments images and makes batches of them."""

@@ -1,0 +1,1 @@
+"""Builds backbones and classifiers, loads weights, splits a network."""

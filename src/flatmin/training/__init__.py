@@ -1,0 +1,1 @@
+"""Trains the layers after the split."""
