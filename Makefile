@@ -7,14 +7,14 @@ RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="src$${PYTHONPATH:+:$$PYTH
 .DELETE_ON_ERROR:
 
 repro: setup check-params  ## run the study in params.yaml: only what changed
-	$(RUN) python -m flatmin.selection
+	$(RUN) python -m flatmin.prune
 	$(RUN) dvc repro
 
 # LOCK=gpu, given with any of these, installs the CUDA wheels too.
 setup: $(VENV)/$(or $(LOCK),cpu).done  ## make .venv from the locked requirements
 
 check-params: setup  ## check params.yaml without running anything
-	@$(RUN) python -m flatmin.params
+	@$(RUN) python -m flatmin.common.params
 
 test: setup $(VENV)/dev.done  ## lint, types, all tests
 	$(RUN) ruff check .
@@ -55,7 +55,7 @@ image:  ## build the image: Debian, Python and the locked wheels
 		--build-arg REVISION=$$(git log -1 --format=%H -- Dockerfile requirements) .
 
 docker-repro: image  ## run the study in the image, on the GPUs where there are any
-	$(INSIDE) sh -c 'export PYTHONPATH=src; python -m flatmin.common.params && python -m flatmin.selection && exec dvc repro'
+	$(INSIDE) sh -c 'export PYTHONPATH=src; python -m flatmin.common.params && python -m flatmin.prune && exec dvc repro'
 
 docker-shell: image  ## a shell in the image
 	$(INSIDE) bash

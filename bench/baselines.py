@@ -4,7 +4,7 @@
     python bench/baselines.py original finetune EPOCHS
     python bench/baselines.py keras extract EPOCHS
 
-Each reads params.yaml, data/records and, to fine-tune, models/selected of the working directory, trains with Keras'
+Each reads params.yaml, data/records and, to fine-tune, models/select of the working directory, trains with Keras'
 `fit` and prints `ready` once all is imported, then a line at the end of each epoch, as Flatmin's stages do.
 
 `original` is the pipeline of the study that Flatmin began as: imgaug in a Python function of tf.data, on whole batches;
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from flatmin.common import params, reporting
+from flatmin.common import console, errors, params
 
 
 def original_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, Any]:
@@ -72,17 +72,17 @@ def network(start: Any, pixels: Any, resize: bool) -> Any:
     """
     import keras
 
-    from flatmin.models import backbones
+    from flatmin.models import registry
 
     size = start.description.image_size
     images = keras.layers.Resizing(size, size)(pixels) if resize else pixels
-    prepared = backbones.preprocess(start.description.backbone, images)
+    prepared = registry.preprocess(start.description.backbone, images)
     return keras.Model(pixels, start.head(start.features(prepared, training=False)))
 
 
 def starting_point(settings: Any, records: Any, stage: str) -> Any:
     """A new classifier with its backbone frozen, or the selected one, trained from the cut on."""
-    from flatmin.models import backbones, classifier
+    from flatmin.models import classifier, registry, split
 
     name = settings.backbones[0]
     if stage == "extract":
@@ -97,21 +97,21 @@ def starting_point(settings: Any, records: Any, stage: str) -> Any:
         )
         start.base.trainable = False
         return start
-    start = classifier.load("models/selected", dropout=settings.finetune.dropout, seed=settings.seed)
-    cut = settings.finetune.fine_tune_at or backbones.find(name).fine_tune_at
-    for layer in start.base.layers[: classifier.layer_index(start.base, cut)]:
+    start = classifier.load("models/select", dropout=settings.finetune.dropout, seed=settings.seed)
+    cut = settings.finetune.fine_tune_at or registry.find(name).fine_tune_at
+    for layer in start.base.layers[: split.layer_index(start.base, cut)]:
         layer.trainable = False
     return start
 
 
 def main(pipeline: str, stage: str, epochs: str) -> None:
     """Train one of the two pipelines for so many epochs, with the optimizer and batch size of the stage's recipe."""
-    with reporting.quiet():
+    with console.importing_tensorflow():
         import keras
 
         from flatmin import runtime
-        from flatmin.data.records import Records
-        from flatmin.training import training
+        from flatmin.inputs.records import Records
+        from flatmin.training import stages
 
     print("ready", flush=True)
     settings = params.load()
@@ -124,7 +124,7 @@ def main(pipeline: str, stage: str, epochs: str) -> None:
     pixels = keras.Input(train.element_spec[0].shape[1:], dtype=train.element_spec[0].dtype)
     model = network(starting_point(settings, records, stage), pixels, resize=pipeline == "original")
     model.compile(
-        training.make_optimizer(recipe, records.count("train") / recipe.batch_size),
+        stages.make_optimizer(recipe, records.count("train") / recipe.batch_size),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -138,4 +138,4 @@ def main(pipeline: str, stage: str, epochs: str) -> None:
 
 
 if __name__ == "__main__":
-    reporting.run(main, *sys.argv[1:])
+    errors.run(main, *sys.argv[1:])

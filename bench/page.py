@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from repro import table
 from speed import EPOCHS, TIMED, seconds, speedup
 
-from flatmin.common import reporting
+from flatmin.common import errors, files
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/speed.md"
@@ -31,10 +31,10 @@ ROWS = (
 )
 NAMES = {
     "original": "original",
-    "original-half": "original, `math: half`",
+    "original-half": "original, `matmul: half`",
     "keras": "Keras' guide",
     "torch": "PyTorch",
-    "flatmin": "`math: half`",
+    "flatmin": "`matmul: half`",
     "flatmin-float32": "float32",
 }
 
@@ -83,7 +83,7 @@ def figures(results: dict[str, Any]) -> str:
         "| | |",
         "|---|---|",
         *(
-            accuracy(f"{stage}'s val accuracy, `math: half`, less {whose}", found)
+            accuracy(f"{stage}'s val accuracy, `matmul: half`, less {whose}", found)
             for stage in EPOCHS
             for whose, found in (
                 ("the original pipeline's in float32", results[f"{stage}_accuracy_difference"]),
@@ -91,7 +91,7 @@ def figures(results: dict[str, Any]) -> str:
             )
         ),
         f"| the trunk in LiteRT, TensorFlow = 1 | {results['trunk_litert_speedup']:.2f} |",
-        f"| the same with `math: half` | {results['trunk_litert_half_speedup']:.2f} |",
+        f"| the same with `matmul: half` | {results['trunk_litert_half_speedup']:.2f} |",
         *(f"| images a second augmented by {count} processes | {rate:.0f} |" for count, rate in sorted(rates.items())),
         f"| peak memory of extract with four times the images, 1 = with one | {results['peak_memory_growth']:.2f} |",
         f"| `dvc repro` with nothing to do | {results['repro_noop_seconds']:.1f} s |",
@@ -145,21 +145,21 @@ def draw(results: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds for {EPOCHS['extract']} epochs of extract, {EPOCHS['finetune']} of finetune")
     axes.spines[["top", "right"]].set_visible(False)
-    with reporting.whole(CHART) as aside:
+    with files.atomic_write(CHART) as aside:
         figure.savefig(aside, format="png", dpi=120, metadata={"Software": None})
 
 
 def main() -> None:
     """Write the page's tables and the chart."""
-    results = reporting.read_json(HERE / "results.json")
+    results = files.read_json(HERE / "results.json")
     if not results.get("is_complete"):
-        raise reporting.InputError("bench/results.json: expected a whole bench, received a part; `make bench` goes on")
+        raise errors.InputError("bench/results.json: expected a whole bench, received a part; `make bench` goes on")
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    with reporting.whole(PAGE) as aside:
+    with files.atomic_write(PAGE) as aside:
         aside.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{after}", encoding="utf-8")
     draw(results)
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    errors.run(main)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flatmin.common import reporting
+from flatmin.common import console, files
 
 RESULTS = Path(__file__).with_name("results.json")
 PLAIN = {"rho": 0.0}
@@ -76,7 +76,7 @@ def times(variants: dict[str, dict[str, Any]], turns: int) -> dict[str, float]:
     for step in steps.values():
         step()  # traces, and leaves a counter at 1: a turn of five steps has one sharp step whatever its start
     quickest = dict.fromkeys(steps, float("inf"))
-    for _ in reporting.progress(range(turns), "turns", unit="turn"):
+    for _ in console.progress(range(turns), "turns", unit="turn"):
         for name, step in steps.items():
             started = time.perf_counter()
             for _ in range(CYCLE):
@@ -105,13 +105,13 @@ def memory(settings: dict[str, Any]) -> int:
 
 def add(file: Path, results: dict[str, Any]) -> None:
     """To what other scripts wrote there."""
-    before = reporting.read_json(file) if file.exists() else {}
-    reporting.write_json(file, before | results)
+    before = files.read_json(file) if file.exists() else {}
+    files.write_json(file, before | results)
 
 
 def quick() -> None:
     """Measure the two ratios that the bench names."""
-    with reporting.quiet():
+    with console.importing_tensorflow():
         ratios = times({name: VARIANTS[name] for name in ("sam", "sam, every=5")}, turns=2)
     results = {"sam_step_ratio": ratios["sam"], "sam_every_5_step_ratio": ratios["sam, every=5"]}
     add(RESULTS.with_name("results-quick.json"), results)
@@ -122,7 +122,7 @@ def main() -> None:
     weights = 4 * LAYERS * UNITS * (UNITS + 1)
     plain = memory(PLAIN)
     copies = {name: (memory(settings) - plain) / weights for name, settings in VARIANTS.items()}
-    with reporting.quiet():
+    with console.importing_tensorflow():
         ratios = times(VARIANTS, TURNS)
     results = {
         "sam_step_ratio": ratios["sam"],

@@ -27,8 +27,8 @@ from typing import Any
 import yaml
 from speed import CIFAR, has_cifar
 
-from flatmin.common import reporting
-from flatmin.common.reporting import InputError
+from flatmin.common import console, errors, files
+from flatmin.common.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("scaling.json")
@@ -121,7 +121,7 @@ def measure(again: bool) -> None:
         InputError: what is there was measured on another kind of machine, or on other images.
     """
     here = ask("machine")
-    results = reporting.read_json(RESULTS) if RESULTS.exists() else dict(here)
+    results = files.read_json(RESULTS) if RESULTS.exists() else dict(here)
     for name, value in here.items():
         if results.get(name) != value:
             raise InputError(
@@ -133,8 +133,8 @@ def measure(again: bool) -> None:
         time_of = "processor_seconds" if "processor_seconds" in point else "seconds"
         if name not in points or point.get(time_of, 0.0) < points[name].get(time_of, 0.0):
             points[name] = point
-        reporting.write_json(RESULTS, results)
-        reporting.log(f"{name}: {json.dumps(point)}")
+        files.write_json(RESULTS, results)
+        console.log(f"{name}: {json.dumps(point)}")
 
     results["boundaries"] = results.get("boundaries") or ask("boundaries")
     for pictures in PREPARED:
@@ -153,7 +153,7 @@ def measure(again: bool) -> None:
         if again or any(key(stage, study) not in points for stage in STAGES):
             for stage, point in train(study):
                 keep(key(stage, study), point)
-    reporting.write_json(RESULTS, results | {"lines": lines(points)})
+    files.write_json(RESULTS, results | {"lines": lines(points)})
 
 
 def key(stage: str, settings: Study | Pictures) -> str:
@@ -496,14 +496,14 @@ def of_machine() -> dict[str, Any]:
 def source_images() -> Iterator[tuple[bytes, int]]:
     """Encoded images and labels, the same ones again and again."""
     from flatmin.common.params import Data, Splits
-    from flatmin.data import datasets
+    from flatmin.data import sources
 
     splits = Splits(train="train", val="train", test="train")
     if has_cifar():
         data = Data(source="tfds", name=CIFAR, splits=splits)
     else:
         data = Data(source="bundled", name="digits", splits=splits)
-    source = datasets.open_source(data, seed=0)
+    source = sources.open_source(data, seed=0)
     while True:
         for example in source.examples("train"):
             yield example.image, example.label
@@ -558,14 +558,14 @@ def of_augment(side: str, workers: str) -> dict[str, Any]:
 
 def of_index(images: str) -> dict[str, Any]:
     """Peak memory of a process that reads names and labels of so many train images, as every later stage does."""
-    from flatmin.data.records import Records
+    from flatmin.inputs.records import Records
 
     with tempfile.TemporaryDirectory() as folder:
         rows = ((f"class_{index % 1000:03d}/picture_{index:09d}.jpg", index % 1000) for index in range(int(images)))
-        reporting.write_csv(Path(folder) / "train.csv", ("name", "label"), rows)
+        files.write_csv(Path(folder) / "train.csv", ("name", "label"), rows)
         roles = {"train": {"count": int(images)}}
         info = {"class_names": [str(label) for label in range(1000)], "roles": roles, "files": {}, "digest": ""}
-        reporting.write_json(Path(folder) / "dataset.json", info)
+        files.write_json(Path(folder) / "dataset.json", info)
         Records(folder).labels("train")
     # getrusage's peak would be the parent's where that is larger: Linux carries it over into a child.
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -575,17 +575,17 @@ def of_index(images: str) -> dict[str, Any]:
 
 def of_boundaries() -> dict[str, Any]:
     """Bytes of an image's view at each backbone's default cut, and the share of multiply-additions before it."""
-    from flatmin.models import backbones, classifier
+    from flatmin.models import build, classifier, registry
 
     found: dict[str, Any] = {}
     for name in BACKBONES:
         for size in SIZES:
             network = classifier.create(name, ["a", "b"], size, 0.2, 0, "none")
-            trunk, _ = network.cut(backbones.find(name).fine_tune_at)
+            trunk, _ = network.cut(registry.find(name).fine_tune_at)
             bytes_of_view = sum(2 * math.prod(tensor.shape[1:]) for tensor in trunk.outputs)
-            share = backbones.multiply_adds(trunk) / network.description.multiply_adds
+            share = build.multiply_adds(trunk) / network.description.multiply_adds
             found.setdefault(name, {})[str(size)] = {
-                "cut": backbones.find(name).fine_tune_at,
+                "cut": registry.find(name).fine_tune_at,
                 "pooled_bytes": 2 * int(network.base.output.shape[-1]),
                 "bytes": bytes_of_view,
                 "trunk_share": share,
@@ -609,14 +609,14 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        with reporting.quiet():
+        with console.importing_tensorflow():
             answer = PARTS[arguments.part[0]](*arguments.part[1:])
         print(json.dumps(answer))
     elif arguments.table:
-        print("\n\n".join(tables(reporting.read_json(RESULTS)).values()))
+        print("\n\n".join(tables(files.read_json(RESULTS)).values()))
     else:
         measure(arguments.again)
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    errors.run(main)

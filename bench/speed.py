@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from flatmin.common import reporting
+from flatmin.common import console, files
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -75,7 +75,7 @@ FULL = Plan(
 DIGITS = {"train": 1000, "compared": 1000, "compared_val": 500, "small": 250}  # at most, as there are no more
 QUICK = Plan(train=2000, val=500, compared=0, compared_val=0, seeds=(), same_math=False, small=500, chunks=30, turns=2)
 BASELINE_EPOCHS = 2  # timed; the others cost the same
-# runtime.math: Flatmin's setting for speed, and the pipelines as they are found; then each in the other's.
+# runtime.matmul: Flatmin's setting for speed, and the pipelines as they are found; then each in the other's.
 SIDES = {
     "flatmin": "half",
     "original": "float32",
@@ -193,7 +193,7 @@ class Bench:
         from flatmin.features import cache
 
         self.path = path
-        before = reporting.read_json(path) if path.exists() else {}
+        before = files.read_json(path) if path.exists() else {}
         about = {
             "plan": asdict(plan) | {"seeds": list(plan.seeds)},
             "machine": runtime.machine(),
@@ -207,7 +207,7 @@ class Bench:
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` gives, or gave in a run before."""
         if name not in self.runs:
-            reporting.log(f"bench: {name}")
+            console.log(f"bench: {name}")
             value = measure()
             self.runs[name] = value
             self.write({})
@@ -215,8 +215,8 @@ class Bench:
 
     def write(self, results: Mapping[str, Any]) -> None:
         """Add to the file, which other scripts write to as well."""
-        before = reporting.read_json(self.path) if self.path.exists() else {}
-        reporting.write_json(self.path, before | self.about | {"runs": self.runs} | results)
+        before = files.read_json(self.path) if self.path.exists() else {}
+        files.write_json(self.path, before | self.about | {"runs": self.runs} | results)
 
 
 def seconds(run: Run, epochs: int) -> float:
@@ -236,7 +236,7 @@ def compare(
     folder.prepare(settings(*plan, 0))
 
     def run(side: str, stage: str, seed: int = seed) -> Run:
-        folder.prepare(settings(*plan, seed) | {"runtime": {"math": SIDES[side]}})
+        folder.prepare(settings(*plan, seed) | {"runtime": {"matmul": SIDES[side]}})
         pipeline = side.partition("-")[0]
         if pipeline == "flatmin":
             folder.forget()
@@ -248,9 +248,9 @@ def compare(
 
     def measured(side: str, stage: str) -> Run:
         """To fine-tune, all start from what Flatmin's extract gave for seed 0."""
-        if stage == "finetune" and not (folder.path / "models/selected").exists():
+        if stage == "finetune" and not (folder.path / "models/select").exists():
             run("flatmin", "extract", seed=0)
-            shutil.copytree(folder.path / "models/extract" / BACKBONE, folder.path / "models/selected")
+            shutil.copytree(folder.path / "models/extract" / BACKBONE, folder.path / "models/select")
         return run(side, stage)
 
     for side, stage in pairs:
@@ -269,7 +269,7 @@ def trunk_rates(turns: int) -> dict[str, float]:
     import numpy as np
 
     from flatmin.common.params import Runtime
-    from flatmin.features import trunk
+    from flatmin.features import engine
     from flatmin.models import classifier
 
     model = classifier.create(BACKBONE, ["a", "b"], 128, 0.0, 0, "imagenet")
@@ -282,7 +282,7 @@ def trunk_rates(turns: int) -> dict[str, float]:
         "tensorflow": Runtime(trunk="tensorflow"),
     }
     for name, runtime in chosen.items():
-        _, engines[name] = trunk.engine(frozen, model.trunk_identity(None), runtime, sample)
+        _, engines[name] = engine.engine(frozen, model.trunk_identity(None), runtime, sample)
         engines[name](sample)
     quickest = dict.fromkeys(engines, float("inf"))
     for _ in range(turns):
@@ -299,8 +299,8 @@ def augment_rates(folder: Folder, chunks: int) -> dict[str, float]:
     import itertools
 
     from flatmin.common import params
-    from flatmin.data.records import Records
     from flatmin.inputs import augment
+    from flatmin.inputs.records import Records
 
     chosen = params.load(folder.path / "params.yaml").augment
     images = list(Records(folder.path / "data/records").arrays("train"))
@@ -381,7 +381,7 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
     pairs = [*both, ("keras", "extract"), *torch, *(others if plan.same_math else [])]
     compare(bench, place, (plan.train, plan.val), 0, TIMED, pairs)
     memory = [bench.once(f"peak memory {times}x", lambda t=times: peak_memory(plan, folder, t)) for times in (1, 4)]
-    with reporting.quiet():
+    with console.importing_tensorflow():
         rates = bench.once("trunk", lambda: trunk_rates(plan.turns))
     augmented = bench.once("augment", lambda: augment_rates(place, plan.chunks))
     noop = bench.once("noop", lambda: noop_seconds(folder))
@@ -412,7 +412,7 @@ def main() -> None:
     plan, name = (QUICK, "results-quick.json") if is_quick else (FULL, "results.json")
     if not has_cifar():
         plan = replace(plan, **{field: min(getattr(plan, field), most) for field, most in DIGITS.items()})
-    with reporting.quiet():
+    with console.importing_tensorflow():
         bench = Bench(HERE / name, plan)
     with tempfile.TemporaryDirectory(prefix="flatmin-bench-") as folder:
         os.environ["FLATMIN_CACHE"] = str(Path(folder) / "cache")

@@ -8,17 +8,17 @@ It prints `ready` between importing and the stage's work, so that the two can be
 
 import sys
 
-from flatmin.common import params, reporting
+from flatmin.common import console, errors, params
 
 
 def main(stage: str, *backbone: str) -> None:
     # Here, since the processes that augment load this file too and need no TensorFlow.
-    with reporting.quiet():
-        from flatmin.training import training
+    with console.importing_tensorflow():
+        pass
 
     print("ready", flush=True)
     getattr(training, stage)(params.load(), *backbone)
 
 
 if __name__ == "__main__":
-    reporting.run(main, *sys.argv[1:])
+    errors.run(main, *sys.argv[1:])

@@ -42,13 +42,13 @@ def tails(cut: str) -> tuple[dict[str, Any], Any]:
     import keras
     import tensorflow as tf
 
-    from flatmin.models import classifier, rewrite
+    from flatmin.models import classifier, cpu_kernels
 
     keras.utils.set_random_seed(0)
     network = classifier.create("EfficientNetLite0", [str(index) for index in range(100)], SIZE, 0.2, 0, "none")
     trunk, plain = network.cut(CUTS[cut])
     boundary = trunk(tf.random.uniform((BATCH, SIZE, SIZE, 3), maxval=255.0), training=False)
-    variants = {"plain": plain} | {name: rewrite.faster(plain, **options) for name, options in PARTS.items()}
+    variants = {"plain": plain} | {name: cpu_kernels.faster(plain, **options) for name, options in PARTS.items()}
     for tail in variants.values():
         tail(boundary)
     return variants, boundary

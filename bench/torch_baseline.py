@@ -8,7 +8,7 @@ EfficientNetLite0 with ImageNet's weights.
 
 A DataLoader's processes, one for each core, augment whole batches with imgaug ahead of the training and hand uint8
 over, which is resized and preprocessed where the network is. That is frozen: it runs in inference mode, channels last,
-its BatchNorms folded into its convolutions, and under autocast to bfloat16 where `runtime.math` is `half`.
+its BatchNorms folded into its convolutions, and under autocast to bfloat16 where `runtime.matmul` is `half`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from flatmin.common import params, reporting
+from flatmin.common import console, errors, params
 from flatmin.inputs.augment import augment
 from flatmin.models import torch_weights
 
@@ -157,7 +157,7 @@ def fit(records: Any, settings: Any, epochs: int) -> Iterator[tuple[float, float
     optimizer = torch.optim.Adam(head.to(device).parameters(), recipe.learning_rate)
 
     def embed(images: Any) -> Any:
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=settings.runtime.math == "half"):
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=settings.runtime.matmul == "half"):
             pixels = images.to(device).permute(0, 3, 1, 2).float()  # channels last, as they lie
             pixels = functional.interpolate(pixels, (recipe.image_size, recipe.image_size), mode="bilinear")
             features = network((pixels - 127) / 128)
@@ -183,17 +183,17 @@ def fit(records: Any, settings: Any, epochs: int) -> Iterator[tuple[float, float
 def main(epochs: str) -> None:
     """Train for so many epochs with the learning rate and batch size of the stage's recipe."""
     if importlib.util.find_spec("torch") is None:
-        raise reporting.InputError("torch: expected PyTorch installed, found none")
-    with reporting.quiet():
+        raise errors.InputError("torch: expected PyTorch installed, found none")
+    with console.importing_tensorflow():
         import tensorflow as tf
         import torch
 
-        from flatmin.data.records import Records
+        from flatmin.inputs.records import Records
 
     print("ready", flush=True)
     settings = params.load()
     if settings.backbones[0] != BACKBONE:
-        raise reporting.InputError(f"backbones: expected {BACKBONE} first, received {settings.backbones[0]}")
+        raise errors.InputError(f"backbones: expected {BACKBONE} first, received {settings.backbones[0]}")
     tf.config.set_visible_devices([], "GPU")  # it reads the records and no more
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(settings.seed)
@@ -202,4 +202,4 @@ def main(epochs: str) -> None:
 
 
 if __name__ == "__main__":
-    reporting.run(main, *sys.argv[1:])
+    errors.run(main, *sys.argv[1:])

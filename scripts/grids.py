@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, "src")  # of the checkout to run in: a study's clone may have an older schema
-from flatmin.common import params
-from flatmin.common.reporting import InputError
+from flatmin import params
+from flatmin.reporting import InputError
 
 FOLDER = Path(".dvc/tmp/sweep")
 METRICS = {  # stage -> its file in metrics/, of the stages that a table shows, in their order

@@ -30,8 +30,8 @@ from grids import BEHIND
 from matplotlib.figure import Figure
 from runs_table import DATA, METRICS, leaves, read_kept
 
-from flatmin.common import reporting
-from flatmin.common.reporting import InputError
+from flatmin import reporting
+from flatmin.reporting import InputError
 
 BEGIN, END = "<!-- from results.json, by scripts/results.py -->\n", "<!-- end -->\n"
 TABLES = "# Every run of this study\n\nFrom results.json, by `python scripts/results.py`. "

@@ -12,8 +12,8 @@ from typing import Any
 from grids import METRICS, Run
 from matplotlib.figure import Figure
 
-from flatmin.common import reporting
-from flatmin.common.reporting import InputError
+from flatmin import reporting
+from flatmin.reporting import InputError
 
 Row = Mapping[str, Any]
 # What every row says beside the seed, set by the grid or not: what tells one study's data and training from another's.

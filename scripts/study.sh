@@ -77,7 +77,7 @@ cp -R metrics plots dvc.lock figures/
 if [ -f predictions/predict.csv ]; then  # of images whose labels nobody knows here
     PYTHONPATH=src python - figures/test_predictions.csv <<'END'
 import csv, sys
-from flatmin.common import reporting
+from flatmin import reporting
 columns = ("name", "finetune", "sam")
 with open("predictions/predict.csv", encoding="utf-8", newline="") as file:
     reporting.write_csv(sys.argv[1], columns, [[row[column] for column in columns] for row in csv.DictReader(file)])

@@ -27,8 +27,8 @@ from grids import FOLDER, Run, read_grid
 from runs_table import Row, draw, find, output, read_kept, spread, table
 from tqdm import tqdm
 
-from flatmin.common import reporting
-from flatmin.common.reporting import InputError
+from flatmin import reporting
+from flatmin.reporting import InputError
 
 # What `git apply` reads, whatever the user's settings make of a diff.
 DIFF = ["git", "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--unified=3"]

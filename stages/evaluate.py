@@ -4,15 +4,15 @@ Reads `seed`, `runtime`, `evaluate` of params.yaml, data/records/ and models/. W
 predictions/ and plots/confusion.csv, plots/class_accuracy.csv, plots/sharpness.png.
 """
 
-from flatmin.common import params, reporting
+from flatmin.common import console, errors, params
 
 
 def main() -> None:
-    with reporting.quiet():
-        from flatmin.evaluation import evaluation
+    with console.importing_tensorflow():
+        from flatmin.evaluation import evaluate
 
-    evaluation.evaluate(params.load())
+    evaluate.evaluate(params.load())
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    errors.run(main)

@@ -6,16 +6,16 @@ metrics/extract/{backbone}.json and plots/extract/{backbone}.csv.
 
 import sys
 
-from flatmin.common import params, reporting
+from flatmin.common import console, errors, params
 
 
 def main(backbone: str = "") -> None:
     # Here, since the processes that augment load this file too and need no TensorFlow.
-    with reporting.quiet():
-        from flatmin.training import training
+    with console.importing_tensorflow():
+        from flatmin.training import stages
 
-    training.extract(params.load(), backbone)
+    stages.extract(params.load(), backbone)
 
 
 if __name__ == "__main__":
-    reporting.run(main, *sys.argv[1:])
+    errors.run(main, *sys.argv[1:])

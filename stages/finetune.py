@@ -1,19 +1,19 @@
 """finetune: train the selected classifier's layers from `fine_tune_at` on.
 
-Reads `seed`, `runtime`, `augment`, `finetune` of params.yaml, data/records/ and models/selected/. Writes
+Reads `seed`, `runtime`, `augment`, `finetune` of params.yaml, data/records/ and models/select/. Writes
 models/finetune/, metrics/finetune.json and plots/finetune.csv.
 """
 
-from flatmin.common import params, reporting
+from flatmin.common import console, errors, params
 
 
 def main() -> None:
     # Here, since the processes that augment load this file too and need no TensorFlow.
-    with reporting.quiet():
-        from flatmin.training import training
+    with console.importing_tensorflow():
+        from flatmin.training import stages
 
-    training.finetune(params.load())
+    stages.finetune(params.load())
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    errors.run(main)

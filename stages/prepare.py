@@ -3,19 +3,19 @@
 Reads `seed` and `data` of params.yaml. Writes data/records/ and metrics/prepare.json.
 """
 
-from flatmin.common import params, reporting
+from flatmin.common import console, errors, files, params
 
 
 def main() -> None:
     settings = params.load()
-    with reporting.quiet():
-        from flatmin.data import records
+    with console.importing_tensorflow():
+        from flatmin.data import writer
 
-    metrics = records.write(settings.data, settings.seed, "data/records")
-    reporting.write_json("metrics/prepare.json", metrics)
-    roles = ", ".join(f"{role} {found['count']}" for role, found in metrics["roles"].items())
-    reporting.log(f"prepare: {roles}; {metrics['classes']} classes")
+    metrics = writer.write(settings.data, settings.seed, "data/records")
+    files.write_json("metrics/prepare.json", metrics)
+    roles = ", ".join(f"{role} {described['count']}" for role, described in metrics["roles"].items())
+    console.log(f"prepare: {roles}; {metrics['classes']} classes")
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    errors.run(main)

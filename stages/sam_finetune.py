@@ -3,17 +3,17 @@
 Reads what finetune reads and `sam` of params.yaml. Writes models/sam/, metrics/sam.json and plots/sam.csv.
 """
 
-from flatmin.common import params, reporting
+from flatmin.common import console, errors, params
 
 
 def main() -> None:
     # Here, since the processes that augment load this file too and need no TensorFlow.
-    with reporting.quiet():
-        from flatmin.training import training
+    with console.importing_tensorflow():
+        from flatmin.training import stages
 
     settings = params.load()
-    training.finetune(settings, settings.sam)
+    stages.finetune(settings, settings.sam)
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    errors.run(main)

@@ -1,19 +1,19 @@
 """select-best: take the cheapest backbone that is near the best on val.
 
 Reads `backbones` and `select` of params.yaml, models/extract/ and metrics/extract/ of the backbones listed. Writes
-models/selected/ and metrics/select.json.
+models/select/ and metrics/select.json.
 """
 
 from flatmin import selection
-from flatmin.common import params, reporting
+from flatmin.common import console, errors, files, params
 
 
 def main() -> None:
     settings = params.load()
     metrics = selection.select(settings.backbones, settings.select.tolerance)
-    reporting.write_json("metrics/select.json", metrics)
-    reporting.log(f"select-best: {metrics['backbone']}, val accuracy {metrics['val']['accuracy']:.4f}")
+    files.write_json("metrics/select.json", metrics)
+    console.log(f"select-best: {metrics['backbone']}, val accuracy {metrics['val']['accuracy']:.4f}")
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    errors.run(main)

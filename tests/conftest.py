@@ -7,6 +7,10 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+from flatmin.common import console
+
+console.set_tensorflow_defaults()  # before any test imports TensorFlow
+
 # What a machine is busy with besides is no defect of the code under test.
 hypothesis.settings.register_profile("flatmin", deadline=None)
 hypothesis.settings.load_profile("flatmin")

@@ -75,8 +75,8 @@ def test_seed_epoch_and_chunk_each_matter(settings: Augment, other: tuple[int, i
 def test_another_process_gets_the_same_bytes() -> None:
     program = (
         "import hashlib, numpy as np\n"
-        "from flatmin.inputs.augment import augment\n"
-        "from flatmin.common.params import Augment\n"
+        "from flatmin.augment import augment\n"
+        "from flatmin.params import Augment\n"
         "images = list(np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), np.uint8))\n"
         "settings = Augment(n=3, m=9, flip=True, crop=2)\n"
         "print(hashlib.sha256(b''.join(image.tobytes() for image in augment(images, settings, 1, 2, 3))).hexdigest())\n"
@@ -288,8 +288,8 @@ def test_a_killed_parent_leaves_no_worker_behind(tmp_path: Path, ending: signal.
     program.write_text(
         "import time\n"
         "import numpy as np\n"
-        "from flatmin.inputs.augment import Augmenter\n"
-        "from flatmin.common.params import Augment\n"
+        "from flatmin.augment import Augmenter\n"
+        "from flatmin.params import Augment\n"
         "if __name__ == '__main__':\n"
         "    images = [np.zeros((8, 8, 3), np.uint8)] * 1000\n"
         "    with Augmenter(Augment(), seed=0, workers=2) as augmenter:\n"

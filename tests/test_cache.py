@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flatmin.common.reporting import InputError
+from flatmin.common.errors import InputError
 from flatmin.features import cache
 from flatmin.features.cache import Entry
 

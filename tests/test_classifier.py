@@ -17,9 +17,10 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatmin.common import reporting
-from flatmin.common.reporting import InputError
-from flatmin.models import backbones, classifier
+from flatmin.models import build, classifier, registry, scores, split
+
+pass
+from flatmin.common.errors import InputError
 from flatmin.models.classifier import Classifier
 
 CLASSES = ("a", "b", "c", "d")
@@ -48,7 +49,7 @@ def shake(model: keras.Model) -> None:
 QUICK = ("MobileNet025", "EfficientNetLite0")
 # Wider or deeper than another row, whose blocks and cut they have; "MobileNetV3" is another's second name.
 ALIKE = {f"EfficientNet{name}" for name in ("B1", "B2", "B3", "Lite1", "Lite2")} | {"MobileNet", "MobileNetV3"}
-SLOW = [name for name in backbones.BACKBONES if name not in ALIKE.union(QUICK)]
+SLOW = [name for name in registry.BACKBONES if name not in ALIKE.union(QUICK)]
 
 
 @pytest.mark.parametrize(
@@ -59,13 +60,13 @@ SLOW = [name for name in backbones.BACKBONES if name not in ALIKE.union(QUICK)]
     ],
 )
 def test_trunk_and_tail_make_what_the_network_makes(name: str, levels: classifier.Levels) -> None:
-    row = backbones.find(name)
+    row = registry.find(name)
     size = max(64, row.smallest)
     built = create(name, size, levels=levels)
     shake(built.base)
     images = pixels(size, 1)
     logits = built.network(images, training=False).numpy()
-    features = built.features(backbones.preprocess(name, images), training=False).numpy()
+    features = built.features(registry.preprocess(name, images), training=False).numpy()
     largest = np.abs(features).max()
     assert largest > 0  # what follows compares with it: random networks may give numbers near 1e-12
     layers = len(built.base.layers)
@@ -88,7 +89,7 @@ def test_trunk_and_tail_make_what_the_network_makes(name: str, levels: classifie
 @pytest.mark.parametrize("name", QUICK)
 def test_the_cut_is_where_the_layer_is(name: str) -> None:
     built = create(name)
-    index = classifier.layer_index(built.base, backbones.find(name).fine_tune_at)
+    index = split.layer_index(built.base, registry.find(name).fine_tune_at)
     _, tail = built.cut(index)
     trained = [variable.path for layer in built.base.layers[index:] for variable in layer.trainable_variables]
     assert tail.body is not None
@@ -118,7 +119,7 @@ def test_the_head_sees_every_resolution() -> None:
     built = create("EfficientNetLite0", 64, levels="all", hidden_units=8)
     shake(built.base)
     images = pixels(64, 5) * np.linspace(0, 1, 5, dtype=np.float32)[:, None, None, None]
-    prepared = backbones.preprocess("EfficientNetLite0", images)
+    prepared = registry.preprocess("EfficientNetLite0", images)
     ends = [f"{name}_expand_activation" for name in ("block2a", "block3a", "block4a", "block6a")]
     tensors = [built.base.get_layer(name).output for name in (*ends, "top_activation")]
     assert [tensor.shape[1] for tensor in tensors] == [32, 16, 8, 4, 2]
@@ -157,7 +158,7 @@ def test_a_resolution_is_what_the_network_makes_of_it_at_last(name: str, channel
 def test_name_and_index_are_the_same_cut() -> None:
     base = create().base
     for index, layer in enumerate(base.layers):
-        assert classifier.layer_index(base, layer.name) == classifier.layer_index(base, index) == index
+        assert split.layer_index(base, layer.name) == split.layer_index(base, index) == index
 
 
 @pytest.mark.parametrize("at", ["conv_dw_99", "", -1, 86, 10_000])
@@ -275,7 +276,7 @@ def test_what_is_loaded_is_what_was_saved(head: dict[str, Any], tmp_path: Path) 
         image_size=64,
         dropout=0.0,
         fine_tune_at="conv_dw_8",
-        multiply_adds=backbones.multiply_adds(changed.base),
+        multiply_adds=build.multiply_adds(changed.base),
     )
     for one, other in zip(changed.network.trainable_variables, loaded.network.trainable_variables, strict=True):
         np.testing.assert_array_equal(np.array(one), np.array(other))
@@ -378,7 +379,7 @@ def test_scores_are_the_plain_ones(seed: int, count: int, classes: int, scale: f
     random = np.random.default_rng(seed)
     logits = (scale * random.normal(size=(count, classes))).astype(np.float32)
     labels = random.integers(0, classes, count)
-    found = classifier.score(logits, labels)
+    found = scores.score(logits, labels)
     assert set(found) == {"accuracy", "top5_accuracy", "loss"}
     assert all(type(value) is float for value in found.values())
     assert found["accuracy"] == pytest.approx((logits.argmax(axis=1) == labels).mean())
@@ -393,7 +394,7 @@ def test_ties_go_to_the_lower_index_as_argmax_has_it(seed: int, classes: int) ->
     random = np.random.default_rng(seed)
     logits = random.integers(0, 3, (20, classes)).astype(np.float32)
     labels = random.integers(0, classes, 20)
-    found = classifier.score(logits, labels)
+    found = scores.score(logits, labels)
     assert found["accuracy"] == pytest.approx((logits.argmax(axis=1) == labels).mean())
     order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     assert found["top5_accuracy"] == pytest.approx((order == labels[:, None]).any(axis=1).mean())
@@ -401,22 +402,22 @@ def test_ties_go_to_the_lower_index_as_argmax_has_it(seed: int, classes: int) ->
 
 def test_all_logits_equal_is_no_free_win() -> None:
     labels = np.arange(10)
-    found = classifier.score(np.zeros((10, 10), np.float32), labels)
+    found = scores.score(np.zeros((10, 10), np.float32), labels)
     assert found == {"accuracy": 0.1, "top5_accuracy": 0.5, "loss": pytest.approx(np.log(10))}
 
 
 def test_top5_of_fewer_than_six_classes_is_one() -> None:
     for classes in (2, 3, 4, 5):
         logits = np.random.default_rng(0).normal(size=(30, classes))
-        assert classifier.score(logits, np.arange(30) % classes)["top5_accuracy"] == 1
+        assert scores.score(logits, np.arange(30) % classes)["top5_accuracy"] == 1
 
 
 def test_large_logits_do_not_overflow() -> None:
-    found = classifier.score(np.array([[3e38, -3e38], [0, 1e4]], np.float32), np.array([0, 0]))
+    found = scores.score(np.array([[3e38, -3e38], [0, 1e4]], np.float32), np.array([0, 0]))
     assert found["loss"] == pytest.approx(5000)
 
 
 def test_scores_of_a_diverged_network_are_not_finite() -> None:
-    found = classifier.score(np.full((2, 3), np.nan, np.float32), np.array([0, 1]))
+    found = scores.score(np.full((2, 3), np.nan, np.float32), np.array([0, 1]))
     assert not np.isfinite(found["loss"])
     assert found["accuracy"] == 0, "where nothing is known, nothing is right"

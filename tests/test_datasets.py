@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from flatmin.common.errors import InputError
 from flatmin.common.params import Data
-from flatmin.common.reporting import InputError
-from flatmin.data import datasets
-from flatmin.data.datasets import BrokenImageError, balanced_order, open_source, read_picture
+from flatmin.data import sources
+from flatmin.data.images import BrokenImageError, read_picture
+from flatmin.data.sources import balanced_order, open_source
 
 CIFAR = "visual_domain_decathlon/cifar100"
 needs_tfds_data = pytest.mark.skipif(
@@ -530,5 +531,5 @@ def test_importing_datasets_does_not_import_tensorflow() -> None:
     import sys
 
     code = "import sys, flatmin.datasets; sys.exit('tensorflow' in sys.modules)"
-    root = Path(datasets.__file__).parents[1]
+    root = Path(sources.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(root)})

@@ -21,12 +21,12 @@ from networks import spread
 from PIL import Image
 
 from flatmin.common import params
+from flatmin.common.errors import InputError
 from flatmin.common.params import Evaluate, Params
-from flatmin.common.reporting import InputError
-from flatmin.data import records
-from flatmin.evaluation import evaluation
-from flatmin.features import views
-from flatmin.models import backbones, classifier
+from flatmin.data import writer
+from flatmin.evaluation import evaluate
+from flatmin.inputs import batches, records
+from flatmin.models import classifier, registry, scores
 
 CLASSES = ("blue", "green", "red")
 
@@ -41,12 +41,12 @@ def answers(gained: int, lost: int, both: int = 0, neither: int = 0) -> tuple[np
 
 @pytest.mark.parametrize(("both", "neither"), [(20, 0), (0, 20), (13, 7)])
 def test_equal_answers_are_no_difference(both: int, neither: int) -> None:
-    found = evaluation.difference(*answers(0, 0, both, neither), 1000, 1)
+    found = evaluate.difference(*answers(0, 0, both, neither), 1000, 1)
     assert found == {"accuracy": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
 
 
 def test_all_gained_is_certain() -> None:
-    found = evaluation.difference(*answers(10, 0), 1000, 1)
+    found = evaluate.difference(*answers(10, 0), 1000, 1)
     assert found == {"accuracy": 1.0, "low": 1.0, "high": 1.0, "p_value": pytest.approx(2 * 0.5**10)}
 
 
@@ -62,27 +62,27 @@ def test_all_gained_is_certain() -> None:
     ],
 )
 def test_mcnemar_by_hand(gained: int, lost: int, p_value: float) -> None:
-    found = evaluation.difference(*answers(gained, lost, 30, 10), 100, 1)
+    found = evaluate.difference(*answers(gained, lost, 30, 10), 100, 1)
     assert found["p_value"] == pytest.approx(p_value)
     assert found["accuracy"] == pytest.approx((gained - lost) / (gained + lost + 40))
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40))
 def test_mcnemar_is_the_binomial_test(gained: int, lost: int, both: int) -> None:
-    found = evaluation.difference(*answers(gained, lost, both), 50, 1)
+    found = evaluate.difference(*answers(gained, lost, both), 50, 1)
     tails = min(1.0, 2 * scipy.stats.binom.cdf(min(gained, lost), gained + lost, 0.5)) if gained + lost else 1.0
     assert found["p_value"] == pytest.approx(tails)
     assert 0 <= found["p_value"] <= 1
     assert found["low"] <= found["high"]
     first, second = answers(gained, lost, both)
-    turned = evaluation.difference(second, first, 50, 1)
+    turned = evaluate.difference(second, first, 50, 1)
     assert turned["accuracy"] == -found["accuracy"]
     assert turned["p_value"] == pytest.approx(found["p_value"])
 
 
 def test_the_interval_is_the_paired_bootstrap_over_images() -> None:
     first, second = answers(40, 22, 110, 28)
-    found = evaluation.difference(first, second, 20_000, 1)
+    found = evaluate.difference(first, second, 20_000, 1)
     gains = first.astype(int) - second.astype(int)
     drawn = np.random.default_rng(2).integers(0, len(gains), (20_000, len(gains)))
     low, high = np.quantile(gains[drawn].mean(axis=1), [0.025, 0.975])
@@ -95,8 +95,8 @@ def test_the_interval_is_the_paired_bootstrap_over_images() -> None:
 
 def test_the_interval_is_the_seeds() -> None:
     pair = answers(12, 7, 30, 20)
-    assert evaluation.difference(*pair, 500, 1) == evaluation.difference(*pair, 500, 1)
-    intervals = {tuple(evaluation.difference(*pair, 25, seed).values()) for seed in range(5)}
+    assert evaluate.difference(*pair, 500, 1) == evaluate.difference(*pair, 500, 1)
+    intervals = {tuple(evaluate.difference(*pair, 25, seed).values()) for seed in range(5)}
     assert len(intervals) > 1
 
 
@@ -109,19 +109,19 @@ def log_probabilities(confidence: np.ndarray, classes: int = 4) -> np.ndarray:
 def test_calibration_known_values() -> None:
     # 75 % sure and right three times in four.
     logits = log_probabilities(np.full(8, 0.75))
-    assert evaluation.calibration_error(logits, np.array([0, 0, 0, 1] * 2), 15) == pytest.approx(0, abs=1e-6)
-    assert evaluation.calibration_error(logits, np.zeros(8, int), 15) == pytest.approx(0.25, abs=1e-6)
+    assert evaluate.calibration_error(logits, np.array([0, 0, 0, 1] * 2), 15) == pytest.approx(0, abs=1e-6)
+    assert evaluate.calibration_error(logits, np.zeros(8, int), 15) == pytest.approx(0.25, abs=1e-6)
     certain = np.eye(3, dtype=np.float32)[[0, 1, 2]] * 1e4
-    assert evaluation.calibration_error(certain, np.array([0, 1, 2]), 15) == pytest.approx(0)
-    assert evaluation.calibration_error(certain, np.array([1, 2, 0]), 15) == pytest.approx(1)
+    assert evaluate.calibration_error(certain, np.array([0, 1, 2]), 15) == pytest.approx(0)
+    assert evaluate.calibration_error(certain, np.array([1, 2, 0]), 15) == pytest.approx(1)
 
 
 def test_calibration_has_bins_of_their_own() -> None:
     # Over-confident at 0.9, under-confident at 0.5: one bin cancels them, two don't.
     logits = log_probabilities(np.repeat([0.9, 0.5], 10))
     labels = np.array([0] * 5 + [1] * 5 + [0] * 9 + [1])
-    assert evaluation.calibration_error(logits, labels, 1) == pytest.approx(0, abs=1e-6)
-    assert evaluation.calibration_error(logits, labels, 10) == pytest.approx(0.4, abs=1e-6)
+    assert evaluate.calibration_error(logits, labels, 1) == pytest.approx(0, abs=1e-6)
+    assert evaluate.calibration_error(logits, labels, 10) == pytest.approx(0.4, abs=1e-6)
 
 
 def plain_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int) -> float:
@@ -146,7 +146,7 @@ def test_calibration_is_the_plain_loop(seed: int, count: int, bins: int, sharpne
     random = np.random.default_rng(seed)
     logits = (sharpness * random.normal(size=(count, 5))).astype(np.float32)
     labels = random.integers(0, 5, count)
-    found = evaluation.calibration_error(logits, labels, bins)
+    found = evaluate.calibration_error(logits, labels, bins)
     assert found == pytest.approx(plain_calibration_error(logits, labels, bins), abs=1e-9)
     assert 0 <= found <= 1
 
@@ -156,7 +156,7 @@ def test_compare_keys_and_what_they_compare() -> None:
     right = np.eye(3, dtype=np.float32)[labels]
     wrong = np.eye(3, dtype=np.float32)[(labels + 1) % 3]
     half = np.concatenate([right[:2], wrong[2:]])
-    found = evaluation.compare({"extract": wrong, "finetune": half, "sam": right}, labels, Evaluate(resamples=100), 1)
+    found = evaluate.compare({"extract": wrong, "finetune": half, "sam": right}, labels, Evaluate(resamples=100), 1)
     assert set(found) == {"extract", "finetune", "sam", "sam_minus_finetune"}
     for name, accuracy in (("extract", 0.0), ("finetune", 0.5), ("sam", 1.0)):
         assert set(found[name]) == {"test"}
@@ -171,7 +171,7 @@ def test_compare_keys_and_what_they_compare() -> None:
 def test_the_mean_is_that_of_probabilities() -> None:
     first, second = np.random.default_rng(0).normal(scale=20, size=(2, 6, 4)).astype(np.float32)
     expected = (scipy.special.softmax(first, axis=1) + scipy.special.softmax(second, axis=1)) / 2
-    np.testing.assert_allclose(scipy.special.softmax(evaluation.mean(first, second), axis=1), expected, atol=1e-6)
+    np.testing.assert_allclose(scipy.special.softmax(evaluate.mean(first, second), axis=1), expected, atol=1e-6)
 
 
 # The stage
@@ -210,7 +210,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 write_image(place / f"images/{folder}/{name}/{index}.png", channel, random)
     for index in range(5):
         write_image(place / f"images/unknown/{index}.png", index % 3, random)
-    for seed, saved in enumerate(evaluation.MODELS.values()):
+    for seed, saved in enumerate(evaluate.MODELS.values()):
         model = classifier.create("MobileNet025", CLASSES, 32, 0.0, seed, "none")
         spread(model.base)
         for variable in model.head.trainable_variables:
@@ -240,8 +240,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def run(settings: Params) -> dict[str, Any]:
-    records.write(settings.data, settings.seed, "data/records")
-    evaluation.evaluate(settings)
+    writer.write(settings.data, settings.seed, "data/records")
+    evaluate.evaluate(settings)
     return json.loads(Path("metrics/evaluate.json").read_text())
 
 
@@ -255,7 +255,7 @@ def test_evaluate_scores_and_predicts(evaluated: Path, capsys: pytest.CaptureFix
     assert header == "name,label,extract,finetune,sam"
     assert len(test) == 6
     assert all(row["name"].split("/")[1] == CLASSES[int(row["label"])] for row in test)
-    for name in evaluation.MODELS:
+    for name in evaluate.MODELS:
         accuracy = np.mean([row[name] == row["label"] for row in test])
         assert metrics[name]["test"]["accuracy"] == pytest.approx(accuracy)
         assert f"evaluate: {name} test accuracy {accuracy:.4f}" in printed
@@ -268,7 +268,7 @@ def test_evaluate_scores_and_predicts(evaluated: Path, capsys: pytest.CaptureFix
     unknown = rows(evaluated / "predictions/predict.csv")
     assert [row["label"] for row in unknown] == ["-1"] * 5
     assert {row["name"] for row in unknown} == {f"unknown/{index}.png" for index in range(5)}
-    assert all(row[name] in {"0", "1", "2"} for row in unknown for name in evaluation.MODELS)
+    assert all(row[name] in {"0", "1", "2"} for row in unknown for name in evaluate.MODELS)
     confusion = rows(evaluated / "plots/confusion.csv")
     assert [(row["actual"], row["predicted"]) for row in confusion] == [
         (CLASSES[int(row["label"])], CLASSES[int(row["sam"])]) for row in test
@@ -289,7 +289,7 @@ def test_mirrored_is_scored_apart(evaluated: Path, monkeypatch: pytest.MonkeyPat
     paths = sorted((evaluated / "images/test").rglob("*.png"))
     pixels = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(np.float32)
     labels = np.array([CLASSES.index(path.parent.name) for path in paths])
-    for name, folder in evaluation.MODELS.items():
+    for name, folder in evaluate.MODELS.items():
         mirrored = metrics[name].pop("mirrored")
         assert set(mirrored) == {"accuracy", "top5_accuracy", "loss", "ece"}
         network = classifier.load(folder).network
@@ -302,23 +302,23 @@ def test_mirrored_is_scored_apart(evaluated: Path, monkeypatch: pytest.MonkeyPat
 
 def test_sharpness_is_of_plain_train_images_in_float32(evaluated: Path) -> None:
     settings = study(evaluated / "images")
-    records.write(settings.data, settings.seed, "data/records")
+    writer.write(settings.data, settings.seed, "data/records")
     found = records.Records("data/records")
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        measured = evaluation.measure_sharpness(found, settings.evaluate, settings.seed)
+        measured = evaluate.measure_sharpness(found, settings.evaluate, settings.seed)
     finally:
         keras.config.set_dtype_policy("float32")
-    model = classifier.load(evaluation.MODELS["sam"])
-    pixels, labels = next(iter(views.plain(found, "train", 32, 3)))
+    model = classifier.load(evaluate.MODELS["sam"])
+    pixels, labels = next(iter(batches.plain(found, "train", 32, 3)))
     pixels, labels = pixels[::2], labels.numpy()[::2]  # of three images every second, to have at most two
     logits = model.logits(tf.data.Dataset.from_tensors((pixels, labels)))
     with tf.GradientTape() as tape:
         kernel, bias = (variable.value for variable in model.head.trainable_variables)
         tape.watch([kernel, bias])
-        features = model.features(backbones.preprocess("MobileNet025", pixels), training=False)
+        features = model.features(registry.preprocess("MobileNet025", pixels), training=False)
         loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, features @ kernel + bias))
-    assert float(loss) == pytest.approx(classifier.score(logits, labels)["loss"], rel=1e-5)
+    assert float(loss) == pytest.approx(scores.score(logits, labels)["loss"], rel=1e-5)
     gradients = tape.gradient(loss, [kernel, bias])
     norm = tf.linalg.global_norm(gradients)
     moved = features @ (kernel + 0.05 * gradients[0] / norm) + (bias + 0.05 * gradients[1] / norm)
@@ -339,8 +339,8 @@ def test_a_test_split_without_labels_is_predicted_and_not_scored(evaluated: Path
 
 
 def test_a_missing_classifier_is_named(evaluated: Path) -> None:
-    (evaluated / "models/selected/model.json").unlink()
-    with pytest.raises(InputError, match=r"^models/selected/model.json: expected a file that an earlier stage wrote"):
+    (evaluated / "models/select/model.json").unlink()
+    with pytest.raises(InputError, match=r"^models/select/model.json: expected a file that an earlier stage wrote"):
         run(study(evaluated / "images"))
     assert not (evaluated / "predictions").exists()
     assert not (evaluated / "metrics/evaluate.json").exists()

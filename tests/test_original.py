@@ -13,9 +13,9 @@ import yaml
 from repository import ROOT
 
 from flatmin.common import params
-from flatmin.data import records
-from flatmin.models import classifier
-from flatmin.training import training
+from flatmin.data import writer
+from flatmin.models import classifier, split
+from flatmin.training import stages
 
 VALUES: dict[str, Any] = yaml.safe_load((ROOT / "studies/cifar100-original/params.yaml").read_text())
 SIZES = dict.fromkeys(VALUES["backbones"], 180) | {"NASNetMobile": 224}
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the records, which are the same for every backbone."""
     made = tmp_path_factory.mktemp("study")
     settings = few_images("ResNet50")
-    records.write(settings.data, settings.seed, made / "data/records")
+    writer.write(settings.data, settings.seed, made / "data/records")
     return made
 
 
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_epoch_of_each_backbone(backbone: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("FLATMIN_CACHE", str(folder / "cache"))
-    training.extract(few_images(backbone), backbone)
+    stages.extract(few_images(backbone), backbone)
     found = json.loads(Path(f"metrics/extract/{backbone}.json").read_text())
     assert (found["epochs"], found["gradient_evaluations"], found["image_size"]) == (1, 200, SIZES[backbone])
     assert np.isfinite(found["val"]["loss"])
@@ -71,7 +71,7 @@ def test_an_epoch_of_each_backbone(backbone: str, folder: Path, monkeypatch: pyt
     layers = network.base.layers
     assert [type(layer).__name__ for layer in network.head.layers] == ["Dropout", "Dense"]
     assert [layer.name for layer in network.features.layers if layer not in layers] == ["pooling"]
-    first_trained = classifier.layer_index(network.base, cut)
+    first_trained = split.layer_index(network.base, cut)
     assert first_trained == PUBLISHED_CUTS.get(backbone, first_trained)
     _, tail = network.cut(network.description.fine_tune_at)
     trained = {id(variable) for variable in tail.trainable_variables}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from repository import ROOT, TINY
 
 from flatmin.common import params
-from flatmin.common.reporting import InputError
+from flatmin.common.errors import InputError
 
 NAMED = sorted((ROOT / "studies").glob("*/params.yaml"))
 
@@ -60,8 +60,8 @@ def test_every_study_is_good(path: Path) -> None:
         ),
         (
             "runtime",
-            {"trunk": "litert", "precision": "mixed_bfloat16"},
-            "runtime.trunk: expected auto or tensorflow with precision mixed_bfloat16, received litert",
+            {"engine": "litert", "precision": "mixed_bfloat16"},
+            "runtime.engine: expected auto or tensorflow with precision mixed_bfloat16, received litert",
         ),
         ("sam.radius", 1, "sam.radius: expected no such key, received 1"),
         ("sam.rho", -1, "sam.rho: expected greater than or equal to 0, received -1"),

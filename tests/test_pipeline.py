@@ -123,7 +123,7 @@ def test_predictions_name_every_test_image(study: Repository) -> None:
 
 @pytest.mark.slow
 def test_preview_is_a_picture(study: Repository) -> None:
-    with Image.open(study.folder / "plots/augment_preview.png") as picture:
+    with Image.open(study.folder / "plots/augment.png") as picture:
         assert picture.width >= 400
         assert len(picture.convert("L").getcolors(2**16) or []) > 50
 
@@ -133,7 +133,7 @@ def test_a_second_repro_does_nothing_and_figures_are_in_git_while_models_are_not
     assert stages_run(study.run("dvc", "repro")) == []
     assert study.run("git", "status", "--porcelain") == ""
     tracked = study.run("git", "ls-files").split()
-    assert {"dvc.lock", "metrics/sam.json", "plots/sam.csv", "plots/augment_preview.png"} <= set(tracked)
+    assert {"dvc.lock", "metrics/sam.json", "plots/sam.csv", "plots/augment.png"} <= set(tracked)
     assert not [name for name in tracked if name.startswith(("data/records", "models/", "predictions"))]
     assert not list(study.cache.rglob("*.npz")), "resume state is left behind"
 
@@ -156,7 +156,7 @@ def test_a_new_backbone_runs_alone_and_one_that_left_is_pruned(study: Repository
     chosen = read(study, "select")["backbone"]
     assert ran[2:] == ([] if chosen == "EfficientNetLite0" else ["finetune", "sam-finetune", "evaluate"])
     study.write_params(STUDY)
-    study.run("python", "-m", "flatmin.selection")
+    study.run("python", "-m", "flatmin.prune")
     assert not (study.folder / "metrics/extract/MobileNet025.json").exists()
     assert not (study.folder / "models/extract/MobileNet025").exists()
     study.run("dvc", "repro")

@@ -13,8 +13,8 @@ from repository import ROOT
 
 from flatmin.common import params
 from flatmin.common.params import Augment
-from flatmin.data import records
-from flatmin.inputs import preview
+from flatmin.data import writer
+from flatmin.inputs import preview, records
 from flatmin.inputs.augment import CHUNK, augment
 
 CLASSES = [f"from_${digit}_to_$20" for digit in range(10)]  # no formulas
@@ -24,7 +24,7 @@ def test_a_row_has_the_stored_image_and_those_of_the_first_epochs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = params.load(ROOT / "params.yaml").data.model_copy(update={"class_names": CLASSES})
-    records.write(data, 0, tmp_path / "records")
+    writer.write(data, 0, tmp_path / "records")
     found = records.Records(tmp_path / "records")
     shown: list[np.ndarray] = []
     imshow = Axes.imshow

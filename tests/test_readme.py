@@ -199,10 +199,11 @@ def test_the_root_and_studies_digits_are_the_same_study() -> None:
 def test_the_nearest_neighbour_scores_what_the_readme_says(tmp_path: Path) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
-    from flatmin.data import records
+    from flatmin.data import writer
+    from flatmin.inputs import records
 
     settings = params.load(ROOT / "params.yaml")
-    records.write(settings.data, settings.seed, tmp_path / "records")
+    writer.write(settings.data, settings.seed, tmp_path / "records")
     found = records.Records(tmp_path / "records")
 
     def pixels(role: str) -> np.ndarray:

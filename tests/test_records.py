@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flatmin.common.errors import InputError
 from flatmin.common.params import Data
-from flatmin.common.reporting import InputError
-from flatmin.data import datasets, records
-from flatmin.data.datasets import Example
-from flatmin.data.records import Records, write
+from flatmin.data import images, sources
+from flatmin.data.sources import Example
+from flatmin.data.writer import write
+from flatmin.inputs import records
+from flatmin.inputs.records import Records
 
 CIFAR = "visual_domain_decathlon/cifar100"
 needs_tfds_data = pytest.mark.skipif(
@@ -179,7 +181,7 @@ def test_a_shard_is_full_at_so_many_examples_or_bytes(
 
 def test_images_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = peak = 0
-    plain_examples, plain_read = datasets._Digits.examples, datasets.read_picture
+    plain_examples, plain_read = sources._Digits.examples, images.read_picture
 
     def examples(self: Any, expression: str) -> Iterator[Example]:
         nonlocal waiting, peak
@@ -188,12 +190,12 @@ def test_images_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             peak = max(peak, waiting)
             yield example
 
-    def read(image: bytes, size: int | None = None) -> datasets.Picture:
+    def read(image: bytes, size: int | None = None) -> images.Picture:
         nonlocal waiting
         waiting -= 1
         return plain_read(image, size)
 
-    monkeypatch.setattr(datasets._Digits, "examples", examples)
+    monkeypatch.setattr(sources._Digits, "examples", examples)
     monkeypatch.setattr(datasets, "read_picture", read)
     write(Data.model_validate(DIGITS), 0, tmp_path / "records")
     assert (waiting, peak) == (0, 1)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from flatmin.common import reporting
-from flatmin.common.reporting import InputError
+from flatmin.common import console, errors, files
+from flatmin.common.errors import InputError
 
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -41,7 +41,7 @@ def test_whole_replaces_files_and_folders(tmp_path: Path, old: Any, new: Any) ->
     if old:
         path.parent.mkdir()
         old(path, "old")
-    with reporting.whole(path) as aside:
+    with files.atomic_write(path) as aside:
         assert not aside.exists()
         assert aside.parent == path.parent
         new(aside, "new")
@@ -54,7 +54,7 @@ def test_whole_replaces_files_and_folders(tmp_path: Path, old: Any, new: Any) ->
 @pytest.mark.parametrize("put", [put_file, put_folder])
 def test_whole_leaves_nothing_half_written(tmp_path: Path, put: Any, error: type[BaseException]) -> None:
     def fail(path: Path) -> None:
-        with reporting.whole(path) as aside:
+        with files.atomic_write(path) as aside:
             put(aside, "new")
             raise error
 
@@ -70,9 +70,9 @@ def test_whole_leaves_nothing_half_written(tmp_path: Path, put: Any, error: type
 
 
 def test_whole_clears_away_what_an_earlier_run_left(tmp_path: Path) -> None:
-    with reporting.whole(tmp_path / "thing") as aside:
+    with files.atomic_write(tmp_path / "thing") as aside:
         put_folder(aside, "stale")
-        with reporting.whole(tmp_path / "thing") as again:
+        with files.atomic_write(tmp_path / "thing") as again:
             assert not again.exists()
             put_file(again, "new")
         put_file(aside, "newer")
@@ -85,19 +85,19 @@ def test_whole_clears_away_what_a_killed_process_left(tmp_path: Path) -> None:
     put_folder(tmp_path / f".thing.{ended.pid}.part", "stale")
     put_file(tmp_path / f".other.{ended.pid}.part", "stale")
     put_file(tmp_path / f".thing.{os.getppid()}.part", "being written")
-    with reporting.whole(tmp_path / "thing") as aside:
+    with files.atomic_write(tmp_path / "thing") as aside:
         put_file(aside, "new")
     assert names(tmp_path) == sorted([f".other.{ended.pid}.part", f".thing.{os.getppid()}.part", "thing"])
 
 
 def test_json_is_the_same_for_equal_values(tmp_path: Path) -> None:
     path = tmp_path / "metrics" / "one.json"
-    reporting.write_json(path, {"b": {"d": 1, "c": 0.1}, "a": "Größe"})
+    files.write_json(path, {"b": {"d": 1, "c": 0.1}, "a": "Größe"})
     text = '{\n  "a": "Größe",\n  "b": {\n    "c": 0.1,\n    "d": 1\n  }\n}\n'
     assert path.read_bytes() == text.encode()
-    reporting.write_json(path, {"a": "Größe", "b": {"c": 0.1, "d": 1}})
+    files.write_json(path, {"a": "Größe", "b": {"c": 0.1, "d": 1}})
     assert path.read_bytes() == text.encode()
-    assert reporting.read_json(path) == {"a": "Größe", "b": {"c": 0.1, "d": 1}}
+    assert files.read_json(path) == {"a": "Größe", "b": {"c": 0.1, "d": 1}}
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -110,11 +110,11 @@ def test_json_is_the_same_for_equal_values(tmp_path: Path) -> None:
 )
 def test_json_holds_finite_numbers_only(tmp_path: Path, number: float, wrap: Any, key: str) -> None:
     path = tmp_path / "metrics.json"
-    reporting.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(InputError) as caught:
-        reporting.write_json(path, wrap(number))
+        files.write_json(path, wrap(number))
     assert str(caught.value) == f"{path}: {key}: expected a finite number, received {number}"
-    assert reporting.read_json(path) == {"a": 1}
+    assert files.read_json(path) == {"a": 1}
     assert names(tmp_path) == ["metrics.json"]
 
 
@@ -133,20 +133,20 @@ def test_json_that_cannot_be_read(tmp_path: Path, content: bytes | None, message
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        reporting.read_json(path)
+        files.read_json(path)
     assert str(caught.value).startswith(f"{path}: {message}")
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_csv_has_a_header_and_plain_line_ends(tmp_path: Path) -> None:
-    reporting.write_csv(tmp_path / "plots" / "one.csv", ("epoch", "name"), [(1, "a,b"), (2, 'say "x"')])
+    files.write_csv(tmp_path / "plots" / "one.csv", ("epoch", "name"), [(1, "a,b"), (2, 'say "x"')])
     assert (tmp_path / "plots" / "one.csv").read_bytes() == b'epoch,name\n1,"a,b"\n2,"say ""x"""\n'
     assert names(tmp_path / "plots") == ["one.csv"]
 
 
 def outcome(stage: Any, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str]:
     with pytest.raises(SystemExit) as caught:
-        reporting.run(stage, *arguments)
+        errors.run(stage, *arguments)
     captured = capsys.readouterr()
     assert captured.out == ""
     return caught.value.code, captured.err
@@ -158,7 +158,7 @@ def refuse(text: str) -> None:
 
 def test_run_gives_the_arguments_and_is_silent_when_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     received: list[str] = []
-    reporting.run(lambda *arguments: received.extend(arguments), "a", "b")
+    errors.run(lambda *arguments: received.extend(arguments), "a", "b")
     assert received == ["a", "b"]
     assert capsys.readouterr() == ("", "")
 
@@ -187,10 +187,10 @@ def test_what_the_file_system_refuses_is_one_line(
 
     stages: dict[str, list[Any]] = {
         str(tmp_path / "file"): [
-            lambda: reporting.write_json(tmp_path / "file" / "metrics.json", {}),
-            lambda: reporting.read_json(tmp_path / "file" / "metrics.json"),
+            lambda: files.write_json(tmp_path / "file" / "metrics.json", {}),
+            lambda: files.read_json(tmp_path / "file" / "metrics.json"),
         ],
-        str(tmp_path / "folder"): [lambda: reporting.read_json(tmp_path / "folder")],
+        str(tmp_path / "folder"): [lambda: files.read_json(tmp_path / "folder")],
         "the file system": [full],
     }
     for where, of_place in stages.items():
@@ -230,24 +230,26 @@ def test_a_bug_is_not_passed_off_as_wrong_input() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        reporting.run(bug)
+        errors.run(bug)
 
 
 def test_progress_is_silent_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    assert list(reporting.progress(range(3), "train", unit="image")) == [0, 1, 2]
+    assert list(console.progress(range(3), "train", unit="image")) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_log_line_is_out_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    reporting.log("epoch 1")
+    console.log("epoch 1")
     assert capsys.readouterr() == ("epoch 1\n", "")
 
 
 QUIET = """
 import os
-from flatmin.common import reporting
+from flatmin.common import console
+from flatmin.common import errors
+from flatmin.common import files
 try:
-    with reporting.quiet():
+    with console.quiet():
         os.write(2, b"a page of warnings\\n")
         {end}
 except ValueError:

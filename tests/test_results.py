@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flatmin.reporting import InputError
 from PIL import Image
 from repository import ROOT
-
-from flatmin.common.reporting import InputError
 
 sys.path.append(str(ROOT / "scripts"))
 results: Any = importlib.import_module("results")

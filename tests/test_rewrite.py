@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.python.framework.config import disable_op_determinism
 
 from flatmin import sam
-from flatmin.models import classifier, rewrite
+from flatmin.models import classifier, cpu_kernels
 from flatmin.models.classifier import Tail
 
 SIZE = 64
@@ -87,7 +87,7 @@ def assert_same(received: list[np.ndarray], expected: list[np.ndarray], relative
 def test_a_tail_in_float32_gives_the_same_outputs() -> None:
     tail, boundary = tail_of("EfficientNetLite0", "block5b_dwconv", "float32")
     assert len(boundary) == 2  # this cut, of the next test too, is inside a residual block
-    fast = rewrite.faster(tail)
+    fast = cpu_kernels.faster(tail)
     assert fast is not tail
     assert_same([fast(boundary).numpy()], [tail(boundary).numpy()])
 
@@ -107,7 +107,7 @@ def test_a_tail_in_float32_gives_the_same_outputs() -> None:
 )
 def test_networks_give_the_same(name: str, at: str | int) -> None:
     tail, boundary = tail_of(name, at)
-    fast = rewrite.faster(tail)
+    fast = cpu_kernels.faster(tail)
     assert fast is not tail
     assert_same(outputs_and_gradients(fast, boundary), outputs_and_gradients(tail, boundary))
 
@@ -115,16 +115,16 @@ def test_networks_give_the_same(name: str, at: str | int) -> None:
 @pytest.mark.parametrize(("fold", "depthwise"), [(True, False), (False, True)])
 def test_each_part_gives_the_same_alone(fold: bool, depthwise: bool) -> None:
     tail, boundary = tail_of("EfficientNetLite0", "block6a_expand_conv")
-    fast = rewrite.faster(tail, fold=fold, depthwise=depthwise)
+    fast = cpu_kernels.faster(tail, fold=fold, depthwise=depthwise)
     assert fast is not tail
     assert_same(outputs_and_gradients(fast, boundary), outputs_and_gradients(tail, boundary))
 
 
 def test_half_precision_rounds_what_one_pixel_is_multiplied_with() -> None:
     tail, boundary = tail_of("EfficientNetLite0", "block6a_expand_conv", "float32")
-    plain = rewrite.faster(tail)
+    plain = cpu_kernels.faster(tail)
     expected = outputs_and_gradients(plain, boundary)
-    received = outputs_and_gradients(rewrite.faster(tail, half=True), boundary)
+    received = outputs_and_gradients(cpu_kernels.faster(tail, half=True), boundary)
     away = [np.linalg.norm(one - other) / np.linalg.norm(other) for one, other in zip(received, expected, strict=True)]
     assert away[0] == 0  # forward it is oneDNN's mode that rounds, which is not on here
     assert 2**-12 < max(away) < 2**-4  # bfloat16 rounds to 8 bits
@@ -132,7 +132,7 @@ def test_half_precision_rounds_what_one_pixel_is_multiplied_with() -> None:
 
 def test_variables_are_the_same_in_the_same_order() -> None:
     tail, boundary = tail_of("ResNet50", "conv5_block1_1_conv")  # convolutions beside each other, then BatchNorms
-    fast = rewrite.faster(tail)
+    fast = cpu_kernels.faster(tail)
     fast(boundary)
     for kind in ("variables", "trainable_variables", "non_trainable_variables"):
         assert [id(each) for each in getattr(fast, kind)] == [id(each) for each in getattr(tail, kind)]
@@ -140,9 +140,9 @@ def test_variables_are_the_same_in_the_same_order() -> None:
 
 def test_nothing_to_gain_leaves_the_tail_as_it_is() -> None:
     tail, _ = tail_of("MobileNet025", "conv_dw_8", "mixed_bfloat16")
-    assert rewrite.faster(tail) is tail
+    assert cpu_kernels.faster(tail) is tail
     linear = Tail(None, tail.head)
-    assert rewrite.faster(linear) is linear
+    assert cpu_kernels.faster(linear) is linear
 
 
 def whole(build: Callable[[Any], Any]) -> tuple[Tail, Any]:
@@ -184,7 +184,7 @@ def _other_axis(x: Any) -> Any:
 @pytest.mark.parametrize("build", [_two_uses, _activation, _shared_convolution, _shared_norm, _other_axis])
 def test_what_must_not_be_folded_is_not(build: Callable[[Any], Any]) -> None:
     tail, _ = whole(build)
-    assert rewrite.faster(tail) is tail
+    assert cpu_kernels.faster(tail) is tail
 
 
 def _bias(x: Any) -> Any:
@@ -224,14 +224,14 @@ def test_a_product_of_bfloat16_matrices_convolves() -> None:
             outputs = convolve(inputs, kernel)
         return [each.numpy() for each in (outputs, *tape.gradient(outputs, [inputs, kernel], upstream))]
 
-    for one, other in zip(run(rewrite._pointwise), run(lambda x, w: tf.nn.conv2d(x, w, 1, "SAME")), strict=True):
+    for one, other in zip(run(cpu_kernels._pointwise), run(lambda x, w: tf.nn.conv2d(x, w, 1, "SAME")), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("build", [_bias, _multiplier, _groups, _wide_with_activation, _other_layers])
 def test_kinds_of_layers_give_the_same(build: Callable[[Any], Any]) -> None:
     tail, boundary = whole(build)
-    fast = rewrite.faster(tail)
+    fast = cpu_kernels.faster(tail)
     assert fast is not tail
     assert_same(outputs_and_gradients(fast, boundary), outputs_and_gradients(tail, boundary), 1e-5)
 
@@ -254,7 +254,7 @@ def test_gradients_of_wide_depthwise_kernels(
         return [outputs.numpy(), *(each.numpy() for each in tape.gradient(loss, [inputs, weights]))]
 
     expected = run(lambda x, w: tf.nn.depthwise_conv2d(x, w, [1, stride, stride, 1], padding.upper()))
-    assert_same(run(lambda x, w: rewrite._depthwise(x, w, stride, padding.upper())), expected, 1e-5)
+    assert_same(run(lambda x, w: cpu_kernels._depthwise(x, w, stride, padding.upper())), expected, 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 3, 2), (1, 6, 1, 1), (2, 9, 5, 3)])
@@ -262,8 +262,8 @@ def test_the_gradient_of_a_kernel_of_five_in_small_and_narrow_images(shape: tupl
     random = np.random.default_rng(0)
     inputs, upstream = (tf.constant(random.normal(size=shape)) for _ in range(2))
     kernel = (5, 5, shape[3], 1)
-    expected = rewrite._kernel_of_any(inputs, upstream, kernel, 1, "SAME").numpy()
-    np.testing.assert_allclose(rewrite._kernel_of_five(inputs, upstream, kernel), expected, rtol=1e-12, atol=1e-12)
+    expected = cpu_kernels._kernel_of_any(inputs, upstream, kernel, 1, "SAME").numpy()
+    np.testing.assert_allclose(cpu_kernels._kernel_of_five(inputs, upstream, kernel), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_second_derivatives_are_the_same() -> None:
@@ -280,14 +280,14 @@ def test_second_derivatives_are_the_same() -> None:
         found = outer.gradient(gradients, values, [tf.ones_like(value) for value in values])
         return [loss.numpy(), *(each.numpy() for each in found)]
 
-    assert_same(product(rewrite.faster(tail)), product(tail), 1e-5)
+    assert_same(product(cpu_kernels.faster(tail)), product(tail), 1e-5)
 
 
 def updates(rewritten: bool, settings: sam.Settings) -> list[np.ndarray]:
     """Logits before a step of SGD, and how far it moves each weight of a tail."""
     keras.utils.set_random_seed(0)
     plain, boundary = tail_of("EfficientNetLite0", "block6c_expand_conv", "float32")
-    tail = rewrite.faster(plain) if rewritten else plain
+    tail = cpu_kernels.faster(plain) if rewritten else plain
     logits = tail(boundary).numpy()
     optimizer = keras.optimizers.SGD(1.0)
     optimizer.build(tail.trainable_variables)
@@ -314,7 +314,7 @@ def test_a_sharpness_aware_step_sees_perturbed_weights() -> None:
 @pytest.mark.slow
 def test_gradients_are_the_same_in_every_run() -> None:
     tail, boundary = tail_of("EfficientNetLite0", "block3a_expand_conv")
-    fast = rewrite.faster(tail)
+    fast = cpu_kernels.faster(tail)
     tf.config.experimental.enable_op_determinism()
     try:
         first, second = (outputs_and_gradients(fast, boundary) for _ in range(2))
@@ -327,7 +327,7 @@ def test_gradients_are_the_same_in_every_run() -> None:
 def test_training_mode_is_the_plain_one() -> None:
     tail, boundary = whole(_bias)
     body: Any = tail.body
-    fast: Any = rewrite.faster(tail).body
+    fast: Any = cpu_kernels.faster(tail).body
     norm = body.layers[-1]
     before = norm.moving_mean.numpy()
     np.testing.assert_array_equal(fast(boundary, training=True), body(boundary, training=True))

@@ -20,8 +20,7 @@ import sam_replicas
 import tensorflow as tf
 from loopback import free_ports
 
-from flatmin import sam
-from flatmin.common import params
+from flatmin import params, sam
 from flatmin.sam import Settings, SharpnessAwareMinimization, Step
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from repository import ROOT
 
-from flatmin.common.reporting import InputError
+from flatmin.common.errors import InputError
 
 PAGE = (ROOT / "docs/sizing.md").read_text()
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatmin import selection
-from flatmin.common.reporting import InputError
+from flatmin import prune, selection
+from flatmin.common.errors import InputError
 
 
 def candidate(accuracy: float, multiply_adds: int) -> dict[str, Any]:
@@ -73,18 +73,18 @@ def test_select_copies_the_chosen_one_and_says_why(trained: Path) -> None:
         "multiply_adds": 30,
         "val": {"accuracy": 0.9},
     }
-    assert (trained / "models/selected/model.json").read_text() == "ResNet50"
+    assert (trained / "models/select/model.json").read_text() == "ResNet50"
     metrics = selection.select(["ResNet50", "MobileNet"], 0.1)
     assert (metrics["backbone"], metrics["val"], metrics["best_val_accuracy"]) == ("MobileNet", {"accuracy": 0.8}, 0.9)
-    assert (trained / "models/selected/model.json").read_text() == "MobileNet"
-    assert files(trained / "models/selected") == {"model.json"}
+    assert (trained / "models/select/model.json").read_text() == "MobileNet"
+    assert files(trained / "models/select") == {"model.json"}
 
 
 def test_select_replaces_the_whole_folder(trained: Path) -> None:
-    (trained / "models/selected").mkdir()
-    (trained / "models/selected/of-before").touch()
+    (trained / "models/select").mkdir()
+    (trained / "models/select/of-before").touch()
     selection.select(["MobileNet"], 0.0)
-    assert files(trained / "models/selected") == {"model.json"}
+    assert files(trained / "models/select") == {"model.json"}
 
 
 def test_select_reads_no_unlisted_backbone(trained: Path) -> None:
@@ -94,14 +94,14 @@ def test_select_reads_no_unlisted_backbone(trained: Path) -> None:
 
 
 def test_what_extract_train_did_not_write_is_named(trained: Path) -> None:
-    (trained / "models/selected").mkdir()
+    (trained / "models/select").mkdir()
     with pytest.raises(InputError, match=r"^metrics/extract/ResNet101.json: expected a file that an earlier stage"):
         selection.select(["ResNet50", "ResNet101"], 0.0)
     (trained / "models/extract/ResNet50/model.json").unlink()
     (trained / "models/extract/ResNet50").rmdir()
     with pytest.raises(InputError, match=r"^models/extract/ResNet50: .*extract-train@ResNet50 wrote, found none$"):
         selection.select(["ResNet50"], 0.0)
-    assert (trained / "models/selected").is_dir()
+    assert (trained / "models/select").is_dir()
 
 
 def test_prune_deletes_what_the_list_does_not_name(trained: Path) -> None:
@@ -111,18 +111,18 @@ def test_prune_deletes_what_the_list_does_not_name(trained: Path) -> None:
     (trained / "models/finetune/model.json").touch()
     before = files(trained)
     # `MobileNet` is the beginning of `MobileNet025`, which stays.
-    assert selection.prune(["ResNet50", "MobileNet025"], trained) == ["MobileNet"]
+    assert prune.prune(["ResNet50", "MobileNet025"], trained) == ["MobileNet"]
     gone = {"models/extract/MobileNet/model.json", "metrics/extract/MobileNet.json", "plots/extract/MobileNet.csv"}
     assert files(trained) == before - gone
     assert (trained / "models/extract/.MobileNet.1.part").is_dir()
-    assert selection.prune(["ResNet50", "MobileNet025"], trained) == []
+    assert prune.prune(["ResNet50", "MobileNet025"], trained) == []
 
 
 def test_prune_finds_what_is_left_of_a_backbone(trained: Path) -> None:
     (trained / "metrics/extract/MobileNet.json").unlink()
-    assert selection.prune(["ResNet50", "MobileNet025"]) == ["MobileNet"]
+    assert prune.prune(["ResNet50", "MobileNet025"]) == ["MobileNet"]
     assert not (trained / "models/extract/MobileNet").exists()
 
 
 def test_prune_before_anything_ran(tmp_path: Path) -> None:
-    assert selection.prune(["ResNet50"], tmp_path) == []
+    assert prune.prune(["ResNet50"], tmp_path) == []

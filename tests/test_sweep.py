@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
+from flatmin.reporting import InputError
 from PIL import Image
 from repository import ROOT, TINY, Repository
 
-from flatmin.common import reporting
-from flatmin.common.reporting import InputError
+from flatmin import reporting
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import grids

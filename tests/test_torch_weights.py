@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flatmin.common.reporting import InputError
+from flatmin.common.errors import InputError
 from flatmin.models import torch_weights
 
 MAGIC = 0x1950A86A20F9469CFC6C

@@ -28,13 +28,17 @@ from repository import ROOT, TINY
 
 from flatmin import runtime, selection
 from flatmin.common import params
+from flatmin.data import writer
+from flatmin.inputs import records
+from flatmin.models import classifier, registry, scores
+from flatmin.training import stages
+
+pass
+from flatmin.common.errors import InputError
 from flatmin.common.params import EarlyStopping, Params, Plateau
-from flatmin.common.reporting import InputError
-from flatmin.data import records
-from flatmin.features import trunk, views
+from flatmin.features import store
+from flatmin.inputs import batches
 from flatmin.inputs.augment import Augmenter
-from flatmin.models import backbones, classifier
-from flatmin.training import training
 
 # Multiples of 1/16, as the differences asked for below are: nothing is rounded, here or in Keras.
 LOSSES = st.lists(st.integers(0, 48).map(lambda value: value / 16), min_size=1, max_size=30)
@@ -61,7 +65,7 @@ def test_plateau_is_keras_rule(losses: list[float]) -> None:
     for epoch, loss in enumerate(losses):
         callback.on_epoch_end(epoch, {"val_loss": loss})
     schedule = Plateau(name="plateau", factor=0.5, patience=2, min_delta=0.125, minimum=0.02)
-    assert training.plateau(history(losses), schedule, 0.1) == pytest.approx(float(model.optimizer.learning_rate))
+    assert stages.plateau(history(losses), schedule, 0.1) == pytest.approx(float(model.optimizer.learning_rate))
 
 
 @given(LOSSES)
@@ -73,17 +77,17 @@ def test_early_stopping_is_keras_rule(losses: list[float]) -> None:
     setting = EarlyStopping(patience=3, min_delta=0.125)
     for epoch, loss in enumerate(losses):
         callback.on_epoch_end(epoch, {"val_loss": loss})
-        assert training.stops(history(losses[: epoch + 1]), setting) == model.stop_training
+        assert stages.stops(history(losses[: epoch + 1]), setting) == model.stop_training
         if model.stop_training:
             break
-    assert not training.stops(history(losses), None)
+    assert not stages.stops(history(losses), None)
 
 
 def test_best_epoch_is_the_most_accurate_then_the_surest() -> None:
     epochs = [
         {"val_accuracy": accuracy, "val_loss": loss} for accuracy, loss in ((0.5, 1), (0.7, 2), (0.7, 1.5), (0.7, 1.5))
     ]
-    assert training.best_epoch(epochs) == 2
+    assert stages.best_epoch(epochs) == 2
 
 
 def recipe(**changes: Any) -> Params:
@@ -94,7 +98,7 @@ def recipe(**changes: Any) -> Params:
 
 def test_cosine_warms_up_and_ends_at_zero() -> None:
     settings = recipe(schedule={"name": "cosine", "warmup_epochs": 1.0}, epochs=5, learning_rate=0.4)
-    rate = training.make_optimizer(settings.finetune, 10)._learning_rate
+    rate = stages.make_optimizer(settings.finetune, 10)._learning_rate
     assert [float(rate(step)) for step in (0, 5, 10)] == pytest.approx([0, 0.2, 0.4])
     assert float(rate(30)) == pytest.approx(0.2)
     assert float(rate(50)) == pytest.approx(0, abs=1e-8)
@@ -104,7 +108,7 @@ def test_cosine_warms_up_and_ends_at_zero() -> None:
 def test_cosine_is_the_closed_form(epochs: int, steps: int, warmup: float) -> None:
     schedule = {"name": "cosine", "warmup_epochs": warmup}
     settings = recipe(schedule=schedule, epochs=epochs, learning_rate=0.4)
-    optimizer = training.make_optimizer(settings.finetune, steps)
+    optimizer = stages.make_optimizer(settings.finetune, steps)
     weight = keras.Variable(np.ones(2, np.float32))
     optimizer.build([weight])
     rising = round(warmup * steps)
@@ -121,7 +125,7 @@ def test_cosine_is_the_closed_form(epochs: int, steps: int, warmup: float) -> No
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_weight_decay_is_decoupled_and_times_the_learning_rate(name: str, decay: float) -> None:
     settings = recipe(optimizer=name, learning_rate=0.5, weight_decay=decay, schedule=None)
-    optimizer = training.make_optimizer(settings.finetune, 10)
+    optimizer = stages.make_optimizer(settings.finetune, 10)
     weight = keras.Variable(np.full(2, 4, np.float32))
     optimizer.build([weight])
     optimizer.apply([tf.zeros(2)], [weight])
@@ -129,10 +133,10 @@ def test_weight_decay_is_decoupled_and_times_the_learning_rate(name: str, decay:
 
 
 def test_mixed_float16_scales_the_loss() -> None:
-    assert not isinstance(training.make_optimizer(recipe().finetune, 10), keras.optimizers.LossScaleOptimizer)
+    assert not isinstance(stages.make_optimizer(recipe().finetune, 10), keras.optimizers.LossScaleOptimizer)
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        assert isinstance(training.make_optimizer(recipe().finetune, 10), keras.optimizers.LossScaleOptimizer)
+        assert isinstance(stages.make_optimizer(recipe().finetune, 10), keras.optimizers.LossScaleOptimizer)
     finally:
         keras.config.set_dtype_policy("float32")
 
@@ -150,11 +154,11 @@ def test_mixed_float16_scales_the_loss() -> None:
     ids=str,
 )
 def test_gradient_evaluations_are_counted_batch_by_batch(step: params.Sam | None, expected: int) -> None:
-    assert training.gradient_evaluations(10, 4, 2, step) == expected
+    assert stages.gradient_evaluations(10, 4, 2, step) == expected
 
 
 def test_state_is_whole_or_not_there(tmp_path: Path) -> None:
-    state = training.State(tmp_path / "state")
+    state = stages.State(tmp_path / "state")
     variables = [keras.Variable(np.arange(3.0)), keras.Variable(7, dtype="int32")]
     assert (state.epochs(), state.has(1)) == (0, False)
     state.save([{"val_loss": 0.1 + 0.2}], variables, [np.ones(2)])
@@ -173,7 +177,7 @@ def test_state_is_whole_or_not_there(tmp_path: Path) -> None:
 def test_a_state_that_was_not_all_written_or_is_damaged_is_done_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float | None
 ) -> None:
-    state = training.State(tmp_path / "state")
+    state = stages.State(tmp_path / "state")
     state.save([{"val_loss": 1.0}], [keras.Variable(np.arange(300.0))], [np.ones(2)])
     content = state.file.read_bytes()
     if share is None:
@@ -189,17 +193,17 @@ def test_a_state_that_was_not_all_written_or_is_damaged_is_done_without(
 
 def test_states_that_nobody_goes_on_with_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLATMIN_CACHE", str(tmp_path))
-    training.forget_states()
+    stages.forget_states()
     for name, days in (("given-up", 31), ("slow", 29)):
-        training.State(tmp_path / "state" / name).save([{"val_loss": 1.0}], [], [])
+        stages.State(tmp_path / "state" / name).save([{"val_loss": 1.0}], [], [])
         for path in (tmp_path / "state" / name, tmp_path / "state" / name / "worker_0.npz"):
             os.utime(path, (time.time() - days * 86400,) * 2)
-    training.forget_states()
+    stages.forget_states()
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["slow"]
 
 
 def test_of_several_workers_each_keeps_two_epochs(tmp_path: Path) -> None:
-    alone, one_of_two = training.State(tmp_path / "alone"), training.State(tmp_path / "together", 1, 2)
+    alone, one_of_two = stages.State(tmp_path / "alone"), stages.State(tmp_path / "together", 1, 2)
     variables = [keras.Variable(0.0)]
     for epochs in (1, 2, 3):
         variables[0].assign(float(epochs))
@@ -217,7 +221,7 @@ def test_of_several_workers_each_keeps_two_epochs(tmp_path: Path) -> None:
 
 
 def test_half_a_state_is_never_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = training.State(tmp_path / "state")
+    state = stages.State(tmp_path / "state")
     variables = [keras.Variable(np.arange(3.0))]
     state.save([{"val_loss": 1.0}], variables, [np.ones(2)])
     savez = np.savez
@@ -268,7 +272,7 @@ def write_images(folder: Path, train: int) -> None:
             path = folder / f"images/{split}/{NAMES[index % 3]}/{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
-    records.write(small().data, 3, "data/records")
+    writer.write(small().data, 3, "data/records")
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +284,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = classifier.create("MobileNet025", NAMES, 32, 0.0, 1, "none")
         spread(model.base)
         model.base.save_weights("base.weights.h5")
-        model.save("models/selected")
+        model.save("models/select")
     return folder
 
 
@@ -321,22 +325,22 @@ def test_a_run_interrupted_and_resumed_gives_the_same_bytes(
     recipe: dict[str, Any] = {"epochs": 4, "learning_rate": 0.001, "ema": 0.9, "dropout": 0.5, "views": views}
     recipe |= {"schedule": {"name": "plateau", "factor": 0.5, "patience": 1, "min_delta": 0.0, "minimum": 0.0}}
     settings = small(augment=VARIED, runtime={"precision": precision}, **recipe)
-    training.finetune(settings, step)
+    stages.finetune(settings, step)
     assert metrics("sam")["best_epoch"] > 2, "what is saved is of before the interruption"
     whole = written(study, "sam")
-    save = training.State.save
+    save = stages.State.save
 
-    def interrupted(self: training.State, history: Any, variables: Any, best: Any) -> None:
+    def interrupted(self: stages.State, history: Any, variables: Any, best: Any) -> None:
         save(self, history, variables, best)
         if len(history) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.State, "save", interrupted)
+    monkeypatch.setattr(stages.State, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        training.finetune(settings, step)
-    monkeypatch.setattr(training.State, "save", save)
+        stages.finetune(settings, step)
+    monkeypatch.setattr(stages.State, "save", save)
     capsys.readouterr()
-    training.finetune(settings, step)
+    stages.finetune(settings, step)
     assert "going on after epoch 2" in capsys.readouterr().out
     assert written(study, "sam") == whole
     assert not list((study / "cache").rglob("*.npz"))
@@ -345,33 +349,33 @@ def test_a_run_interrupted_and_resumed_gives_the_same_bytes(
 @pytest.mark.slow
 def test_sam_without_a_radius_is_finetune_byte_for_byte(study: Path) -> None:
     settings = small()
-    training.finetune(settings)
-    training.finetune(settings, params.Sam(rho=0.0))
+    stages.finetune(settings)
+    stages.finetune(settings, params.Sam(rho=0.0))
     plain, sharp = written(study, "finetune"), written(study, "sam")
     assert plain["classifier.weights.h5"] == sharp["classifier.weights.h5"]
-    training.finetune(settings, params.Sam(rho=0.5))
+    stages.finetune(settings, params.Sam(rho=0.5))
     assert written(study, "sam")["classifier.weights.h5"] != plain["classifier.weights.h5"]
     assert metrics("sam")["gradient_evaluations"] == 2 * metrics("finetune")["gradient_evaluations"]
 
 
 @pytest.mark.slow
 def test_sam_may_take_epochs_of_its_own(study: Path) -> None:
-    training.finetune(small(epochs=4))
-    training.finetune(small(epochs=4), params.Sam(epochs=2))
+    stages.finetune(small(epochs=4))
+    stages.finetune(small(epochs=4), params.Sam(epochs=2))
     one, two = metrics("finetune"), metrics("sam")
     assert (one["epochs"], two["epochs"]) == (4, 2)
     assert one["gradient_evaluations"] == two["gradient_evaluations"]
     sharp = written(study, "sam")
-    training.finetune(small(epochs=2), params.Sam())
+    stages.finetune(small(epochs=2), params.Sam())
     assert written(study, "sam") == sharp
 
 
 @pytest.mark.slow
 def test_a_training_that_diverges_is_an_error_and_no_file(study: Path) -> None:
     with pytest.raises(InputError, match="finetune: the training diverged in epoch"):
-        training.finetune(small(learning_rate=1e30))
+        stages.finetune(small(learning_rate=1e30))
     with pytest.raises(InputError, match=r"sam: .* gradients that were not, in each of 4 batches; .* rho than 1e\+30"):
-        training.finetune(small(), params.Sam(rho=1e30))
+        stages.finetune(small(), params.Sam(rho=1e30))
     assert [path.name for path in (study / "models").iterdir()] == ["selected"]
     assert not (study / "metrics").exists()
 
@@ -387,8 +391,8 @@ def metrics(name: str) -> dict[str, Any]:
 
 def scores_on_val(folder: str) -> dict[str, float]:
     found = records.Records("data/records")
-    logits = classifier.load(folder).logits(views.plain(found, "val", 32, 4))
-    return classifier.score(logits, found.labels("val"))
+    logits = classifier.load(folder).logits(batches.plain(found, "val", 32, 4))
+    return scores.score(logits, found.labels("val"))
 
 
 HEADS = [{}, {"levels": "all", "hidden_units": 8}]
@@ -398,10 +402,10 @@ HEADS = [{}, {"levels": "all", "hidden_units": 8}]
 @pytest.mark.parametrize("head", HEADS, ids=["linear", "levels"])
 def test_the_stages_write_what_they_trained(head: dict[str, Any], study: Path) -> None:
     settings = small(extract=head)
-    training.extract(settings, "MobileNet025")
+    stages.extract(settings, "MobileNet025")
     selection.select(settings.backbones, 0.0)
-    training.finetune(settings)
-    training.finetune(settings, settings.sam)
+    stages.finetune(settings)
+    stages.finetune(settings, settings.sam)
     for name, passes in (("extract/MobileNet025", 1), ("finetune", 1), ("sam", 2)):
         found = metrics(name)
         expected = {
@@ -429,7 +433,7 @@ def test_the_stages_write_what_they_trained(head: dict[str, Any], study: Path) -
     layers = ["conv_dw_11", classifier.STANDARDIZED] if head else ["conv_dw_11"]
     frozen = [
         [np.array(v) for name in layers for v in classifier.load(folder).features.get_layer(name).weights]
-        for folder in ("models/selected", "models/finetune", "models/sam")
+        for folder in ("models/select", "models/finetune", "models/sam")
     ]
     for one, two, three in zip(*frozen, strict=True):
         np.testing.assert_array_equal(one, two)
@@ -438,12 +442,12 @@ def test_the_stages_write_what_they_trained(head: dict[str, Any], study: Path) -
     assert any(np.abs(one - other).max() > 1e-5 for one, other in moved)
     if head:  # of the other one, resumed runs give the same bytes
         before = {name: written(study, name) for name in ("extract/MobileNet025", "finetune", "sam")}
-        training.extract(settings, "MobileNet025")
-        training.finetune(settings)
-        training.finetune(settings, settings.sam)
+        stages.extract(settings, "MobileNet025")
+        stages.finetune(settings)
+        stages.finetune(settings, settings.sam)
         assert before == {name: written(study, name) for name in before}
     with pytest.raises(InputError, match=r"^backbones: expected one of MobileNet025, received ResNet50$"):
-        training.extract(settings, "ResNet50")
+        stages.extract(settings, "ResNet50")
 
 
 @pytest.mark.slow
@@ -451,12 +455,12 @@ def test_extract_may_see_images_as_they_are(study: Path) -> None:
     seen = {}
     plain = {"engine": "none"}
     for name, augment, own in (("plain", plain, True), ("as they are", VARIED, False), ("not", VARIED, True)):
-        training.extract(small(augment=augment, extract={"augment": own, "views": 1}), "MobileNet025")
+        stages.extract(small(augment=augment, extract={"augment": own, "views": 1}), "MobileNet025")
         seen[name] = written(study, "extract/MobileNet025")
     assert seen["plain"] == seen["as they are"] != seen["not"]
 
 
-class Watched(training.Trainer):
+class Watched(stages.Trainer):
     """Keeps the trained weights after every step."""
 
     after: list[list[np.ndarray]]
@@ -478,13 +482,13 @@ class Watched(training.Trainer):
 @pytest.mark.usefixtures("study")
 def test_before_the_first_update_the_averages_are_the_start() -> None:
     """Keras' averages are zeros then; an update takes eight batches here, two epochs."""
-    start = scores_on_val("models/selected")["loss"]
-    training.finetune(small(epochs=3, ema=0.7), params.Sam(accumulate=8))
+    start = scores_on_val("models/select")["loss"]
+    stages.finetune(small(epochs=3, ema=0.7), params.Sam(accumulate=8))
     losses = [float(row.split(",")[4]) for row in Path("plots/sam.csv").read_text().splitlines()[1:]]
     assert losses[0] == pytest.approx(start, rel=1e-4)
     assert losses[1] != pytest.approx(start, rel=1e-4)
     with pytest.raises(InputError, match=r"sam.accumulate: expected at most 12, the batches of all.*received 13"):
-        training.finetune(small(epochs=3), params.Sam(accumulate=13))
+        stages.finetune(small(epochs=3), params.Sam(accumulate=13))
 
 
 @pytest.mark.slow
@@ -492,7 +496,7 @@ def test_before_the_first_update_the_averages_are_the_start() -> None:
 def test_with_ema_the_averages_are_kept(study: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     monkeypatch.setattr(training, "Trainer", Watched)
     try:
-        training.finetune(small(epochs=1, ema=0.7, runtime={"precision": precision}))
+        stages.finetune(small(epochs=1, ema=0.7, runtime={"precision": precision}))
     finally:
         keras.config.set_dtype_policy("float32")
     steps = Watched.after
@@ -509,7 +513,7 @@ def test_with_ema_the_averages_are_kept(study: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_plateau_and_early_stopping_in_a_run(study: Path) -> None:
     # No val loss falls by 100, so the first epoch stays the best.
-    training.finetune(
+    stages.finetune(
         small(
             epochs=9,
             learning_rate=0.001,
@@ -534,15 +538,15 @@ def test_kept_views_train_as_the_images_do(
 ) -> None:
     """Without augmentation a view is the image: an epoch in the same order differs by float16's rounding alone."""
     if head:
-        training.extract(small(extract=head), "MobileNet025")
+        stages.extract(small(extract=head), "MobileNet025")
         selection.select(["MobileNet025"], 0.0)
         capsys.readouterr()
     plain = small(dropout=0.0, optimizer="sgd", learning_rate=0.02, batch_size=TRAIN, epochs=3)
-    training.finetune(plain)
+    stages.finetune(plain)
     expected, scores = trained_weights("models/finetune"), metrics("finetune")
     kept = small(dropout=0.0, optimizer="sgd", learning_rate=0.02, batch_size=TRAIN, epochs=3, views=1)
-    training.finetune(kept)
-    start = classifier.load("models/selected", fine_tune_at="conv_dw_12").cut("conv_dw_12")[1].trainable_variables
+    stages.finetune(kept)
+    start = classifier.load("models/select", fine_tune_at="conv_dw_12").cut("conv_dw_12")[1].trainable_variables
     moved = np.concatenate([(one - np.array(two)).ravel() for one, two in zip(expected, start, strict=True)])
     pairs = zip(expected, trained_weights("models/finetune"), strict=True)
     apart = np.concatenate([(one - two).ravel() for one, two in pairs])
@@ -555,18 +559,18 @@ def test_kept_views_train_as_the_images_do(
     assert "val activations: 9 images" in capsys.readouterr().out
     # sam-finetune takes the same views, and makes none.
     before = view_files(study / "cache")
-    training.finetune(kept, params.Sam())
+    stages.finetune(kept, params.Sam())
     assert "activations" not in capsys.readouterr().out
     assert view_files(study / "cache") == before
     assert len(before) == 2 * (5 if head else 1), "of each tensor that crosses the cut"
 
 
 def test_finetune_draws_other_views_than_extract(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, jobs = small(), list[training.Job]()
+    settings, jobs = small(), list[stages.Job]()
     monkeypatch.setattr(training, "_run", jobs.append)
-    training.extract(settings, settings.backbones[0])
-    training.finetune(settings)
-    training.finetune(settings, params.Sam())
+    stages.extract(settings, settings.backbones[0])
+    stages.finetune(settings)
+    stages.finetune(settings, params.Sam())
     extract, finetune, sam = (job.params.seed for job in jobs)
     assert extract == settings.seed
     assert finetune == sam != extract
@@ -577,16 +581,16 @@ def test_epochs_take_the_views_in_turn(study: Path, monkeypatch: pytest.MonkeyPa
     """Three views of a training with fresh augmentation in each of three epochs are what those epochs saw."""
     settings = small(augment=VARIED, views=3, epochs=7, dropout=0.0)
     seen = []
-    read = views.Activations.read
+    read = store.Activations.read
 
-    def noted(self: views.Activations, examples: Any) -> Any:
+    def noted(self: store.Activations, examples: Any) -> Any:
         found = read(self, examples)
         if self.count == TRAIN:
             seen.append((id(self), list(examples), found))
         return found
 
-    monkeypatch.setattr(views.Activations, "read", noted)
-    training.finetune(settings)
+    monkeypatch.setattr(store.Activations, "read", noted)
+    stages.finetune(settings)
     in_turn = [seen[start : start + 4] for start in range(0, len(seen), 4)]  # 13 images in batches of 4
     assert len(in_turn) == 7
     assert [epoch[0][0] == in_turn[0][0][0] for epoch in in_turn] == [True, False, False, True, False, False, True]
@@ -594,12 +598,12 @@ def test_epochs_take_the_views_in_turn(study: Path, monkeypatch: pytest.MonkeyPa
         assert sorted(example for _, examples, _ in epoch for example in examples) == list(range(TRAIN))
     assert len({str([examples for _, examples, _ in epoch]) for epoch in in_turn}) == 7  # each in an order of its own
     # Image by image what the trunk makes of the augmenter's images of epoch 1.
-    model = classifier.load("models/selected", fine_tune_at="conv_dw_12", image_size=32)
+    model = classifier.load("models/select", fine_tune_at="conv_dw_12", image_size=32)
     trunk, _ = model.cut("conv_dw_12")
-    with Augmenter(settings.augment, views.derived_seed(settings.seed, 1)) as augmenter:
+    with Augmenter(settings.augment, batches.derived_seed(settings.seed, 1)) as augmenter:
         images = (image for image, _ in records.Records("data/records").images("train").as_numpy_iterator())
         (chunk,) = augmenter.chunks(images, 1)
-    expected = trunk(np.stack([views.resize(image, 32) for image in chunk]), training=False).numpy()
+    expected = trunk(np.stack([batches.resize(image, 32) for image in chunk]), training=False).numpy()
     for _, examples, (boundary,) in in_turn[1]:
         np.testing.assert_allclose(boundary, expected[examples], rtol=2e-3, atol=2e-3 * np.abs(expected).max())
 
@@ -609,12 +613,12 @@ def test_views_go_on_and_are_mended(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = small(augment=VARIED, views=3, epochs=3, dropout=0.5)
-    training.finetune(settings)
+    stages.finetune(settings)
     whole, files = written(study, "finetune"), view_files(study / "cache")
     assert len(files) == 4
     for path in files:
         shutil.rmtree(Path(path).parent)
-    halved = views._halved
+    halved = store._halved
 
     def interrupted(tensor: np.ndarray) -> np.ndarray:
         if len(list(study.glob("cache/views/*/checksums.json"))) == 2:
@@ -623,17 +627,17 @@ def test_views_go_on_and_are_mended(
 
     monkeypatch.setattr(views, "_halved", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        training.finetune(settings)
+        stages.finetune(settings)
     monkeypatch.setattr(views, "_halved", halved)
     capsys.readouterr()
-    training.finetune(settings)
+    stages.finetune(settings)
     printed = capsys.readouterr().out
     assert [f"view {view}/3:" in printed for view in (1, 2, 3)] == [False, True, True]
     assert written(study, "finetune") == whole
     assert view_files(study / "cache") == files
     damaged = Path(next(iter(files)))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    training.finetune(settings)
+    stages.finetune(settings)
     assert written(study, "finetune") == whole
     assert view_files(study / "cache") == files
 
@@ -645,23 +649,23 @@ def test_too_little_room_is_an_error_before_the_work_begins(
     settings = small(augment=VARIED, views=2)
     monkeypatch.setenv("FLATMIN_CACHE_LIMIT", "1000")
     with pytest.raises(InputError, match=r"\$FLATMIN_CACHE_LIMIT: expected at least (\d+) bytes") as error:
-        training.finetune(settings)
+        stages.finetune(settings)
     values = 3 * 3 * 128  # what conv_dw_12 gets of 32 pixels, padded
-    needed = (2 * TRAIN + 9) * values * 2 + 3 * views.BESIDE
+    needed = (2 * TRAIN + 9) * values * 2 + 3 * store.BESIDE
     assert f"({needed} for this, 0 in use), received 1000" in str(error.value)
     assert capsys.readouterr().out == ""
     assert not view_files(study / "cache")
     monkeypatch.setenv("FLATMIN_CACHE_LIMIT", str(needed))
-    training.finetune(settings)
+    stages.finetune(settings)
     monkeypatch.setattr(trunk, "engine", None)  # with nothing missing no trunk is converted
-    training.finetune(settings, params.Sam())
+    stages.finetune(settings, params.Sam())
 
 
 def test_activations_that_float16_cannot_hold_are_an_error() -> None:
-    np.testing.assert_array_equal(views._halved(np.array([65504, 1e-9], np.float32)), [65504, 0])
+    np.testing.assert_array_equal(store._halved(np.array([65504, 1e-9], np.float32)), [65504, 0])
     for beyond in (1e6, np.inf, np.nan):
         with pytest.raises(InputError, match=r"views: expected activations that float16 holds, received"):
-            views._halved(np.array([1, beyond], np.float32))
+            store._halved(np.array([1, beyond], np.float32))
 
 
 MIRRORED = """
@@ -671,32 +675,32 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
 from flatmin.common import params
-from flatmin.training import training
+from flatmin.training import stages
 for views in (2, 0):
     for strategy in ("one", "mirrored"):
         values = params.load("params.json").model_dump()
         values["runtime"]["strategy"] = strategy
         values["finetune"]["views"] = views
         settings = params.parse(values)
-        training.finetune(settings)
+        stages.finetune(settings)
         name = strategy + "_views" * bool(views)
         shutil.move("models/finetune", "models/" + name)
         shutil.move("metrics/finetune.json", "metrics/" + name + ".json")
 values["finetune"] |= {"ema": 0.7, "schedule": {"name": "cosine"}, "learning_rate": 0.01}
 settings = params.parse(values)
-training.finetune(settings, settings.sam)
+stages.finetune(settings, settings.sam)
 shutil.move("models/sam", "models/whole")
 shutil.move("plots/sam.csv", "plots/whole.csv")
-save = training.State.save
+save = stages.State.save
 def interrupted(self, *arguments):
     save(self, *arguments)
     raise KeyboardInterrupt
-training.State.save = interrupted
+stages.State.save = interrupted
 try:
-    training.finetune(settings, settings.sam)
+    stages.finetune(settings, settings.sam)
 except KeyboardInterrupt:
-    training.State.save = save
-training.finetune(settings, settings.sam)
+    stages.State.save = save
+stages.finetune(settings, settings.sam)
 """
 
 
@@ -713,7 +717,7 @@ def test_two_devices_give_what_one_gives(study: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    start = [np.array(variable) for variable in classifier.load("models/selected").head.trainable_variables]
+    start = [np.array(variable) for variable in classifier.load("models/select").head.trainable_variables]
     for kept in ("_views", ""):
         one, two = trained_weights(f"models/one{kept}"), trained_weights(f"models/mirrored{kept}")
         for first, second in zip(one, two, strict=True):
@@ -731,17 +735,17 @@ def test_two_devices_give_what_one_gives(study: Path) -> None:
 
 @pytest.mark.usefixtures("study")
 def test_the_default_cut_is_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = list[training.Job]()
+    jobs = list[stages.Job]()
     monkeypatch.setattr(training, "_run", jobs.append)
-    training.finetune(small(fine_tune_at=None))
+    stages.finetune(small(fine_tune_at=None))
     model = jobs[0].start(records.Records("data/records"))
-    assert model.description.fine_tune_at == backbones.find("MobileNet025").fine_tune_at
+    assert model.description.fine_tune_at == registry.find("MobileNet025").fine_tune_at
 
 
 def test_the_state_is_keyed_by_what_the_result_depends_on(study: Path) -> None:
     def folder(settings: Params, machines: tuple[int, int] = (1, 1), **depends_on: Any) -> str:
-        files = (training.SELECTED / classifier.MODEL, training.SELECTED / classifier.WEIGHTS)
-        job = training.Job(
+        files = (stages.SELECTED / classifier.MODEL, stages.SELECTED / classifier.WEIGHTS)
+        job = stages.Job(
             "finetune",
             settings,
             settings.finetune,
@@ -766,7 +770,7 @@ def test_the_state_is_keyed_by_what_the_result_depends_on(study: Path) -> None:
     ]
     # What `evaluate` is told changes nothing here.
     assert base == folder(small().model_copy(update={"evaluate": params.Evaluate(resamples=7)}))
-    (study / "models/selected/model.json").write_text("{}")
+    (study / "models/select/model.json").write_text("{}")
     others.append(folder(small()))
     assert len({base, *others}) == 10
 
@@ -774,16 +778,17 @@ def test_the_state_is_keyed_by_what_the_result_depends_on(study: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_an_error_before_the_first_epoch(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"\$FLATMIN_CACHE: expected a folder to write to, received .*file/state"):
-        training.State(tmp_path / "file" / "state")
+        stages.State(tmp_path / "file" / "state")
 
 
 WORKER = """
 import sys
 import time
-from flatmin.common import params, reporting
-from flatmin.training import training
+from flatmin.common import params
+from flatmin.common import errors
+from flatmin.training import stages
 settings = params.load("../params.json")
-reporting.run(lambda: training.finetune(settings, settings.sam if sys.argv[1] == "sam" else None))
+errors.run(lambda: stages.finetune(settings, settings.sam if sys.argv[1] == "sam" else None))
 """
 
 
@@ -797,7 +802,7 @@ def start_workers(
     for index in range(2):
         folder = study / f"worker_{index}"
         folder.mkdir(exist_ok=True)
-        for shared in ("data", "models/selected"):
+        for shared in ("data", "models/select"):
             (folder / shared).parent.mkdir(exist_ok=True)
             if not (folder / shared).exists():
                 (folder / shared).symlink_to(study / shared)
@@ -821,7 +826,7 @@ def test_two_workers_share_the_views(study: Path) -> None:
     """Each computes its half of each view, and both train on the batches that one alone would get."""
     write_images(study, 90)  # three chunks: two of them are the first worker's
     recipe = {"dropout": 0.0, "optimizer": "sgd", "learning_rate": 0.05, "epochs": 3, "views": 2, "batch_size": 16}
-    training.finetune(small(augment=VARIED, **recipe))
+    stages.finetune(small(augment=VARIED, **recipe))
     whole = [np.load(path) for path in view_files(study / "cache")]
     settings = small(augment=VARIED, runtime={"strategy": "multi_worker"}, **recipe)
     Path("params.json").write_text(settings.model_dump_json())
@@ -850,7 +855,7 @@ def test_two_workers_killed_or_not_give_the_same_bytes(study: Path) -> None:
     # Once the second has saved an epoch the first will, and cannot finish the next one alone.
     while time.monotonic() < deadline:
         states = list((study / "worker_1/cache").rglob("worker_1.npz"))
-        if states and training.State(states[0].parent, 1).epochs() >= 3:
+        if states and stages.State(states[0].parent, 1).epochs() >= 3:
             break
         time.sleep(0.02)
     other.kill()
@@ -861,7 +866,7 @@ def test_two_workers_killed_or_not_give_the_same_bytes(study: Path) -> None:
     # As if it had been killed before it saved its last epoch: they go on from the one before.
     (before,) = (study / "worker_1/cache").rglob("worker_1_before.npz")
     before.replace(before.with_name("worker_1.npz"))
-    kept = training.State(before.parent, 1, 2).epochs()
+    kept = stages.State(before.parent, 1, 2).epochs()
     assert [worker.wait(300) for worker in start_workers(study, free_ports(2), "sam")] == [0, 0]
     assert all(f"going on after epoch {kept}\n" in log.read_text() for log in logs)
     assert written(study / "worker_0", "sam") == whole
@@ -898,7 +903,7 @@ def namespaces() -> Iterator[list[str]]:
 def test_two_workers_give_what_one_gives(study: Path, namespaces: list[str]) -> None:
     """In two network namespaces neither can reach the other but through the network; else they are on loopback."""
     recipe = {"dropout": 0.0, "optimizer": "sgd", "learning_rate": 0.05, "epochs": 6}
-    training.finetune(small(**recipe))
+    stages.finetune(small(**recipe))
     Path("params.json").write_text(small(runtime={"strategy": "multi_worker"}, **recipe).model_dump_json())
     assert [worker.wait(300) for worker in start_workers(study, free_ports(2), "finetune", namespaces)] == [0, 0]
     for first, second in zip(

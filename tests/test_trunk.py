@@ -12,9 +12,9 @@ import pytest
 import tensorflow as tf
 
 from flatmin import runtime
+from flatmin.common.errors import InputError
 from flatmin.common.params import Runtime
-from flatmin.common.reporting import InputError
-from flatmin.features import cache, trunk
+from flatmin.features import cache, engine
 from flatmin.models import classifier
 
 SIZE = 64
@@ -44,22 +44,22 @@ def test_litert_gives_what_tensorflow_gives(
     built = classifier.create(backbone, ["a", "b"], SIZE, 0.2, 0, weights)
     frozen, _ = built.cut(at)
     identity = built.trunk_identity(at)
-    name, run = trunk.engine(frozen, identity, Runtime(), PIXELS)
+    name, run = engine.engine(frozen, identity, Runtime(), PIXELS)
     assert name == "litert"
     expected = tf.nest.flatten(frozen(PIXELS, training=False))
     assert len(expected) == tensors
     for count in (5, 2, 5):  # batches of several sizes, the last of which is one that was there before
         for received, tensor in zip(run(PIXELS[:count]), expected, strict=True):
             scale = float(np.abs(tensor).max())
-            np.testing.assert_allclose(received, tensor[:count], rtol=0, atol=trunk.TOLERANCE["float32"] * scale)
+            np.testing.assert_allclose(received, tensor[:count], rtol=0, atol=engine.TOLERANCE["float32"] * scale)
     out, err = capfd.readouterr()
     assert out == ""
     assert "INFO" not in err
     # The conversion is kept.
-    kept = sorted((cache.folder() / "litert").glob("*/trunk.tflite"))
+    kept = sorted((cache.folder() / "litert").glob("*/engine.tflite"))
     assert kept
     changed = [path.stat().st_mtime_ns for path in kept]
-    trunk.engine(frozen, identity, Runtime(trunk="litert"), PIXELS)
+    engine.engine(frozen, identity, Runtime(trunk="litert"), PIXELS)
     assert [path.stat().st_mtime_ns for path in sorted((cache.folder() / "litert").glob("*/*.tflite"))] == changed
 
 
@@ -67,24 +67,24 @@ def test_litert_gives_what_tensorflow_gives(
 def test_half_precision_rounds_where_the_processor_can() -> None:
     built = classifier.create("EfficientNetLite0", ["a", "b"], SIZE, 0.2, 0, "imagenet")
     frozen, _ = built.cut(None)
-    name, run = trunk.engine(frozen, built.trunk_identity(None), Runtime(math="half"), PIXELS)
+    name, run = engine.engine(frozen, built.trunk_identity(None), Runtime(matmul="half"), PIXELS)
     assert name == "litert"
     expected = frozen(PIXELS, training=False).numpy()
 
-    def error(run: trunk.Run) -> float:
+    def error(run: engine.Run) -> float:
         return float(np.linalg.norm(run(PIXELS)[0] - expected) / np.linalg.norm(expected))
 
     if runtime.has_float16():
         assert 1e-3 < error(run) < 3e-2
     else:
         assert error(run) < 1e-5
-    _, run = trunk.engine(frozen, built.trunk_identity(None), Runtime(math="half_tail"), PIXELS)
+    _, run = engine.engine(frozen, built.trunk_identity(None), Runtime(matmul="bfloat16"), PIXELS)
     assert error(run) < 1e-5
 
 
 def test_tensorflow_runs_it_where_it_is_asked_for() -> None:
     frozen, identity = model(lambda x: x * 2)
-    name, run = trunk.engine(frozen, identity, Runtime(trunk="tensorflow"), PIXELS)
+    name, run = engine.engine(frozen, identity, Runtime(trunk="tensorflow"), PIXELS)
     assert name == "tensorflow"
     np.testing.assert_array_equal(run(PIXELS)[0], PIXELS * 2)
     assert not (cache.folder() / "litert" / cache.key(identity, modules=["backbones", "classifier", "trunk"])).exists()
@@ -93,7 +93,7 @@ def test_tensorflow_runs_it_where_it_is_asked_for() -> None:
 @pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
 def test_half_precision_runs_in_tensorflow(precision: Literal["mixed_float16", "mixed_bfloat16"]) -> None:
     frozen, identity = model(lambda x: x * 3)
-    assert trunk.engine(frozen, identity, Runtime(precision=precision), PIXELS)[0] == "tensorflow"
+    assert engine.engine(frozen, identity, Runtime(precision=precision), PIXELS)[0] == "tensorflow"
 
 
 class Unknown(keras.layers.Layer):
@@ -111,7 +111,7 @@ def model(layer: object) -> tuple[keras.Model, dict[str, str]]:
 
 def test_what_cannot_be_converted_runs_in_tensorflow(capfd: pytest.CaptureFixture[str]) -> None:
     frozen, identity = model(Unknown())
-    name, run = trunk.engine(frozen, identity, Runtime(), PIXELS)
+    name, run = engine.engine(frozen, identity, Runtime(), PIXELS)
     assert name == "tensorflow"
     np.testing.assert_allclose(run(PIXELS)[0], tf.math.erfinv(PIXELS / 1000), rtol=1e-5, atol=1e-7)
     line, err = capfd.readouterr()
@@ -119,7 +119,7 @@ def test_what_cannot_be_converted_runs_in_tensorflow(capfd: pytest.CaptureFixtur
     assert line.startswith("trunk: TensorFlow runs it, since LiteRT does not: ")
     assert line.count("\n") == 1
     with pytest.raises(InputError, match=r"runtime\.trunk: expected a trunk that LiteRT runs, received .*"):
-        trunk.engine(frozen, identity, Runtime(trunk="litert"), PIXELS)
+        engine.engine(frozen, identity, Runtime(trunk="litert"), PIXELS)
 
 
 def test_a_missing_library_is_done_without_and_a_full_disk_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,16 +132,16 @@ def test_a_missing_library_is_done_without_and_a_full_disk_is_not(monkeypatch: p
         monkeypatch.setattr(trunk, "_litert", fails)
 
     fail_with(OSError("library.so: cannot open shared object file"))  # as ctypes raises it
-    assert trunk.engine(frozen, identity, Runtime(), PIXELS)[0] == "tensorflow"
+    assert engine.engine(frozen, identity, Runtime(), PIXELS)[0] == "tensorflow"
     fail_with(OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="No space left"):
-        trunk.engine(frozen, identity, Runtime(), PIXELS)
+        engine.engine(frozen, identity, Runtime(), PIXELS)
 
 
 def test_what_differs_runs_in_tensorflow(capsys: pytest.CaptureFixture[str]) -> None:
     """A kept conversion that is of another network stands for one that computes something else."""
     doubled, identity = model(lambda x: x * 2)
-    assert trunk.engine(doubled, identity, Runtime(), PIXELS)[0] == "litert"
+    assert engine.engine(doubled, identity, Runtime(), PIXELS)[0] == "litert"
     tripled, _ = model(lambda x: x * 3)
-    assert trunk.engine(tripled, identity, Runtime(), PIXELS)[0] == "tensorflow"
+    assert engine.engine(tripled, identity, Runtime(), PIXELS)[0] == "tensorflow"
     assert "activations that differ by 0.333 of their norm" in capsys.readouterr().out

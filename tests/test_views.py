@@ -15,14 +15,15 @@ import tensorflow as tf
 from PIL import Image
 
 from flatmin import runtime
-from flatmin.common import params, reporting
+from flatmin.common import errors, params
+from flatmin.common.errors import InputError
 from flatmin.common.params import Augment, Data
-from flatmin.common.reporting import InputError
-from flatmin.data import records
-from flatmin.data.records import Records
-from flatmin.features import cache, views
-from flatmin.features.views import Share
+from flatmin.data import writer
+from flatmin.features import cache, store
+from flatmin.inputs import batches
 from flatmin.inputs.augment import CHUNK, Augmenter
+from flatmin.inputs.batches import Share
+from flatmin.inputs.records import Records
 from flatmin.models import classifier
 from flatmin.models.classifier import Classifier
 
@@ -42,7 +43,7 @@ def make(root: Path, sizes: list[tuple[int, int]]) -> Records:
             Image.new("RGB", sizes[number % len(sizes)], (number, number, number)).save(path)
     splits = {"train": "train", "val": "val", "test": "test"}
     data = Data.model_validate({"source": "folder", "name": str(root / "source"), "splits": splits})
-    records.write(data, 0, root / "records")
+    writer.write(data, 0, root / "records")
     return Records(root / "records")
 
 
@@ -73,7 +74,7 @@ def epoch(
     of: Records, settings: Augment, seed: int = 0, epoch: int = 0, workers: int = 1, batch_size: int = 24
 ) -> Batches:
     with Augmenter(settings, seed, workers) as augmenter:
-        return batches(views.augmented(of, augmenter, SIZE, batch_size, seed, epoch))
+        return batches(batches.augmented(of, augmenter, SIZE, batch_size, seed, epoch))
 
 
 def equal(first: Batches, second: Batches) -> bool:
@@ -110,7 +111,7 @@ def test_the_order_is_that_of_seed_and_epoch(alike: Records) -> None:
         (seed, number): tuple(numbers(epoch(alike, NONE, seed, number))) for seed in (0, 1) for number in (0, 1, 2)
     }
     assert len(set(orders.values())) == len(orders)
-    stored = tuple(numbers(batches(views.plain(alike, "train", SIZE, 24))))
+    stored = tuple(numbers(batches(batches.plain(alike, "train", SIZE, 24))))
     assert stored not in orders.values()
     # Shuffled as a whole: a batch draws from all over.
     assert max(stored.index(number) for number in orders[0, 0][:24]) > COUNT // 2
@@ -135,7 +136,7 @@ def test_the_batch_size_changes_no_picture(alike: Records) -> None:
 
 def test_a_data_set_gives_the_same_again(alike: Records) -> None:
     with Augmenter(HARMLESS, 0, 1) as augmenter:
-        dataset = views.augmented(alike, augmenter, SIZE, 24, 0, 0)
+        dataset = batches.augmented(alike, augmenter, SIZE, 24, 0, 0)
         assert equal(batches(dataset), batches(dataset))
 
 
@@ -145,7 +146,7 @@ def test_pictures_that_do_not_fit_the_buffer_come_once_too(unlike: Records, monk
     found = numbers(of_epoch)
     assert sorted(found) == list(range(COUNT))
     assert labels(of_epoch) == [number % 2 for number in found]
-    stored = numbers(batches(views.plain(unlike, "train", SIZE, 24)))
+    stored = numbers(batches(batches.plain(unlike, "train", SIZE, 24)))
     # What comes i-th is from the first i + CHUNK: no more are held.
     assert all(stored.index(number) < place + CHUNK for place, number in enumerate(found))
     assert found != stored
@@ -156,7 +157,7 @@ def test_augmented_pictures_are_those_of_augment(alike: Records) -> None:
     settings = Augment(n=1, m=9)
     with Augmenter(settings, 0, 1) as augmenter:
         stored = [image for image, _ in alike.images("train").as_numpy_iterator()]
-        expected = [views.resize(image, SIZE).numpy() for chunk in augmenter.chunks(stored, 2) for image in chunk]
+        expected = [batches.resize(image, SIZE).numpy() for chunk in augmenter.chunks(stored, 2) for image in chunk]
     found = np.concatenate([images for images, _ in epoch(alike, settings, 0, 2)])
     assert sorted(image.tobytes() for image in expected) == sorted(image.tobytes() for image in found)
 
@@ -164,7 +165,7 @@ def test_augmented_pictures_are_those_of_augment(alike: Records) -> None:
 @pytest.mark.parametrize("every", [1, 3, 5, 500])
 def test_a_sample_is_taken_evenly(made: Records, every: int) -> None:
     whole, taken = (
-        batches(each) for each in (views.plain(made, "train", SIZE, COUNT), views.sample(made, SIZE, every, 7))
+        batches(each) for each in (batches.plain(made, "train", SIZE, COUNT), batches.sample(made, SIZE, every, 7))
     )
     np.testing.assert_array_equal(np.concatenate([images for images, _ in taken]), whole[0][0][::every])
     assert {len(images) for images, _ in taken[:-1]} <= {7}
@@ -172,19 +173,19 @@ def test_a_sample_is_taken_evenly(made: Records, every: int) -> None:
 
 @pytest.mark.parametrize("role", ["train", "val", "test"])
 def test_plain_keeps_the_order(made: Records, role: str) -> None:
-    of_role = batches(views.plain(made, role, SIZE, 5))
+    of_role = batches(batches.plain(made, role, SIZE, 5))
     assert [f"{number:03d}" for number in numbers(of_role)] == [Path(name).stem for name in made.names(role)]
     assert labels(of_role) == made.labels(role).tolist()
     sizes = [len(images) for images, _ in of_role]
     assert sum(sizes) == made.count(role)
     assert set(sizes[:-1]) <= {5}
-    assert equal(of_role, batches(views.plain(made, role, SIZE, 5)))
+    assert equal(of_role, batches(batches.plain(made, role, SIZE, 5)))
 
 
 @pytest.mark.parametrize("shape", [(8, 12, 3), (40, 30, 3), (16, 16, 3), (1, 1, 3)])
 def test_resize_is_tensorflows_bilinear_with_smoothing(shape: tuple[int, int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    found = views.resize(tf.constant(image), SIZE)
+    found = batches.resize(tf.constant(image), SIZE)
     assert found.dtype == tf.float32
     assert found.shape == (SIZE, SIZE, 3)
     expected = tf.image.resize(image, (SIZE, SIZE), method="bilinear", antialias=True)
@@ -205,10 +206,10 @@ def test_a_broken_record_is_one_line(augmenting: bool, tmp_path: Path, capsys: p
         if augmenting:
             epoch(of, HARMLESS)
         else:
-            batches(views.plain(of, "train", SIZE, 24))
+            batches(batches.plain(of, "train", SIZE, 24))
 
     with pytest.raises(SystemExit):
-        reporting.run(read)
+        errors.run(read)
     written = capsys.readouterr().err
     assert written.startswith("error: data/records: expected whole records (`dvc repro --force prepare` makes them)")
     assert "corrupted record" in written
@@ -222,10 +223,10 @@ def test_a_killed_augmenting_process_is_one_line(alike: Records, capsys: pytest.
             augmenter.start()
             for child in multiprocessing.active_children():
                 child.kill()
-            list(views.augmented(alike, augmenter, SIZE, 24, 0, 0))
+            list(batches.augmented(alike, augmenter, SIZE, 24, 0, 0))
 
     with pytest.raises(SystemExit):
-        reporting.run(killed)
+        errors.run(killed)
     written = capsys.readouterr().err
     assert written.startswith("error: augment: expected processes that live to the end (is memory short?), received: ")
     assert written.count("\n") == 1
@@ -238,7 +239,7 @@ def test_views_are_keyed_by_what_they_depend_on(
     base = params.parse(
         {
             "seed": 1,
-            "runtime": {"trunk": "tensorflow"},
+            "runtime": {"engine": "tensorflow"},
             "data": {"source": "folder", "name": "source", "splits": {"train": "train", "val": "val", "test": "test"}},
             "augment": {"n": 0, "flip": True},
             "backbones": ["MobileNet025"],
@@ -263,7 +264,7 @@ def test_views_are_keyed_by_what_they_depend_on(
         share: Share | None = None,
         **sections: Any,
     ) -> tuple[str, str]:
-        maker = views._Maker(
+        maker = store._Maker(
             records, model, base.model_copy(update=sections), 1, share or Share(), cast(Augmenter, None)
         )
         return maker._key(view), maker._key(None)
@@ -285,7 +286,7 @@ def test_views_are_keyed_by_what_they_depend_on(
     assert {key for _, key in of_views} == {of_val}
     of_both = [keys(records=unlike), keys(model=network(64)), keys(model=network(seed=1))]
     of_both += [keys(model=network(cut="conv_dw_11"))]
-    of_both += [keys(**runtime_of(**{name: value})) for name, value in (("math", "half"), ("trunk", "litert"))]
+    of_both += [keys(**runtime_of(**{name: value})) for name, value in (("matmul", "half"), ("engine", "litert"))]
     of_both += [keys(**runtime_of(deterministic=not base.runtime.deterministic))]
     monkeypatch.setattr(runtime, "machine", lambda: ["another"])
     of_both.append(keys())
@@ -297,7 +298,7 @@ def test_activations_cut_off_are_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("FLATMIN_CACHE", str(tmp_path))
     values = np.arange(40, dtype=np.float16).reshape(10, 4)
     entry = cache.Entry("views", "0", lambda folder: np.save(folder / "boundary_00.npy", values))
-    with closing(views.Activations(entry)) as activations:
+    with closing(store.Activations(entry)) as activations:
         np.testing.assert_array_equal(activations.read([9, 0])[0], values[[9, 0]])
         path = entry.folder / "boundary_00.npy"
         os.truncate(path, path.stat().st_size - 2)

@@ -28,8 +28,8 @@ with modify_yaml("params.yaml") as params:
     params.setdefault("runtime", {})["strategy"] = "multi_worker"
 END
 fi
-PYTHONPATH=src python -m flatmin.params
-PYTHONPATH=src python -m flatmin.selection
+PYTHONPATH=src python -m flatmin.common.params
+PYTHONPATH=src python -m flatmin.prune
 
 rm -rf "$(dvc cache dir)/runs"
 dvc fetch --quiet --run-cache --max-size 0  # the records of runs alone

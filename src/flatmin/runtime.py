@@ -15,9 +15,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from flatmin.common import reporting
+from flatmin.common import console
+from flatmin.common.errors import InputError
 from flatmin.common.params import Runtime
-from flatmin.common.reporting import InputError
 
 
 def configure(runtime: Runtime, seed: int) -> None:
@@ -32,7 +32,7 @@ def configure(runtime: Runtime, seed: int) -> None:
 def set_math(runtime: Runtime) -> None:
     """What oneDNN multiplies float32 tensors in, before the process's first product."""
     for variable in ("TF_SET_ONEDNN_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"):
-        if runtime.math != "float32":
+        if runtime.matmul != "float32":
             os.environ[variable] = "BF16"
         else:
             os.environ.pop(variable, None)
@@ -72,7 +72,7 @@ def _workers() -> tf.distribute.Strategy:
         addresses = _addresses(values["cluster"], values["task"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{expected}, received {config[:200]!r} ({error})") from None
-    reporting.log(f"waiting for all of {len(addresses)} workers: {', '.join(addresses)}")
+    console.log(f"waiting for all of {len(addresses)} workers: {', '.join(addresses)}")
     return tf.distribute.MultiWorkerMirroredStrategy()
 
 

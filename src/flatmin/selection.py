@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatmin.common import params, reporting
-from flatmin.common.reporting import InputError
-
-EXTRACT_FILES = ("models/extract/{}", "metrics/extract/{}.json", "plots/extract/{}.csv")
+from flatmin.common import files
+from flatmin.common.errors import InputError
 
 
 def choose(candidates: Mapping[str, Mapping[str, Any]], tolerance: float) -> str:
@@ -25,13 +23,13 @@ def choose(candidates: Mapping[str, Mapping[str, Any]], tolerance: float) -> str
 
 
 def select(backbones: Sequence[str], tolerance: float) -> dict[str, Any]:
-    """Copy the chosen backbone's classifier to models/selected; return the metrics. Reads the backbones named only."""
-    candidates = {name: reporting.read_json(f"metrics/extract/{name}.json") for name in backbones}
+    """Copy the chosen backbone's classifier to models/select; return the metrics. Reads the backbones named only."""
+    candidates = {name: files.read_json(f"metrics/extract/{name}.json") for name in backbones}
     name = choose(candidates, tolerance)
     source = Path("models/extract") / name
     if not source.is_dir():
         raise InputError(f"{source}: expected the classifier that extract-train@{name} wrote, found none")
-    with reporting.whole("models/selected") as aside:
+    with files.atomic_write("models/select") as aside:
         shutil.copytree(source, aside)
     chosen = candidates[name]
     return {
@@ -40,26 +38,3 @@ def select(backbones: Sequence[str], tolerance: float) -> dict[str, Any]:
         "multiply_adds": chosen["multiply_adds"],
         "val": {"accuracy": chosen["val"]["accuracy"]},
     }
-
-
-def prune(backbones: Sequence[str], root: Path | str = ".") -> list[str]:
-    """Delete models, metrics and plots of extract-train for backbones not in the list; return their names."""
-    gone = set()
-    for pattern in EXTRACT_FILES:
-        folder, _, suffix = pattern.rpartition("/")
-        suffix = suffix.removeprefix("{}")
-        for path in (Path(root) / folder).glob(f"*{suffix}"):
-            name = path.name.removesuffix(suffix)
-            if name not in backbones and not name.startswith("."):
-                gone.add(name)
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return sorted(gone)
-
-
-def _main() -> None:
-    for name in prune(params.load().backbones):
-        reporting.log(f"pruned: extract-train of {name}, which `backbones` no longer names")
-
-
-if __name__ == "__main__":
-    reporting.run(_main)

@@ -18,7 +18,7 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from flatmin import sam
-from flatmin.common import reporting
+from flatmin.common import files
 
 EIGENVALUES = 5
 # How far the picture goes: along the eigenvector in units of the weights, along filters in parts of their norms.
@@ -254,7 +254,7 @@ def draw(along: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path | str) -
         axis.set_ylabel("mean train loss (nats)")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    with reporting.whole(path) as aside:
+    with files.atomic_write(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,9 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from flatmin.common import reporting
-from flatmin.common.reporting import InputError
-from flatmin.models.backbones import BACKBONES
+from flatmin.common import console, errors
+from flatmin.common.errors import InputError
+from flatmin.common.params_errors import InconsistentError, explain, explain_yaml, refuse_duplicate_keys
+from flatmin.models.registry import BACKBONES
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
@@ -31,14 +31,6 @@ _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 def _number(value: Any) -> Any:
     """YAML 1.1, which PyYAML reads, takes `1e-05` for text; DVC writes just that for `-S x=0.00001`."""
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
-
-
-class _WrongError(ValueError):
-    """What a section's fields, each good in itself, are together: the key is relative to the section's."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
 
 
 def _different(names: list[str]) -> list[str]:
@@ -91,26 +83,31 @@ class Section(BaseModel):
 class Runtime(Section):
     """How the numbers are computed.
 
-    precision: Keras' dtype policy. math: what convolutions and matrix products of float32 tensors multiply in; with
-    `half` and `half_tail` TensorFlow rounds their inputs to bfloat16, 8 bits of mantissa, and adds up in float32, on a
-    CPU with AMX or AVX512_BF16; with `half` LiteRT runs frozen layers in float16 on one with AVX512_FP16 or Arm's like.
-    Others compute in float32, and so does evaluate. strategy: `one` device, `mirrored` over all of the machine's GPUs,
-    `multi_worker` over the machines that TF_CONFIG names, or `auto`, which is `mirrored` where there are several GPUs.
-    trunk: what runs the frozen layers where views are kept, `tensorflow`, `litert`, or `auto`, which is `litert` on CPU
-    where it gives the same.
+    precision: Keras' dtype policy.
+    matmul: the precision in which convolutions and matrix products of float32 tensors multiply. `bfloat16`: TensorFlow
+        rounds their inputs to bfloat16 (8 bits of mantissa) and accumulates in float32, on a CPU with AMX or
+        AVX512_BF16. `half`: the same, and LiteRT runs frozen layers in float16 on a CPU with AVX512_FP16 or Arm's
+        equivalent. Other processors, and evaluate, compute in float32.
+    strategy: `one` device, `mirrored` over all of the machine's GPUs, `multi_worker` over the machines that TF_CONFIG
+        names, or `auto`, which is `mirrored` on a machine with several GPUs.
+    engine: runs the frozen layers when their activations are cached: `tensorflow`, `litert`, or `auto`, which is
+        `litert` on a CPU if it gives the same activations.
     """
 
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
-    math: Literal["float32", "half_tail", "half"] = "float32"
+    matmul: Literal["float32", "bfloat16", "half"] = "float32"
     deterministic: bool = True
     strategy: Literal["auto", "one", "mirrored", "multi_worker"] = "auto"
-    trunk: Literal["auto", "tensorflow", "litert"] = "auto"
+    engine: Literal["auto", "tensorflow", "litert"] = "auto"
 
     @model_validator(mode="after")
     def _litert_has_one_precision(self) -> Self:
-        if self.trunk == "litert" and self.precision != "float32":
-            raise _WrongError("trunk", f"auto or tensorflow with precision {self.precision}, received litert")
+        if self.engine == "litert" and self.precision != "float32":
+            raise InconsistentError("engine", f"auto or tensorflow with precision {self.precision}, received litert")
         return self
+
+
+ROLES = ("train", "val", "test", "predict")
 
 
 class Splits(Section):
@@ -234,7 +231,7 @@ class Training(Section):
         if isinstance(self.schedule, Cosine) and self.schedule.warmup_epochs >= self.epochs:
             warmup = self.schedule.warmup_epochs
             message = f"less than epochs, which is {self.epochs}, received {warmup:g}"
-            raise _WrongError("schedule.warmup_epochs", message)
+            raise InconsistentError("schedule.warmup_epochs", message)
         return self
 
 
@@ -254,7 +251,7 @@ class Extract(Training):
     @model_validator(mode="after")
     def _differing_views(self) -> Self:
         if self.views > 1 and not self.augment:
-            raise _WrongError("views", f"at most 1 without augment, received {self.views}")
+            raise InconsistentError("views", f"at most 1 without augment, received {self.views}")
         return self
 
 
@@ -308,12 +305,12 @@ class Sam(Section):
         for key in ("alpha", "gamma", "rho_min", "rho_max", "sigma", "friendly_lambda"):
             value = getattr(self, key)
             if value is not None and key not in own.get(self.method, set()):
-                raise _WrongError(key, f"no value with method {self.method}, received {value:g}")
+                raise InconsistentError(key, f"no value with method {self.method}, received {value:g}")
         low, high = (self.rho if value is None else value for value in (self.rho_min, self.rho_max))
         if low > high:
-            raise _WrongError("rho_min", f"at most rho_max, which is {high:g}, received {low:g}")
+            raise InconsistentError("rho_min", f"at most rho_max, which is {high:g}, received {low:g}")
         if self.sync_perturbation and self.num_batch_splits > 1:
-            raise _WrongError("sync_perturbation", "false with num_batch_splits, received true")
+            raise InconsistentError("sync_perturbation", "false with num_batch_splits, received true")
         return self
 
 
@@ -367,7 +364,7 @@ class Params(Section):
     def _differing_views(self) -> Self:
         for name, recipe in (("extract", self.extract), ("finetune", self.finetune)):
             if recipe.views > 1 and self.augment.engine == "none":
-                raise _WrongError(f"{name}.views", f"at most 1 with augment.engine none, received {recipe.views}")
+                raise InconsistentError(f"{name}.views", f"at most 1 with augment.engine none, received {recipe.views}")
         return self
 
     @model_validator(mode="after")
@@ -377,7 +374,7 @@ class Params(Section):
             message = (
                 f"more than finetune.schedule.warmup_epochs, which is {schedule.warmup_epochs:g}, received {epochs}"
             )
-            raise _WrongError("sam.epochs", message)
+            raise InconsistentError("sam.epochs", message)
         return self
 
 
@@ -390,7 +387,7 @@ def load(path: Path | str = "params.yaml") -> Params:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        _refuse_twice(yaml.compose(text, yaml.SafeLoader), str(path))
+        refuse_duplicate_keys(yaml.compose(text, yaml.SafeLoader), str(path))
         values = yaml.safe_load(text)
     except InputError:
         raise
@@ -399,38 +396,10 @@ def load(path: Path | str = "params.yaml") -> Params:
     except OSError as error:
         raise InputError(f"{path}: expected a file that can be read, received: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
-        raise InputError(f"{path}: expected YAML, received {_explain_yaml(error)}") from None
+        raise InputError(f"{path}: expected YAML, received {explain_yaml(error)}") from None
     except Exception as error:  # PyYAML lets through what int(), dates and the like raise
         raise InputError(f"{path}: expected YAML, received {' '.join(str(error).split())}") from None
     return parse(values, str(path))
-
-
-def _refuse_twice(document: yaml.Node | None, where: str) -> None:
-    """A key that is there twice is an error, which YAML says and PyYAML does not."""
-    pending: list[tuple[str, yaml.Node | None]] = [("", document)]
-    seen: set[int] = set()
-    while pending:
-        prefix, node = pending.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            pending += [(f"{prefix}{index}.", item) for index, item in enumerate(node.value)]
-        elif isinstance(node, yaml.MappingNode):
-            keys: set[str] = set()
-            for key, value in node.value:
-                name = str(key.value)
-                if name in keys:
-                    line = key.start_mark.line + 1
-                    raise InputError(f"{where}: {prefix}{_one_line(name)}: expected once, received twice (line {line})")
-                keys.add(name)
-                pending.append((f"{prefix}{_one_line(name)}.", value))
-
-
-def _explain_yaml(error: yaml.MarkedYAMLError) -> str:
-    mark = error.problem_mark or error.context_mark
-    place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-    return " ".join(f"{error.context or ''} {error.problem or ''}".split()) + place
 
 
 def parse(values: Any, where: str = "params.yaml") -> Params:
@@ -438,82 +407,12 @@ def parse(values: Any, where: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{where}: {_explain(error, values)}") from None
-
-
-def _explain(findings: ValidationError, values: Any) -> str:
-    """The first finding, as 'key: expected ..., received ...'."""
-    finding = findings.errors(include_url=False)[0]
-    kind, context = finding["type"], finding.get("ctx", {})
-    key = _key(finding["loc"], values, kind == "missing")
-    received = _shorten(finding["input"])
-    match kind:
-        case "missing":
-            return f"{key}: expected a value, found none"
-        case "union_tag_not_found":
-            return f"{key}.name: expected a value, found none"
-        case "union_tag_invalid":
-            name = _shorten(finding["input"]["name"])
-            return f"{key}.name: expected {context['expected_tags'].replace(', ', ' or ')}, received {name}"
-        case "value_error":
-            error = context["error"]
-            if isinstance(error, _WrongError):
-                key = f"{key}.{error.key}" if finding["loc"] else error.key
-            return f"{key}: expected {error}" + ("" if "received" in str(error) else f", received {received}")
-        case "extra_forbidden":
-            expected = "no such key"
-        case "invalid_key":
-            expected = "a key that is text"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            expected = "a mapping"
-        case "too_short":
-            expected = f"a list of at least {context['min_length']}"
-        case "string_too_short":
-            expected = "text that isn't empty"
-        case "string_unicode":
-            expected = "text"
-        case _:
-            expected = re.sub(r"^.*?should be ", "", finding["msg"])
-            expected = expected[:1].lower() + expected[1:]
-    return f"{key}: expected {expected}, received {received}"
-
-
-def _key(location: tuple[int | str, ...], values: Any, missing: bool) -> str:
-    """`('finetune', 'schedule', 'plateau', 'factor')` without the parts that name a branch of a union.
-
-    Those are the parts that lead nowhere in `values`, as does the last part where a value is missing.
-    """
-    names = []
-    for index, part in enumerate(location):
-        children = dict(enumerate(values)) if isinstance(values, list) else values if isinstance(values, dict) else {}
-        found = [child for child in children if child == part or str(child) == part]
-        if found:
-            values = children[found[0]]
-        if found or (missing and index == len(location) - 1):
-            names.append(_one_line(str(part)))
-    return ".".join(names) or "the file"
-
-
-def _one_line(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 60 else _shorten(key)
-
-
-def _shorten(value: Any) -> str:
-    """At most 60 characters, however large, deep or odd the value."""
-    try:
-        text = _repr.repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = f"a very large {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 60
+        raise InputError(f"{where}: {explain(error, values)}") from None
 
 
 def _main(path: str = "params.yaml") -> None:
-    reporting.log(f"{path}: good, seed {load(path).seed}")
+    console.log(f"{path}: good, seed {load(path).seed}")
 
 
 if __name__ == "__main__":
-    reporting.run(_main, *sys.argv[1:])
+    errors.run(_main, *sys.argv[1:])

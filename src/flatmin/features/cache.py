@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flatmin.common import reporting
-from flatmin.common.reporting import InputError
+from flatmin.common import files
+from flatmin.common.errors import InputError
 
 LIMIT = 50 * 10**9
 LONGEST_PAUSE = 60  # seconds
@@ -45,20 +45,12 @@ def key(depends_on: Mapping[str, Any], files: Iterable[Path] = (), modules: Iter
         modules: names or patterns of this package's modules whose code counts. The libraries' versions always do.
     """
     digest = hashlib.sha256(json.dumps([depends_on, _versions()], sort_keys=True).encode())
-    package = Path(__file__).parents[1]
-    code = sorted({path for module in modules for path in package.rglob(f"{module}.py")})
+    package = Path(__file__).parent
+    code = sorted({path for module in modules for path in package.glob(f"{module}.py")})
     for path in [*code, *files]:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
-
-
-def digest(arrays: Iterable[Any]) -> str:
-    """SHA-256, in hexadecimal, over the bytes of contiguous arrays."""
-    found = hashlib.sha256()
-    for array in arrays:
-        found.update(memoryview(array).cast("B"))
-    return found.hexdigest()
 
 
 @cache
@@ -105,11 +97,11 @@ class Entry:
     def _fill(self, make: Callable[[Path], None]) -> None:
         for left in (self.folder, *_parts(self.folder)):
             shutil.rmtree(left, ignore_errors=True)
-        with reporting.whole(self.folder) as aside:
+        with files.atomic_write(self.folder) as aside:
             aside.mkdir()
             make(aside)
-            files = sorted(aside.iterdir())
-            reporting.write_json(aside / CHECKSUMS, {path.name: reporting.sha256(path) for path in files})
+            paths = sorted(aside.iterdir())
+            files.write_json(aside / CHECKSUMS, {path.name: files.sha256(path) for path in paths})
 
     def close(self) -> None:
         """Let others prune it."""
@@ -135,9 +127,7 @@ def _intact(entry: Path) -> bool:
     """Whether every file is there with the checksum that it was written with."""
     try:
         checksums = json.loads((entry / CHECKSUMS).read_text(encoding="utf-8"))
-        return bool(checksums) and all(
-            reporting.sha256(entry / name) == checksum for name, checksum in checksums.items()
-        )
+        return bool(checksums) and all(files.sha256(entry / name) == checksum for name, checksum in checksums.items())
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -59,7 +59,7 @@ def _randaugmented(images: list[np.ndarray], settings: Augment, seed: np.random.
     if not images:
         return []
     if settings.engine == "tensorflow":
-        from flatmin.inputs import augment_ops  # TensorFlow, which imgaug's workers do without
+        from flatmin.inputs import augment_ops
 
         return augment_ops.randaugment(images, settings.n, settings.m, np.random.default_rng(seed))
     augmenter = _randaugment(settings.n, settings.m)

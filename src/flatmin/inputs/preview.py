@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from flatmin.common import reporting
+from flatmin.common import files
 from flatmin.common.params import Augment
-from flatmin.data.records import Records
 from flatmin.inputs.augment import CHUNK, augment
+from flatmin.inputs.records import Records
 
 ROWS = 8
 VERSIONS = 7
@@ -33,5 +33,5 @@ def draw(records: Records, settings: Augment, seed: int, path: Path | str) -> No
         row[0].set_ylabel(records.class_names[labels[index]], fontsize=8, parse_math=False)
     for axis, title in zip(axes[0], ["stored", *(f"epoch {number + 1}" for number in range(VERSIONS))], strict=True):
         axis.set_title(title, fontsize=8)
-    with reporting.whole(path) as aside:
+    with files.atomic_write(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})

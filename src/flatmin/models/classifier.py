@@ -13,10 +13,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin.common import reporting
-from flatmin.common.reporting import InputError
-from flatmin.features import cache
-from flatmin.models import backbones
+from flatmin.common import console, files
+from flatmin.common.errors import InputError
+from flatmin.models import build, registry
+from flatmin.models.split import cut, layer_index, nodes
+from flatmin.models.weights_files import weights_digest
 
 WEIGHTS = "classifier.weights.h5"
 MODEL = "model.json"
@@ -88,7 +89,7 @@ class Classifier:
             trunk: pixels float32 [batch, size, size, 3] in [0, 255] -> boundary tensors; and the tail.
         """
         pixels = keras.Input(self.network.input.shape[1:], name="pixels")
-        prepared = backbones.preprocess(self.description.backbone, pixels)
+        prepared = registry.preprocess(self.description.backbone, pixels)
         if at is None:
             return keras.Model(pixels, self.features(prepared), name="trunk"), Tail(None, self.head)
         frozen, body = cut(self.features, self.base.layers, layer_index(self.base, at))
@@ -103,7 +104,7 @@ class Classifier:
             "preprocessing": self.description.preprocessing,
             "cut": None if at is None else layer_index(self.base, at),
             "levels": self.description.levels,
-            "weights": cache.digest(np.ascontiguousarray(weight) for weight in trunk.get_weights()),
+            "weights": files.digest(np.ascontiguousarray(weight) for weight in trunk.get_weights()),
             "precision": keras.config.dtype_policy().name,
         }
 
@@ -113,25 +114,25 @@ class Classifier:
 
     def logits(self, images: tf.data.Dataset, total: int | None = None, description: str = "scoring") -> np.ndarray:
         """float32 [examples, classes] for batches of (images, labels) in their order, in inference mode."""
-        batches = reporting.progress(images, description, total, "batch")
+        batches = console.progress(images, description, total, "batch")
         return np.concatenate([self._forward(pixels).numpy() for pixels, _ in batches])
 
     def save(self, folder: Path | str) -> None:
         """Write weights and `model.json`; equal weights give equal bytes."""
-        with reporting.whole(folder) as aside:
+        with files.atomic_write(folder) as aside:
             aside.mkdir()
             self.network.save_weights(aside / WEIGHTS)
-            reporting.write_json(aside / MODEL, asdict(self.description))
+            files.write_json(aside / MODEL, asdict(self.description))
 
 
 def assemble(description: Description, weights: str = "none") -> Classifier:
-    """Build a classifier, its backbone with `weights` as `backbones.build` takes them."""
+    """Build a classifier, its backbone with `weights` as `build.build` takes them."""
     size = description.image_size
-    base = backbones.build(description.backbone, size, weights)
+    base = build.build(description.backbone, size, weights)
     features = pooled(base, description.levels)
     head = _head(description, features.output.shape[-1])
     pixels = keras.Input((size, size, 3), name="pixels")
-    prepared = backbones.preprocess(description.backbone, pixels)
+    prepared = registry.preprocess(description.backbone, pixels)
     network = keras.Model(pixels, head(features(prepared)), name="classifier")
     return Classifier(description, base, features, head, network)
 
@@ -173,9 +174,9 @@ def standardize(model: Classifier, images: tf.data.Dataset) -> None:
     name = model.description.backbone
     plain = keras.Model(model.base.input, layer.input)
     forward = tf.function(
-        lambda pixels: plain(backbones.preprocess(name, pixels), training=False), reduce_retracing=True
+        lambda pixels: plain(registry.preprocess(name, pixels), training=False), reduce_retracing=True
     )
-    batches = reporting.progress(images, "standardizing", unit="batch")
+    batches = console.progress(images, "standardizing", unit="batch")
     features = np.concatenate([forward(pixels).numpy() for pixels, _ in batches]).astype(np.float64)
     layer.moving_mean.assign(features.mean(axis=0))
     layer.moving_variance.assign(features.var(axis=0))
@@ -210,7 +211,7 @@ def create(
     hidden_units: int = 0,
 ) -> Classifier:
     """A new classifier around a backbone of the table, with pretrained weights and a random head."""
-    size = image_size or backbones.find(backbone).image_size
+    size = image_size or registry.find(backbone).image_size
     description = Description(
         backbone=backbone,
         image_size=size,
@@ -218,14 +219,14 @@ def create(
         dropout=dropout,
         seed=seed,
         pretrained=weights if weights in {"imagenet", "none"} else Path(weights).name,
-        weights_digest=backbones.digest(backbone, weights),
-        preprocessing=backbones.find(backbone).preprocessing,
+        weights_digest=weights_digest(backbone, weights),
+        preprocessing=registry.find(backbone).preprocessing,
         multiply_adds=0,
         levels=levels,
         hidden_units=hidden_units,
     )
     built = assemble(description, weights)
-    counted = backbones.multiply_adds(built.base)
+    counted = build.multiply_adds(built.base)
     return replace(built, description=replace(description, multiply_adds=counted))
 
 
@@ -237,7 +238,7 @@ def describe(folder: Path | str) -> Description:
     """
     path = Path(folder) / MODEL
     try:
-        return Description(**reporting.read_json(path))
+        return Description(**files.read_json(path))
     except TypeError as error:
         raise InputError(f"{path}: expected a classifier's description, received {error}") from None
 
@@ -263,69 +264,6 @@ def load(folder: Path | str, **changes: Any) -> Classifier:
             f"{folder / WEIGHTS}: expected weights of {description.backbone}, received {received}"
         ) from None
     if changes.get("image_size"):
-        counted = backbones.multiply_adds(classifier.base)
+        counted = build.multiply_adds(classifier.base)
         return replace(classifier, description=replace(description, multiply_adds=counted))
     return classifier
-
-
-def layer_index(base: keras.Model, at: str | int) -> int:
-    """The index in `base.layers` of the layer named, or given by its index.
-
-    Raises:
-        InputError: there is no such layer.
-    """
-    names = [layer.name for layer in base.layers]
-    if isinstance(at, int) and 0 <= at < len(names):
-        return at
-    if at in names:
-        return names.index(str(at))
-    raise InputError(
-        f"finetune.fine_tune_at: expected a layer of {base.name}: an index below {len(names)} or a name such as "
-        f"{names[len(names) // 2]}; received {at!r}"
-    )
-
-
-def nodes(model: keras.Model) -> list[Any]:
-    """A functional model's calls of layers and of operations such as `x + y`, from images to output."""
-    return [node for depth in sorted(model._nodes_by_depth, reverse=True) for node in model._nodes_by_depth[depth]]
-
-
-def cut(model: keras.Model, layers: Sequence[keras.Layer], index: int) -> tuple[keras.Model, keras.Model]:
-    """Cut a functional model before `layers[index]` into two that make the same of an image in a row.
-
-    The tensors that frozen layers make and trained ones use are the boundary; a cut inside a residual block has
-    several. What is not in `layers`, such as pooling or `x + y`, is trained where anything it uses is.
-    """
-    if index == 0:
-        return keras.Sequential([keras.Input(model.input.shape[1:]), keras.layers.Identity()], name="frozen"), model
-    frozen_layers = {id(layer) for layer in layers[:index]}
-    is_layer = {id(layer) for layer in layers}
-    trained: set[int] = set()
-    boundary: dict[int, Any] = {}
-    for node in nodes(model):
-        operation = node.operation
-        uses_trained = any(id(tensor) in trained for tensor in node.input_tensors)
-        if id(operation) in frozen_layers or (id(operation) not in is_layer and not uses_trained):
-            continue
-        trained.update(id(tensor) for tensor in node.output_tensors)
-        boundary.update((id(tensor), tensor) for tensor in node.input_tensors if id(tensor) not in trained)
-    tensors = list(boundary.values())
-    crossing = tensors[0] if len(tensors) == 1 else tensors
-    return keras.Model(model.input, crossing, name="frozen"), keras.Model(crossing, model.output, name="body")
-
-
-def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, top-5 accuracy (fractions) and mean cross-entropy (nats) of float logits [n, classes]."""
-    logits = logits.astype(np.float64)
-    own = logits[np.arange(len(labels)), labels]
-    # Ties count against the prediction but for the index order that argmax has; NaN is never right.
-    rank = (~(logits <= own[:, None])).sum(axis=1) + (
-        (logits == own[:, None]) & (np.arange(logits.shape[1]) < labels[:, None])
-    ).sum(axis=1)
-    highest = logits.max(axis=1)
-    log_sum = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-    return {
-        "accuracy": float((rank == 0).mean()),
-        "top5_accuracy": float((rank < 5).mean()),
-        "loss": float((log_sum - own).mean()),
-    }

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from flatmin.common.reporting import InputError
+from flatmin.common.errors import InputError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

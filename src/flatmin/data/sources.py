@@ -7,10 +7,8 @@ A source streams encoded images in a fixed order and understands TFDS's split ex
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from flatmin.common import reporting
+from flatmin.common import errors
+from flatmin.common.errors import InputError
 from flatmin.common.params import Data
-from flatmin.common.reporting import InputError
+from flatmin.data import images
 
 SUFFIXES = frozenset(
     {
@@ -44,8 +43,6 @@ SUFFIXES = frozenset(
 )
 NAME_FEATURES = ("name", "file_name", "filename", "image/filename", "image/file_name", "id")
 UNKNOWN = -1
-_ORIENTATION = 0x0112  # the EXIF tag
-_PNG_BIT_DEPTH = 24  # that byte of a PNG file
 
 
 class Example(NamedTuple):
@@ -86,7 +83,7 @@ class Source(ABC):
             parts = tfds.core.ReadInstruction.from_spec(expression).to_absolute(self.splits)
         except (ValueError, AssertionError) as error:
             there = ", ".join(f"{name} ({split.num_examples})" for name, split in self.splits.items())
-            reason = reporting.first_line(str(error))
+            reason = errors.first_line(str(error))
             raise InputError(f"{key}: expected slices of {there}, received {expression!r}: {reason}") from None
         sizes = {name: split.num_examples for name, split in self.splits.items()}
         slices = [
@@ -192,7 +189,7 @@ class _Digits(_Listed):
         super().__init__([str(name) for name in digits.target_names], version("scikit-learn"), {"train": items}, seed)
 
     def _read(self, name: str) -> bytes:
-        return _png(Image.fromarray(self._pixels[int(name.removeprefix("digits/"))]))
+        return images.to_png(Image.fromarray(self._pixels[int(name.removeprefix("digits/"))]))
 
 
 class _Folder(_Listed):
@@ -368,7 +365,7 @@ def _prepared_builder(name: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {reporting.first_line(str(error))[:200]}"
+    return f"{type(error).__name__}: {errors.first_line(str(error))[:200]}"
 
 
 def _image_and_label(name: str, info: Any) -> tuple[str, str]:
@@ -395,87 +392,3 @@ def _name_feature(features: Any) -> str | None:
     """The key of the text that names an example, if there is one."""
     names = [key for key in NAME_FEATURES if key in features]
     return next((key for key in names if features[key].np_dtype in (str, np.str_, object, bytes)), None)
-
-
-class BrokenImageError(Exception):
-    """An image can't be decoded; the message says why."""
-
-
-class Picture(NamedTuple):
-    """encoded: a PNG or JPEG that TensorFlow reads as this picture. height, width: its size in pixels.
-
-    digest: 16 bytes, equal for equal pixels as they came, before any resizing.
-    """
-
-    encoded: bytes
-    height: int
-    width: int
-    digest: bytes
-
-
-def read_picture(image: bytes, size: int | None = None) -> Picture:
-    """Decode all of an image with Pillow; encode it anew only where TensorFlow would read it otherwise.
-
-    It is seen in RGB, upright as EXIF has it, without its alpha channel; of several frames the first, of 16
-    bits the upper 8.
-
-    Args:
-        image: the bytes of a file of any format that Pillow reads.
-        size: the side in pixels of a square to resize to, bicubically.
-
-    Raises:
-        BrokenImageError: it is no image, or damaged, or so large that Pillow takes it for an attack.
-    """
-    if not image:
-        raise BrokenImageError("no bytes could be read")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(image)) as opened:
-                opened.load()
-                as_it_came = _tensorflow_agrees(opened, image)
-                rgb = _to_rgb(ImageOps.exif_transpose(opened))
-    except Exception as error:  # Pillow's readers raise nearly anything when the file is damaged
-        unknown = isinstance(error, UnidentifiedImageError)  # its message is an address in memory
-        reason = "it is of no format that Pillow knows" if unknown else str(error) or type(error).__name__
-        raise BrokenImageError(reason) from None
-    digest = hashlib.blake2b(repr(rgb.size).encode() + rgb.tobytes(), digest_size=16).digest()
-    if size is not None and rgb.size != (size, size):
-        rgb, as_it_came = rgb.resize((size, size), Image.Resampling.BICUBIC), False
-    encoded = image if as_it_came and _tensorflow_reads(image, rgb.size) else _png(rgb)
-    return Picture(encoded, rgb.height, rgb.width, digest)
-
-
-def _tensorflow_agrees(image: Image.Image, encoded: bytes) -> bool:
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        return False
-    if image.format in {"JPEG", "MPO"}:  # MPO, of phones and cameras, is a JPEG with more behind it
-        return image.mode in {"L", "RGB"}
-    plain = image.mode in {"1", "L", "LA", "P", "RGB", "RGBA"} and "transparency" not in image.info
-    return image.format == "PNG" and plain and encoded[_PNG_BIT_DEPTH] <= 8
-
-
-def _tensorflow_reads(encoded: bytes, size: tuple[int, int]) -> bool:
-    """Pillow forgives damage, such as a PNG's missing end, that would stop TensorFlow while it trains."""
-    import tensorflow as tf
-
-    try:
-        height, width, _ = tf.io.decode_image(encoded, channels=3, expand_animations=False).shape
-    except tf.errors.InvalidArgumentError:
-        return False
-    return (width, height) == size
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")  # Pillow's own would clip
-    if image.mode in {"I", "F"}:
-        raise BrokenImageError(f"its numbers (Pillow's mode {image.mode}) have no known range")
-    return image.convert("RGB")
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -14,14 +14,15 @@ import scipy.stats
 import tensorflow as tf
 
 from flatmin import runtime, sharpness
-from flatmin.common import reporting
+from flatmin.common import console, files
 from flatmin.common.params import Evaluate, Params
-from flatmin.data.records import Records
-from flatmin.features import views
-from flatmin.models import classifier, rewrite
+from flatmin.inputs.batches import plain, sample
+from flatmin.inputs.records import Records
+from flatmin.models import classifier, cpu_kernels
 from flatmin.models.classifier import Classifier
+from flatmin.models.scores import score
 
-MODELS = {"extract": Path("models/selected"), "finetune": Path("models/finetune"), "sam": Path("models/sam")}
+MODELS = {"extract": Path("models/select"), "finetune": Path("models/finetune"), "sam": Path("models/sam")}
 TUNED = ("finetune", "sam")  # whose minima are compared
 
 
@@ -32,7 +33,7 @@ def evaluate(params: Params) -> None:
     plots/confusion.csv and plots/class_accuracy.csv.
     """
     # Scores are the network's own, and second derivatives are beyond half precision, whatever the training's.
-    runtime.configure(params.runtime.model_copy(update={"math": "float32"}), params.seed)
+    runtime.configure(params.runtime.model_copy(update={"matmul": "float32"}), params.seed)
     records = Records("data/records")
     labels = records.labels("test")
     labelled = bool((labels >= 0).all())
@@ -40,7 +41,7 @@ def evaluate(params: Params) -> None:
     if labelled and params.evaluate.mirrored:
         asked.append(("test", True))
     logits = _logits(records, asked, params.evaluate.batch_size)
-    with reporting.whole("predictions") as aside:
+    with files.atomic_write("predictions") as aside:
         aside.mkdir()
         for role in (role for role, mirrored in asked if not mirrored):
             _write_predictions(aside / f"{role}.csv", records, role, logits[role, False])
@@ -50,10 +51,10 @@ def evaluate(params: Params) -> None:
         metrics[name]["mirrored"] = scores(mean(of_test[name], of_mirror), labels, params.evaluate)
     for name, measured in measure_sharpness(records, params.evaluate, params.seed).items():
         metrics.setdefault(name, {})["sharpness"] = measured
-    reporting.write_json("metrics/evaluate.json", metrics)
+    files.write_json("metrics/evaluate.json", metrics)
     _write_plots(of_test, labels, records.class_names, labelled)
     for name in MODELS if labelled else ():
-        reporting.log(f"evaluate: {name} test accuracy {metrics[name]['test']['accuracy']:.4f}")
+        console.log(f"evaluate: {name} test accuracy {metrics[name]['test']['accuracy']:.4f}")
 
 
 def _logits(
@@ -64,7 +65,7 @@ def _logits(
     for name, folder in MODELS.items():
         model = classifier.load(folder)
         for role, mirrored in asked:
-            images = views.plain(records, role, model.description.image_size, batch_size)
+            images = plain(records, role, model.description.image_size, batch_size)
             if mirrored:
                 images = images.map(lambda pixels, labels: (tf.image.flip_left_right(pixels), labels))
             batches = math.ceil(records.count(role) / batch_size)
@@ -80,7 +81,7 @@ def mean(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def scores(logits: np.ndarray, labels: np.ndarray, settings: Evaluate) -> dict[str, float]:
     """Accuracy, top-5 accuracy, loss (nats) and ECE of float logits [n, classes] with int labels [n]."""
-    return classifier.score(logits, labels) | {"ece": calibration_error(logits, labels, settings.ece_bins)}
+    return score(logits, labels) | {"ece": calibration_error(logits, labels, settings.ece_bins)}
 
 
 def compare(logits: Mapping[str, np.ndarray], labels: np.ndarray, settings: Evaluate, seed: int) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def measure_sharpness(records: Records, settings: Evaluate, seed: int) -> dict[s
         model = classifier.load(MODELS[name])
         trunk, tail = model.cut(model.description.fine_tune_at)
         batches = [(trunk(pixels, training=False), labels) for pixels, labels in _sample(records, model, settings)]
-        tail = rewrite.faster(tail)
+        tail = cpu_kernels.faster(tail)
         derivatives = derivatives or sharpness.Derivatives(tail, _cross_entropy, batches[0])
         tail(batches[0][0])  # has its variables only then
         surface = sharpness.Surface(derivatives, tail, batches)
@@ -115,7 +116,7 @@ def measure_sharpness(records: Records, settings: Evaluate, seed: int) -> dict[s
             sharpness.line(surface, random, sharpness.RANDOM_POSITIONS),
         )
         metrics[name] = measured.metrics
-        reporting.log(
+        console.log(
             f"evaluate: {name} largest Hessian eigenvalue {measured.metrics['eigenvalue_1']:.4g}, "
             f"trace {measured.metrics['trace']:.4g} (standard error {measured.trace_error:.2g})"
         )
@@ -127,7 +128,7 @@ def _sample(records: Records, model: Classifier, settings: Evaluate) -> tf.data.
     """Batches of every k-th un-augmented train image, with the smallest k that leaves at most `sharpness.images`."""
     every = math.ceil(records.count("train") / settings.sharpness.images)
     # Second derivatives hold about four times of what scoring does.
-    return views.sample(records, model.description.image_size, every, max(1, settings.batch_size // 4))
+    return sample(records, model.description.image_size, every, max(1, settings.batch_size // 4))
 
 
 def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
@@ -172,7 +173,7 @@ def difference(first: np.ndarray, second: np.ndarray, resamples: int, seed: int)
 def _write_predictions(path: Path, records: Records, role: str, logits: Mapping[str, np.ndarray]) -> None:
     predicted = [logits[name].argmax(axis=1) for name in MODELS]
     rows = zip(records.names(role), records.labels(role), *predicted, strict=True)
-    reporting.write_csv(path, ["name", "label", *MODELS], rows)
+    files.write_csv(path, ["name", "label", *MODELS], rows)
 
 
 def _write_plots(logits: Mapping[str, np.ndarray], labels: np.ndarray, names: list[str], labelled: bool) -> None:
@@ -180,11 +181,11 @@ def _write_plots(logits: Mapping[str, np.ndarray], labels: np.ndarray, names: li
     known = labels if labelled else labels[:0]
     predicted = {name: of_model.argmax(axis=1)[: len(known)] for name, of_model in logits.items()}
     pairs = ((names[label], names[of_sam]) for label, of_sam in zip(known, predicted["sam"], strict=True))
-    reporting.write_csv("plots/confusion.csv", ["actual", "predicted"], pairs)
+    files.write_csv("plots/confusion.csv", ["actual", "predicted"], pairs)
     rows = (
         [name, model, f"{(of_model[known == index] == index).mean():.6g}"]
         for index, name in enumerate(names)
         for model, of_model in predicted.items()
         if (known == index).any()
     )
-    reporting.write_csv("plots/class_accuracy.csv", ["class", "model", "accuracy"], rows)
+    files.write_csv("plots/class_accuracy.csv", ["class", "model", "accuracy"], rows)

@@ -9,9 +9,9 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,120 +19,20 @@ import numpy as np
 import tensorflow as tf
 
 from flatmin import runtime
-from flatmin.common import reporting
+from flatmin.common import console
+from flatmin.common.errors import InputError
 from flatmin.common.params import Params
-from flatmin.common.reporting import InputError
-from flatmin.data.records import Records, not_tuned
-from flatmin.features import cache, trunk
-from flatmin.inputs.augment import CHUNK, Augmenter
+from flatmin.features import cache, engine
+from flatmin.inputs import batches
+from flatmin.inputs.augment import Augmenter
+from flatmin.inputs.batches import TRUNK_BATCH, Share
+from flatmin.inputs.records import Records
 from flatmin.models.classifier import Classifier
 
-# So many bytes of decoded images are held to be shuffled; data sets below it are shuffled as a whole.
-SHUFFLE_BYTES = 2**30
-TRUNK_BATCH = CHUNK
 DTYPE = np.dtype(np.float16)
 # Whose code decides what a view holds.
 MODULES = ("augment", "augment_ops", "backbones", "classifier", "records", "runtime", "trunk", "views")
 BESIDE = 1024  # bytes of a file's header and checksum, at most
-
-
-def resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """uint8 [..., h, w, 3] to float32 [..., size, size, 3], still 0 to 255; bilinear, smoothed where it shrinks."""
-    resized = tf.cond(
-        tf.reduce_any(tf.shape(image)[-3:-1] > size),
-        lambda: tf.image.resize(image, (size, size), antialias=True),
-        lambda: tf.image.resize(image, (size, size)),  # the same where it grows, and twice as quick
-    )
-    return tf.ensure_shape(resized, (*image.shape[:-3], size, size, 3))
-
-
-def derived_seed(*numbers: int) -> int:
-    """A seed below 2**31 that no other non-negative numbers give, but by chance."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
-
-
-def plain(records: Records, role: str, size: int, batch_size: int) -> tf.data.Dataset:
-    """Batches of (float32 [batch, size, size, 3], int32 [batch]) in the records' order, un-augmented."""
-    return _batches(records.images(role), size, batch_size)
-
-
-def sample(records: Records, size: int, every: int, batch_size: int = TRUNK_BATCH) -> tf.data.Dataset:
-    """Batches as `plain`'s of every so-many-th train image, the first one included."""
-    return _batches(records.images("train", lambda position: position % every == 0), size, batch_size)
-
-
-def augmented(
-    records: Records, augmenter: Augmenter, size: int, batch_size: int, seed: int, epoch: int
-) -> tf.data.Dataset:
-    """The training images of one epoch, freshly augmented and in an order of that epoch's own.
-
-    Batches are as `plain`'s; the last may be smaller. Equal (seed, epoch) give equal batches.
-    """
-    order = derived_seed(seed, epoch)
-
-    def one_by_one() -> Iterator[tuple[np.ndarray, np.int32]]:
-        for images, labels in _chunks(records, augmenter, epoch, Share()):
-            yield from zip(images, labels, strict=True)
-
-    dataset = _generated(one_by_one, (tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((), tf.int32)))
-    dataset = dataset.shuffle(_shuffle_buffer(records), seed=order, reshuffle_each_iteration=False)
-    return _batches(dataset, size, batch_size)
-
-
-def _batches(images: tf.data.Dataset, size: int, batch_size: int) -> tf.data.Dataset:
-    dataset = images.map(lambda image, label: (resize(image, size), label), tf.data.AUTOTUNE)
-    return dataset.batch(batch_size).prefetch(2)
-
-
-@dataclass(frozen=True)
-class Share:
-    """The examples whose views a worker computes and trains on: those of its replicas' chunks.
-
-    Chunk c belongs to replica c mod (workers * replicas); worker w has the replicas from w * replicas on.
-    """
-
-    worker: int = 0
-    workers: int = 1
-    replicas: int = 1
-
-    def replica_of(self, examples: np.ndarray) -> np.ndarray:
-        """int [n]: which replica of all takes these examples (int [n], positions in the records)."""
-        return examples // CHUNK % (self.workers * self.replicas)
-
-    def examples(self, count: int) -> np.ndarray:
-        """int [n]: the positions of this worker's, of `count` examples."""
-        return np.flatnonzero(self.has(np.arange(count)))
-
-    def has(self, example: Any) -> Any:
-        """Whether examples are this worker's: bools for positions in the records, array or tensor alike."""
-        return example // CHUNK % (self.workers * self.replicas) // self.replicas == self.worker
-
-
-def _chunks(
-    records: Records, augmenter: Augmenter, epoch: int, share: Share
-) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-    """A share's training images in the records' order, augmented, and their labels, chunk by chunk."""
-    labels = records.labels("train")
-    mine = [chunk for chunk in range(math.ceil(len(labels) / CHUNK)) if share.has(chunk * CHUNK)]
-    images = records.arrays("train", share.has)
-    for number, chunk in zip(mine, augmenter.chunks(images, epoch, mine), strict=True):
-        yield chunk, labels[number * CHUNK :][: len(chunk)]
-
-
-def _generated(make: Callable[[], Iterator[Any]], signature: Any) -> tf.data.Dataset:
-    return not_tuned(tf.data.Dataset.from_generator(make, output_signature=signature))
-
-
-def _stacked(images: list[np.ndarray], size: int) -> np.ndarray:
-    """float32 [len(images), height, width, 3]: as they are where they are alike and not large, else of `size`."""
-    if len({image.shape for image in images}) > 1 or max(images[0].shape) > size:
-        images = [resize(tf.constant(image), size).numpy() for image in images]
-    return np.stack(images).astype(np.float32)
-
-
-def _shuffle_buffer(records: Records) -> int:
-    image_bytes = int(records.mean_pixels("train") * 3)
-    return max(CHUNK, min(records.count("train"), SHUFFLE_BYTES // max(1, image_bytes)))
 
 
 class Activations:
@@ -180,8 +80,8 @@ class _Maker:
         self._size = model.description.image_size
         self._trunk, _ = model.cut(model.description.fine_tune_at)
         self._identity = model.trunk_identity(model.description.fine_tune_at)
-        self._run: trunk.Run | None = None
-        self.engine = trunk.preferred(params.runtime)
+        self._run: engine.Run | None = None
+        self.engine = engine.preferred(params.runtime)
 
     def missing(self) -> list[int | None]:
         """The views to make. Where there are any, what runs the trunk gets ready, and decides on `engine`."""
@@ -196,15 +96,15 @@ class _Maker:
     def _lacking(self) -> list[int | None]:
         return [view for view in self.views if not cache.exists("views", self._key(view))]
 
-    def _started(self) -> tuple[str, trunk.Run]:
-        sample = next(iter(plain(self._records, "train", self._size, TRUNK_BATCH)))[0].numpy()
-        return trunk.engine(self._trunk, self._identity, self._params.runtime, sample)
+    def _started(self) -> tuple[str, engine.Run]:
+        sample = next(iter(batches.plain(self._records, "train", self._size, TRUNK_BATCH)))[0].numpy()
+        return engine.engine(self._trunk, self._identity, self._params.runtime, sample)
 
     def _key(self, view: int | None) -> str:
         depends_on: dict[str, Any] = {
             "trunk": self._identity,
             "engine": self.engine,
-            "math": [self._params.runtime.math, self._params.runtime.deterministic],
+            "math": [self._params.runtime.matmul, self._params.runtime.deterministic],
             "machine": runtime.machine(),
             "records": self._records.digest,
         }
@@ -245,25 +145,25 @@ class _Maker:
                 np.lib.format.write_array_header_1_0(file, header)
                 files.append(file)
             batches = math.ceil(count / TRUNK_BATCH)
-            for pixels in reporting.progress(self._pixels(view), title, batches, "batch"):
+            for pixels in console.progress(self._pixels(view), title, batches, "batch"):
                 for tensor, file in zip(self._run(pixels), files, strict=True):
                     file.write(_halved(tensor).data)
             written = sum(file.tell() for file in files)
-        reporting.log(f"{title}: {count} images, {written} bytes ({time.monotonic() - started:.1f} s)")
+        console.log(f"{title}: {count} images, {written} bytes ({time.monotonic() - started:.1f} s)")
 
     def _pixels(self, view: int | None) -> Iterator[np.ndarray]:
         """A view's images for the trunk, float32 [at most TRUNK_BATCH, size, size, 3] at a time."""
         if view is None:
-            images = plain(self._records, "val", self._size, TRUNK_BATCH).map(lambda pixels, _: pixels)
+            images = batches.plain(self._records, "val", self._size, TRUNK_BATCH).map(lambda pixels, _: pixels)
         else:
 
             def stacked() -> Iterator[np.ndarray]:
-                for chunk, _ in _chunks(self._records, self._augmenter, view, self._share):
-                    yield _stacked(chunk, self._size)
+                for chunk, _ in batches.augmented_chunks(self._records, self._augmenter, view, self._share):
+                    yield batches.stacked(chunk, self._size)
 
             # Resized behind the generator: LiteRT holds Python's lock while it computes.
-            images = _generated(stacked, tf.TensorSpec((None, None, None, 3), tf.float32)).prefetch(4)
-            images = images.map(lambda chunk: resize(chunk, self._size)).prefetch(2)
+            images = batches.from_generator(stacked, tf.TensorSpec((None, None, None, 3), tf.float32)).prefetch(4)
+            images = images.map(lambda chunk: batches.resize(chunk, self._size)).prefetch(2)
         yield from images.as_numpy_iterator()
 
 
@@ -311,7 +211,7 @@ class Views:
                     part = examples[replicas == replica]
                     yield of_view.read(np.searchsorted(self._examples, part)), labels[part]
 
-        return _generated(parts, of_view.signature()).prefetch(4)
+        return batches.from_generator(parts, of_view.signature()).prefetch(4)
 
     def val_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, ...]]:
         """Boundary tensors, float16, of val in the records' order."""

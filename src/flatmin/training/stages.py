@@ -19,18 +19,21 @@ import numpy as np
 import tensorflow as tf
 
 from flatmin import runtime, sam
-from flatmin.common import reporting
+from flatmin.common import console, errors, files
+from flatmin.common.errors import InputError
 from flatmin.common.params import Augment, Cosine, EarlyStopping, Params, Plateau, Sam, Training
-from flatmin.common.reporting import InputError
-from flatmin.data.records import Records
-from flatmin.features import cache, views
-from flatmin.features.views import Share, Views
+from flatmin.features import cache
+from flatmin.features.store import Views
 from flatmin.inputs.augment import Augmenter
-from flatmin.models import backbones, classifier, rewrite
+from flatmin.inputs.batches import Share, augmented, derived_seed, plain, sample
+from flatmin.inputs.records import Records
+from flatmin.models import classifier, cpu_kernels, registry
 from flatmin.models.classifier import Classifier, Tail
+from flatmin.models.scores import score
+from flatmin.models.weights_files import weights_digest
 
 RECORDS = Path("data/records")
-SELECTED = Path("models/selected")
+SELECTED = Path("models/select")
 SGD_MOMENTUM = 0.9
 # What TensorFlow raises where another worker is gone.
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.InternalError)
@@ -63,17 +66,17 @@ def extract(params: Params, backbone: str) -> None:
             recipe.hidden_units,
         )
         every = max(1, records.count("train") // STANDARDIZED_ON)
-        classifier.standardize(model, views.sample(records, model.description.image_size, every))
+        classifier.standardize(model, sample(records, model.description.image_size, every))
         return model
 
-    digest = backbones.digest(backbone, weights)
+    digest = weights_digest(backbone, weights)
     _run(Job(f"extract/{backbone}", params, recipe, start, depends_on={"backbone": backbone, "weights": digest}))
 
 
 def finetune(params: Params, step: Sam | None = None) -> None:
     """Train the selected classifier from `fine_tune_at` on, with plain steps or, given `step`, sharpness-aware ones."""
     # Other views than those that the selected classifier was trained on, which it knows by heart.
-    params = params.model_copy(update={"seed": views.derived_seed(params.seed, 1)})
+    params = params.model_copy(update={"seed": derived_seed(params.seed, 1)})
     recipe = params.finetune
     if step and step.epochs:
         recipe = recipe.model_copy(update={"epochs": step.epochs})
@@ -81,7 +84,7 @@ def finetune(params: Params, step: Sam | None = None) -> None:
     changes: dict[str, Any] = {"dropout": recipe.dropout, "seed": params.seed}
     if size := _of_backbone(recipe.image_size, backbone):
         changes["image_size"] = size
-    default = backbones.find(backbone).fine_tune_at
+    default = registry.find(backbone).fine_tune_at
     cut = _of_backbone(recipe.fine_tune_at, backbone)
     job = Job(
         "finetune" if step is None else "sam",
@@ -173,11 +176,11 @@ def _write(job: Job, trainer: Trainer, history: Sequence[Epoch]) -> None:
     }
     if trainer.views:
         metrics["val_from_images"] = trainer.check_views(trainer.views)
-    reporting.write_json(f"metrics/{job.name}.json", metrics)
+    files.write_json(f"metrics/{job.name}.json", metrics)
     columns = ("learning_rate", "loss", "accuracy", "val_loss", "val_accuracy")
     rows = ([index + 1, *(f"{epoch[key]:.6g}" for key in columns)] for index, epoch in enumerate(history))
-    reporting.write_csv(f"plots/{job.name}.csv", ["epoch", *columns], rows)
-    reporting.log(f"{job.name}: val accuracy {val['accuracy']:.4f} at epoch {best + 1} of {len(history)}")
+    files.write_csv(f"plots/{job.name}.csv", ["epoch", *columns], rows)
+    console.log(f"{job.name}: val accuracy {val['accuracy']:.4f} at epoch {best + 1} of {len(history)}")
 
 
 class Trainer:
@@ -192,7 +195,7 @@ class Trainer:
         self.views: Views | None = None
         self.steps = math.ceil(records.count("train") / self.recipe.batch_size)
         self.trunk, tail = model.cut(model.description.fine_tune_at)
-        self.tail = rewrite.faster(tail, half=job.params.runtime.math != "float32" and runtime.has_bfloat16())
+        self.tail = cpu_kernels.faster(tail, half=job.params.runtime.matmul != "float32" and runtime.has_bfloat16())
         _build(self.trunk, self.tail, model.description.image_size)
         settings = sam.Settings(rho=0.0) if job.sam is None else sam.Settings(**job.sam.settings())
         if settings.accumulate > self.steps * self.recipe.epochs:
@@ -231,10 +234,10 @@ class Trainer:
         kept = self.of_all([state.epochs()])
         common = int(kept.min())
         if common and self.of_all([state.has(common)]).all():
-            reporting.log(f"{self.job.name}: going on after epoch {common}")
+            console.log(f"{self.job.name}: going on after epoch {common}")
             return state.load(common, variables)
         if kept.any():
-            reporting.log(f"{self.job.name}: starting anew, since the workers have no epoch in common")
+            console.log(f"{self.job.name}: starting anew, since the workers have no epoch in common")
         return [], []
 
     def of_all(self, values: Sequence[float]) -> np.ndarray:
@@ -258,7 +261,7 @@ class Trainer:
                 raise
             raise InputError(
                 f"{self.job.name}: expected all workers to the end, lost one; start all of them again, and the "
-                f"training goes on after the last epoch that all have kept ({reporting.first_line(str(error))[:200]})"
+                f"training goes on after the last epoch that all have kept ({errors.first_line(str(error))[:200]})"
             ) from None
 
     def _epoch(self, history: list[Epoch], augmenter: Augmenter) -> Epoch:
@@ -270,7 +273,7 @@ class Trainer:
         batches = iter(self._batches(number, augmenter))
         updates, totals = self._updates, np.zeros(3)
         title = f"{self.job.name} {number + 1}/{self.recipe.epochs}"
-        for _ in reporting.progress(range(self.steps), title, unit="batch"):
+        for _ in console.progress(range(self.steps), title, unit="batch"):
             totals += self.train_step(batches).numpy()
         loss, correct, count = totals
         with self._averaged():
@@ -279,7 +282,7 @@ class Trainer:
             scores = dict(zip(scores, self.of_all(list(scores.values()))[0].tolist(), strict=True))
         epoch = {"learning_rate": rate, "loss": loss / count, "accuracy": correct / count} | scores
         self._check(epoch, number + 1, self._updates - updates)
-        reporting.log(
+        console.log(
             f"{title}: loss {epoch['loss']:.4f}, val loss {epoch['val_loss']:.4f}, "
             f"val accuracy {epoch['val_accuracy']:.4f} ({time.monotonic() - started:.1f} s)"
         )
@@ -316,7 +319,7 @@ class Trainer:
             of_epoch = self.views.epoch(epoch, batch_size)
             return self.strategy.distribute_datasets_from_function(lambda _: of_epoch)
         size, seed = self.model.description.image_size, self.job.params.seed
-        images = views.augmented(self.records, augmenter, size, batch_size, seed, epoch)
+        images = augmented(self.records, augmenter, size, batch_size, seed, epoch)
         sharding = tf.data.Options()
         sharding.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
         return self.strategy.experimental_distribute_dataset(images.with_options(sharding))
@@ -362,13 +365,13 @@ class Trainer:
 
     def _validate(self) -> Epoch:
         logits = self._logits_of_views(self.views) if self.views else self._logits_of_images(self.records.count("val"))
-        scores = classifier.score(logits, self.records.labels("val"))
+        scores = score(logits, self.records.labels("val"))
         return {f"val_{key}": value for key, value in scores.items()}
 
     def _logits_of_images(self, count: int) -> np.ndarray:
         """Of the first `count` val images, by the assembled network."""
         batch_size = self.recipe.batch_size
-        images = views.plain(self.records, "val", self.model.description.image_size, batch_size)
+        images = plain(self.records, "val", self.model.description.image_size, batch_size)
         batches = math.ceil(count / batch_size)
         return self.model.logits(images.take(batches), batches, "validating")[:count]
 
@@ -376,7 +379,7 @@ class Trainer:
         """Of all val images, by the tail behind kept activations."""
         batches = kept.val_batches(self.recipe.batch_size)
         total = math.ceil(self.records.count("val") / self.recipe.batch_size)
-        progress = reporting.progress(batches, "validating", total, "batch")
+        progress = console.progress(batches, "validating", total, "batch")
         return np.concatenate([self.score_step(boundary).numpy() for boundary in progress])
 
     def check_views(self, kept: Views) -> dict[str, float]:
@@ -386,8 +389,8 @@ class Trainer:
         """
         count = min(CHECKED, self.records.count("val"))
         labels = self.records.labels("val")[:count]
-        from_images = classifier.score(self._logits_of_images(count), labels)["accuracy"]
-        from_views = classifier.score(self._logits_of_views(kept)[:count], labels)["accuracy"]
+        from_images = score(self._logits_of_images(count), labels)["accuracy"]
+        from_views = score(self._logits_of_views(kept)[:count], labels)["accuracy"]
         return {"images": count, "accuracy": from_images, "accuracy_difference": from_images - from_views}
 
     @contextmanager
@@ -534,7 +537,7 @@ class State:
         arrays = {f"variable_{index}": np.asarray(variable) for index, variable in enumerate(variables)}
         arrays |= {f"best_{index}": value for index, value in enumerate(best)}
         arrays["history"] = np.array(json.dumps(list(history)))
-        with reporting.whole(self.file) as aside:
+        with files.atomic_write(self.file) as aside:
             with aside.open("wb") as file:
                 np.savez(file, **arrays)
             if self._before and self.file.exists():
@@ -551,7 +554,7 @@ class State:
                             raise zipfile.BadZipFile(path)
                         found[len(json.loads(str(saved["history"])))] = path
                 except (EOFError, ValueError, KeyError, zipfile.BadZipFile):  # power was lost before it was on disk
-                    reporting.log(f"{path}: expected a resume state, found a broken file; doing without")
+                    console.log(f"{path}: expected a resume state, found a broken file; doing without")
         return found
 
     def epochs(self) -> int:

@@ -19,9 +19,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin.common import reporting
+from flatmin.common import console
+from flatmin.common.errors import InputError
 from flatmin.common.params import Runtime
-from flatmin.common.reporting import InputError
 from flatmin.features import cache
 from flatmin.runtime import has_bfloat16, has_float16
 
@@ -35,11 +35,13 @@ Run = Callable[[np.ndarray], list[np.ndarray]]
 
 def preferred(runtime: Runtime) -> str:
     """The name of the engine that `engine` gives, unless it is `litert` and does not run the trunk."""
-    return "tensorflow" if runtime.trunk == "tensorflow" or (runtime.trunk == "auto" and _unfit(runtime)) else "litert"
+    return (
+        "tensorflow" if runtime.engine == "tensorflow" or (runtime.engine == "auto" and _unfit(runtime)) else "litert"
+    )
 
 
 def engine(trunk: keras.Model, identity: Mapping[str, Any], runtime: Runtime, sample: np.ndarray) -> tuple[str, Run]:
-    """What runs the trunk under `runtime.trunk`: `litert` or `tensorflow`, and the function that does it.
+    """What runs the trunk under `runtime.engine`: `litert` or `tensorflow`, and the function that does it.
 
     Args:
         trunk: pixels float32 [batch, size, size, 3] -> boundary tensors.
@@ -50,7 +52,7 @@ def engine(trunk: keras.Model, identity: Mapping[str, Any], runtime: Runtime, sa
         The engine's name; a function from pixels to the boundary tensors, float32 each.
 
     Raises:
-        InputError: `runtime.trunk` is `litert`, and the trunk can't be converted or differs.
+        InputError: `runtime.engine` is `litert`, and the trunk can't be converted or differs.
     """
     pixels = tf.TensorSpec((None, *trunk.inputs[0].shape[1:]), tf.float32)
     forward = tf.function(lambda pixels: tf.nest.flatten(trunk(pixels, training=False)), input_signature=[pixels])
@@ -61,18 +63,18 @@ def engine(trunk: keras.Model, identity: Mapping[str, Any], runtime: Runtime, sa
     if preferred(runtime) == "tensorflow":
         return "tensorflow", in_tensorflow
     try:
-        in_litert = _litert(forward, identity, runtime.math == "half" and has_float16())
-        with reporting.quiet():  # the first run writes to file descriptor 2 as well
+        in_litert = _litert(forward, identity, runtime.matmul == "half" and has_float16())
+        with console.quiet():  # the first run writes to file descriptor 2 as well
             received = in_litert(sample)
-        is_half = runtime.math != "float32" and (has_float16() or has_bfloat16())
+        is_half = runtime.matmul != "float32" and (has_float16() or has_bfloat16())
         _compare(received, in_tensorflow(sample), TOLERANCE["half" if is_half else "float32"])
     except Exception as error:  # whatever an unknown network makes the converter raise
         if isinstance(error, InputError) or getattr(error, "errno", None):  # a full disk is no reason to do without
             raise
         reason = " ".join(str(error).split())[:200]
-        if runtime.trunk == "litert":
-            raise InputError(f"runtime.trunk: expected a trunk that LiteRT runs, received {reason}") from None
-        reporting.log(f"trunk: TensorFlow runs it, since LiteRT does not: {reason}")
+        if runtime.engine == "litert":
+            raise InputError(f"runtime.engine: expected a trunk that LiteRT runs, received {reason}") from None
+        console.log(f"trunk: TensorFlow runs it, since LiteRT does not: {reason}")
         return "tensorflow", in_tensorflow
     return "litert", in_litert
 
@@ -92,7 +94,7 @@ def _litert(forward: Any, identity: Mapping[str, Any], in_float16: bool) -> Run:
         options.cpu_options.xnnpack_flags = FORCE_FP16
     function = forward.get_concrete_function()
     model = _converted(function, identity)
-    with reporting.quiet():
+    with console.quiet():
         compiled = CompiledModel.from_buffer(model, environment=_environment(), options=options)
     names = compiled.get_signature_by_index(0)["outputs"]  # without a signature, as the graph calls them
     order = [names.index(f"Identity_{index}" if index else "Identity") for index in range(len(function.outputs))]
@@ -132,7 +134,7 @@ def _converted(function: Any, identity: Mapping[str, Any]) -> bytes:
 
     def convert(folder: Path) -> None:
         failure = None
-        with reporting.quiet(), redirect_stdout(io.StringIO()):
+        with console.quiet(), redirect_stdout(io.StringIO()):
             try:
                 converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
                 (folder / "trunk.tflite").write_bytes(converter.convert())
