@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from flatmin.inputs.augment import CHUNK, Augmenter
-from flatmin.inputs.records import Records, not_tuned
+from flatmin.inputs.records import Records, without_autotune
 
 # So many bytes of decoded images are held to be shuffled; data sets below it are shuffled as a whole.
 SHUFFLE_BYTES = 2**30
@@ -103,7 +103,7 @@ def augmented_chunks(
 
 
 def from_generator(make: Callable[[], Iterator[Any]], signature: Any) -> tf.data.Dataset:
-    return not_tuned(tf.data.Dataset.from_generator(make, output_signature=signature))
+    return without_autotune(tf.data.Dataset.from_generator(make, output_signature=signature))
 
 
 def stacked(images: list[np.ndarray], size: int) -> np.ndarray:
