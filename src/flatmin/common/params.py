@@ -278,8 +278,8 @@ class Extract(Training):
 
     weights: dict[BackboneName, Text] = Field(
         {},
-        description="Initial weights by backbone: `imagenet` (the default), `none` (random) or a weights file, relative or"
-        " below `$FLATMIN_WEIGHTS`.",
+        description="Initial weights by backbone: `imagenet` (the default), `none` (random) or a weights file, relative"
+        " or below `$FLATMIN_WEIGHTS`.",
     )
     levels: Literal["last", "all"] = Field(
         "last",
@@ -388,7 +388,7 @@ class Evaluate(Section):
 
 
 class Params(Section):
-    """All of `params.yaml`. Every section is required, if only as `{}`, because DVC refuses a stage without its section."""
+    """All of `params.yaml`. Every section is required, if only as `{}`: DVC refuses a stage that misses one."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         description="Seed of all that is random, such as splits, augmentation and initial weights: 0 to 2**31 - 1."
