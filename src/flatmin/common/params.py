@@ -125,9 +125,10 @@ class Splits(Section):
     """The split expression of the source, such as `train[:90%]`, for each role."""
 
     train: Text = Field(description="Examples to train on.")
-    test: Text = Field(description="Examples that evaluate alone scores.")
+    test: Text = Field(description="Examples on which evaluate scores the models; nothing is decided by them.")
     val: Text | None = Field(
-        None, description="Examples that decide epochs, backbone and settings. Null: see `val_fraction`."
+        None,
+        description="Examples that decide epochs, backbone and settings. Null: taken out of train, see `val_fraction`.",
     )
     predict: Text | None = Field(None, description="Examples to predict, whose labels are ignored. Null: none.")
 
@@ -146,7 +147,7 @@ class Data(Section):
         " `splits.val`, `val_fraction` and `val_per_class` must be given.",
     )
     val_per_class: Count | None = Field(
-        None, description="Number of images of each class of train that become val. Null: see `val_fraction`."
+        None, description="Number of images of each class of train that become val; see `val_fraction`."
     )
     train_per_class: Count | None = Field(
         None, description="Number of images of each class to keep in train, after val was taken out. Null: all."
