@@ -17,7 +17,7 @@ from repository import TINY, Repository, stages_run
 from flatmin.common import stage
 from flatmin.common.errors import InputError
 
-DVC = {
+DVC: dict[str, dict[str, Any]] = {
     "stages": {
         "train": {
             "cmd": "python stages/train.py",
