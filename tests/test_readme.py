@@ -79,7 +79,7 @@ def test_make_daily_commands_and_a_grid_run(tmp_path: Path) -> None:
     (repository.folder / ".venv").symlink_to(environment)
     (repository.folder / "studies/digits/params.yaml").write_text(yaml.safe_dump(TINY))
     repository.commit("a tiny study")
-    assert "good" in repository.run("make", "check-params")
+    assert "valid" in repository.run("make", "check-params")
     assert "evaluate" in stages_run(repository.run("make", "repro"))
     assert stages_run(repository.run("make", "repro")) == []
     repository.commit("study")

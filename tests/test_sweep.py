@@ -375,7 +375,7 @@ def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tm
         assert picture.width >= 400
 
     code, output = stop_in_training(killed, signal.SIGINT, jobs)
-    assert (code, output.splitlines()[-1]) == (130, "interrupted: run it again to go on from the last whole epoch")
+    assert (code, output.splitlines()[-1]) == (130, "interrupted: run it again to resume after the last complete epoch")
     assert marked(killed) == []
     assert {row["status"] for row in rows_of(killed)} >= {"not run"}
 

@@ -211,7 +211,7 @@ def test_a_broken_record_is_one_line(augmenting: bool, tmp_path: Path, capsys: p
     with pytest.raises(SystemExit):
         errors.run(read)
     written = capsys.readouterr().err
-    assert written.startswith("error: data/records: expected whole records (`dvc repro --force prepare` makes them)")
+    assert written.startswith("error: data/records: expected complete records (`dvc repro --force prepare` writes them again)")
     assert "corrupted record" in written
     assert "function_node" not in written
     assert written.count("\n") == 1
@@ -228,7 +228,7 @@ def test_a_killed_augmenting_process_is_one_line(alike: Records, capsys: pytest.
     with pytest.raises(SystemExit):
         errors.run(killed)
     written = capsys.readouterr().err
-    assert written.startswith("error: augment: expected processes that live to the end (is memory short?), received: ")
+    assert written.startswith("error: augment: expected worker processes that run to the end (out of memory?), received: ")
     assert written.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, in one line, and the entry point that prints them."""
+"""Errors that the user can fix, and the entry point of each command, which prints them in one line."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Callable
 
 
 class InputError(Exception):
-    """What the user gave can't be used. The message is one line: key or file, expected, received."""
+    """The user's input cannot be used. The message is one line: key or file, expected, received."""
 
 
 def run(stage: Callable[..., None], *arguments: str) -> None:
-    """Run a stage's function; on wrong input print one line and exit with 1.
+    """Run a stage's function. On an error that the user can fix, print one line and exit with status 1.
 
-    `FLATMIN_DEBUG=1` in the environment adds the traceback. Ctrl-C exits with 130, as a shell expects.
+    `FLATMIN_DEBUG=1` in the environment adds the traceback. Ctrl-C exits with status 130, as shells expect.
     """
     try:
         stage(*arguments)
     except KeyboardInterrupt:
-        print("interrupted: run it again to go on from the last whole epoch", file=sys.stderr)
+        print("interrupted: run it again to resume after the last complete epoch", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = _explain(error)
@@ -34,28 +34,29 @@ def run(stage: Callable[..., None], *arguments: str) -> None:
 
 
 def _explain(error: Exception) -> str | None:
-    """The line for what the user can mend; None for what is a bug of ours."""
+    """Return the line for an error that the user can fix, or None for a bug."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):
         where = error.filename or "the file system"
-        return f"{where}: expected a file or folder that can be used, received: {error.strerror or error}"
-    # TensorFlow's errors by name, since it is not imported here. What a generator raises, tf.data hands on as text.
-    found = re.search(
+        return f"{where}: expected a usable file or folder, received: {error.strerror or error}"
+    # TensorFlow's errors are recognised by name, because it is not imported here. tf.data passes on the errors of a
+    # generator as text within an error of its own.
+    match = re.search(
         r"\b(InputError|DataLossError|ResourceExhaustedError|BrokenProcessPool): (.*)",
         f"{type(error).__name__}: {error}",
     )
-    if not found:
+    if not match:
         return None
-    kind, received = found.groups()
+    kind, received = match.groups()
     expected = {
-        "DataLossError": "data/records: expected whole records (`dvc repro --force prepare` makes them)",
-        "ResourceExhaustedError": "expected room in memory and on the disk (a smaller batch_size takes less memory)",
-        "BrokenProcessPool": "augment: expected processes that live to the end (is memory short?)",
+        "DataLossError": "data/records: expected complete records (`dvc repro --force prepare` writes them again)",
+        "ResourceExhaustedError": "expected enough memory and disk space (a smaller batch_size needs less memory)",
+        "BrokenProcessPool": "augment: expected worker processes that run to the end (out of memory?)",
     }
     return received if kind == "InputError" else f"{expected[kind]}, received: {first_line(received)}"
 
 
 def first_line(text: str) -> str:
-    """The first line of a library's error, without TensorFlow's name of a node before it, which says nothing."""
+    """Return the first line of a library's error message, without TensorFlow's uninformative node name before it."""
     return re.sub(r"^\{\{function_node .*?\}\} ", "", text.strip().partition("\n")[0])

@@ -1,4 +1,4 @@
-"""What the stages tell: errors in one line, files that appear whole, metrics, plots, progress."""
+"""Files that appear complete or not at all, JSON, CSV, and digests."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from flatmin.common.errors import InputError
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Give a path beside `path` to write a file or folder to; it takes `path`'s place when the block ends well.
+    """Yield a temporary path for a file or folder, which replaces `path` if the block ends without an error.
 
-    What processes that were killed left there goes.
+    Also removes temporary files left behind by killed processes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        if left == aside or not Path("/proc", left.name.split(".")[-2]).exists():
-            _remove(left)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for existing in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        process = existing.name.split(".")[-2]
+        if existing == temporary or not Path("/proc", process).exists():
+            _remove(existing)
     try:
-        yield aside
-        if path.is_dir() or aside.is_dir():  # else it is replaced at once
+        yield temporary
+        if path.is_dir() or temporary.is_dir():  # os.replace replaces a file atomically, but not a folder
             _remove(path)
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
-        _remove(aside)
+        _remove(temporary)
 
 
 def _remove(path: Path) -> None:
@@ -46,21 +47,21 @@ def _remove(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path | str, values: Mapping[str, Any]) -> None:
-    """Write nested `values` with sorted keys, so that equal values give equal bytes.
+    """Write nested values as JSON with sorted keys, so that equal values give equal bytes.
 
     Raises:
-        InputError: a number is not finite, which JSON can't hold.
+        InputError: A number is not finite, which JSON cannot represent.
     """
     _refuse_non_finite(values, str(path))
-    with atomic_write(path) as aside:
+    with atomic_write(path) as temporary:
         text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        aside.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _refuse_non_finite(values: Mapping[Any, Any], where: str) -> None:
@@ -74,10 +75,10 @@ def _refuse_non_finite(values: Mapping[Any, Any], where: str) -> None:
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
-    """Read what `write_json` wrote.
+    """Read a file of `write_json`.
 
     Raises:
-        InputError: there is no such file, or it holds no JSON object.
+        InputError: The file does not exist, or does not contain a JSON object.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -91,16 +92,16 @@ def read_json(path: Path | str) -> dict[str, Any]:
 
 
 def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table with a header; the line ends are `\\n` everywhere."""
-    with atomic_write(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+    """Write a table with a header. Lines end with `\\n` on every platform."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
 
 
 def digest(arrays: Iterable[Any]) -> str:
-    """SHA-256, in hexadecimal, over the bytes of contiguous arrays."""
-    found = hashlib.sha256()
+    """Return the SHA-256, in hexadecimal, of the bytes of contiguous arrays."""
+    sha = hashlib.sha256()
     for array in arrays:
-        found.update(memoryview(array).cast("B"))
-    return found.hexdigest()
+        sha.update(memoryview(array).cast("B"))
+    return sha.hexdigest()

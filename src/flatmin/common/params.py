@@ -1,4 +1,7 @@
-"""The schema of `params.yaml`: every key, its type and range. The whole file is checked before anything runs."""
+"""The schema of `params.yaml`: every key with its type, range, default and explanation.
+
+The whole file is checked before anything runs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,31 +24,33 @@ from pydantic import (
 
 from flatmin.common import console, errors
 from flatmin.common.errors import InputError
-from flatmin.common.params_errors import InconsistentError, explain, explain_yaml, refuse_duplicate_keys
+from flatmin.common.params_errors import InconsistentError, explain, read_yaml
 from flatmin.models.registry import BACKBONES
+
+ROLES = ("train", "val", "test", "predict")
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1, which PyYAML reads, takes `1e-05` for text; DVC writes just that for `-S x=0.00001`."""
+    """Convert text such as `1e-05`, which YAML 1.1 (PyYAML) does not read as a number, and DVC writes for `-S`."""
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
-def _different(names: list[str]) -> list[str]:
+def _refuse_repeated(names: list[str]) -> list[str]:
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise ValueError(f"names that differ, received {name!r} twice")
+            raise ValueError(f"distinct names, received {name!r} twice")
     return names
 
 
-def _either(expected: str) -> Discriminator:
-    """Tell a union's branches, tagged `int`, `str` or `dict`, by the value's type, so that one of them explains."""
-    return Discriminator(lambda value: type(value).__name__, "either", expected)
+def _by_type(expected: str) -> Discriminator:
+    """Choose a union's branch, tagged `int`, `str` or `dict`, by the value's type, so that only it reports errors."""
+    return Discriminator(lambda value: type(value).__name__, "by_type", expected)
 
 
-def _backbone(name: str) -> str:
-    if name not in BACKBONES:
+def _refuse_unknown_backbone(name: Any) -> Any:
+    if isinstance(name, str) and name not in BACKBONES:
         raise ValueError(f"one of {', '.join(BACKBONES)}")
     return name
 
@@ -55,103 +59,121 @@ Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Float, Field(gt=0)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(gt=0, lt=1)]
+Rate = Annotated[Float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-BackboneName = Annotated[str, BeforeValidator(lambda value: _backbone(value) if isinstance(value, str) else value)]
-ImageSize = Annotated[int, Field(ge=8, le=4096)]
+CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+BackboneName = Annotated[str, BeforeValidator(_refuse_unknown_backbone)]
+ImageSize = Annotated[int, Field(ge=8, le=4096)]
 ImageSizes = Annotated[
     Annotated[ImageSize, Tag("int")] | Annotated[dict[BackboneName, ImageSize], Tag("dict")],
-    _either("an integer, or a mapping from backbones to integers"),
+    _by_type("an integer, or a mapping from backbones to integers"),
 ]
-Index = Annotated[int, Field(ge=0)]
-Cut = Annotated[
-    Annotated[Index, Tag("int")] | Annotated[Text, Tag("str")],
-    _either("a layer's index or name"),
+SplitPoint = Annotated[
+    Annotated[CountOrZero, Tag("int")] | Annotated[Text, Tag("str")],
+    _by_type("a layer's index or name"),
 ]
-Cuts = Annotated[
-    Annotated[Index, Tag("int")] | Annotated[Text, Tag("str")] | Annotated[dict[BackboneName, Cut], Tag("dict")],
-    _either("a layer's index or name, or a mapping from backbones to these"),
+SplitPoints = Annotated[
+    Annotated[CountOrZero, Tag("int")]
+    | Annotated[Text, Tag("str")]
+    | Annotated[dict[BackboneName, SplitPoint], Tag("dict")],
+    _by_type("a layer's index or name, or a mapping from backbones to these"),
 ]
 
 
 class Section(BaseModel):
-    """A part of the file: unknown keys are refused, and nothing is converted but text that is a number."""
+    """A part of the file. Unknown keys are refused, and no value is converted except text that is a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Runtime(Section):
-    """How the numbers are computed.
+    """How the numbers are computed."""
 
-    precision: Keras' dtype policy.
-    matmul: the precision in which convolutions and matrix products of float32 tensors multiply. `bfloat16`: TensorFlow
-        rounds their inputs to bfloat16 (8 bits of mantissa) and accumulates in float32, on a CPU with AMX or
-        AVX512_BF16. `half`: the same, and LiteRT runs frozen layers in float16 on a CPU with AVX512_FP16 or Arm's
-        equivalent. Other processors, and evaluate, compute in float32.
-    strategy: `one` device, `mirrored` over all of the machine's GPUs, `multi_worker` over the machines that TF_CONFIG
-        names, or `auto`, which is `mirrored` on a machine with several GPUs.
-    engine: runs the frozen layers when their activations are cached: `tensorflow`, `litert`, or `auto`, which is
-        `litert` on a CPU if it gives the same activations.
-    """
-
-    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
-    matmul: Literal["float32", "bfloat16", "half"] = "float32"
-    deterministic: bool = True
-    strategy: Literal["auto", "one", "mirrored", "multi_worker"] = "auto"
-    engine: Literal["auto", "tensorflow", "litert"] = "auto"
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = Field(
+        "float32", description="Keras' dtype policy."
+    )
+    matmul: Literal["float32", "bfloat16", "half"] = Field(
+        "float32",
+        description="Precision in which convolutions and matrix products of float32 tensors multiply. `bfloat16`: on a"
+        " CPU with AMX or AVX512_BF16, TensorFlow rounds their inputs to bfloat16 (8 bits of mantissa) and accumulates"
+        " in float32. `half`: the same, and on a CPU with AVX512_FP16 or Arm's equivalent LiteRT runs the frozen layers"
+        " in float16. Other processors compute in float32, and so does evaluate everywhere.",
+    )
+    deterministic: bool = Field(
+        True, description="Use deterministic operations only, so that running again gives the same bytes."
+    )
+    strategy: Literal["auto", "one", "mirrored", "multi_worker"] = Field(
+        "auto",
+        description="Devices to train on: `one` device, `mirrored` over all GPUs of the machine, `multi_worker` over"
+        " the machines that TF_CONFIG names, or `auto`: `mirrored` on a machine with several GPUs, else `one`.",
+    )
+    engine: Literal["auto", "tensorflow", "litert"] = Field(
+        "auto",
+        description="What runs the frozen layers when their activations are cached: `tensorflow`, `litert`, or `auto`:"
+        " `litert` on a CPU if it gives the same activations, else `tensorflow`.",
+    )
 
     @model_validator(mode="after")
-    def _litert_has_one_precision(self) -> Self:
+    def _check_engine(self) -> Self:
         if self.engine == "litert" and self.precision != "float32":
             raise InconsistentError("engine", f"auto or tensorflow with precision {self.precision}, received litert")
         return self
 
 
-ROLES = ("train", "val", "test", "predict")
-
-
 class Splits(Section):
-    """Which split expression of the source, such as `train[:90%]`, plays which role."""
+    """The split expression of the source, such as `train[:90%]`, for each role."""
 
-    train: Text
-    test: Text
-    val: Text | None = None
-    predict: Text | None = None
+    train: Text = Field(description="Examples to train on.")
+    test: Text = Field(description="Examples that evaluate alone scores.")
+    val: Text | None = Field(
+        None, description="Examples that decide epochs, backbone and settings. Null: see `val_fraction`."
+    )
+    predict: Text | None = Field(None, description="Examples to predict, whose labels are ignored. Null: none.")
 
 
 class Data(Section):
-    """Where the images come from.
+    """The images and their roles."""
 
-    source: `bundled` (an installed package's data set: `digits`), `tfds` (a builder's name) or `folder` (a path).
-    val_fraction, val_per_class: carve val out of train instead of naming a split for it.
-    train_per_class: keep so many training images of each class (after val is carved out).
-    image_size: store images enlarged or shrunk to this square, in pixels; as they came without it.
-    skip_broken: so many unreadable images are left out before it is an error.
-    label_noise: this share of the training images, drawn at random, gets the label of another class at random.
-    """
-
-    source: Literal["bundled", "tfds", "folder"]
-    name: Text
+    source: Literal["bundled", "tfds", "folder"] = Field(
+        description="`bundled` (a data set in an installed package), `tfds` (TensorFlow Datasets) or `folder`."
+    )
+    name: Text = Field(description="`digits` for `bundled`, the builder's name for `tfds`, a path for `folder`.")
     splits: Splits
-    val_fraction: Fraction | None = None
-    val_per_class: Count | None = None
-    train_per_class: Count | None = None
-    image_size: ImageSize | None = None
-    skip_broken: Annotated[int, Field(ge=0)] = 0
-    label_noise: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-    class_names: Annotated[list[Text], Field(min_length=2)] | None = None
+    val_fraction: Fraction | None = Field(
+        None,
+        description="Fraction of each class of train, in (0, 1), that becomes val, at least one image. Exactly one of"
+        " `splits.val`, `val_fraction` and `val_per_class` must be given.",
+    )
+    val_per_class: Count | None = Field(
+        None, description="Number of images of each class of train that become val. Null: see `val_fraction`."
+    )
+    train_per_class: Count | None = Field(
+        None, description="Number of images of each class to keep in train, after val was taken out. Null: all."
+    )
+    image_size: ImageSize | None = Field(
+        None,
+        description="Side in pixels of the square to which images are resized before they are stored, 8 to 4096. Null:"
+        " stored in their own size.",
+    )
+    skip_broken: CountOrZero = Field(0, description="Maximum number of unreadable images to skip; more are an error.")
+    label_noise: Rate = Field(
+        0.0,
+        description="Fraction of the training images, in [0, 1), drawn at random, that get the label of another class"
+        " drawn at random.",
+    )
+    class_names: Annotated[list[Text], Field(min_length=2)] | None = Field(
+        None, description="Names of the classes in the order of their labels. Null: the source's."
+    )
 
     @model_validator(mode="after")
-    def _one_origin_of_val(self) -> Self:
-        given = [
-            key
-            for key, value in (
-                ("splits.val", self.splits.val),
-                ("val_fraction", self.val_fraction),
-                ("val_per_class", self.val_per_class),
-            )
-            if value is not None
-        ]
+    def _check_val(self) -> Self:
+        values = {
+            "splits.val": self.splits.val,
+            "val_fraction": self.val_fraction,
+            "val_per_class": self.val_per_class,
+        }
+        given = [key for key, value in values.items() if value is not None]
         if len(given) != 1:
             received = " and ".join(given) or "none of them"
             raise ValueError(f"exactly one of splits.val, val_fraction and val_per_class, received {received}")
@@ -159,75 +181,91 @@ class Data(Section):
 
     @field_validator("class_names")
     @classmethod
-    def _different_names(cls, names: list[str] | None) -> list[str] | None:
-        return names and _different(names)
+    def _check_class_names(cls, names: list[str] | None) -> list[str] | None:
+        return names and _refuse_repeated(names)
 
 
 class Augment(Section):
-    """How a training image is varied, at its stored resolution.
+    """How a training image is augmented, at its stored size."""
 
-    engine: `imgaug`, `tensorflow` or `none`. n, m: RandAugment's operations per image (0 turns it off) and their
-    magnitude (0 to 30). p: RandAugment's probability, drawn for each image. flip: mirror left and right with
-    probability 0.5. crop: pad by so many pixels by reflection, then cut out the old size anywhere (0 turns it off).
-    """
-
-    engine: Literal["imgaug", "tensorflow", "none"] = "imgaug"
-    n: Annotated[int, Field(ge=0, le=14)] = 3
-    m: Annotated[int, Field(ge=0, le=30)] = 7
-    p: Annotated[Float, Field(gt=0, le=1)] = 1.0
-    flip: bool = False
-    crop: Annotated[int, Field(ge=0)] = 0
+    engine: Literal["imgaug", "tensorflow", "none"] = Field(
+        "imgaug", description="Library that augments: `imgaug`, `tensorflow`, or `none` for no augmentation."
+    )
+    n: Annotated[int, Field(ge=0, le=14)] = Field(
+        3, description="RandAugment's number of operations per image, 0 to 14. 0 turns RandAugment off."
+    )
+    m: Annotated[int, Field(ge=0, le=30)] = Field(7, description="RandAugment's magnitude, 0 to 30.")
+    p: Annotated[Float, Field(gt=0, le=1)] = Field(
+        1.0, description="Probability, in (0, 1], with which an image gets RandAugment."
+    )
+    flip: bool = Field(False, description="Mirror left and right with probability 0.5.")
+    crop: CountOrZero = Field(
+        0,
+        description="Pixels by which an image is padded on each side (by reflection) before a part of its old size is"
+        " cut out at random. 0 turns it off.",
+    )
 
 
 class Plateau(Section):
-    """Multiply the learning rate by `factor` after `patience` epochs without a val loss lower by `min_delta`."""
+    """A learning rate that is reduced when the val loss stops falling."""
 
-    name: Literal["plateau"]
-    factor: Fraction = 0.2
-    patience: Count = 3
-    min_delta: NonNegative = 1e-3
-    minimum: NonNegative = 1e-6
+    name: Literal["plateau"] = Field(description="`plateau`.")
+    factor: Fraction = Field(0.2, description="What the learning rate is multiplied by, in (0, 1).")
+    patience: Count = Field(
+        3, description="Epochs without a val loss lower by `min_delta` after which the learning rate is reduced."
+    )
+    min_delta: NonNegative = Field(1e-3, description="Smallest decrease of the val loss that counts, in nats.")
+    minimum: NonNegative = Field(1e-6, description="Lowest learning rate.")
 
 
 class Cosine(Section):
-    """Rise linearly for `warmup_epochs`, then fall to zero along half a cosine (arXiv:1608.03983)."""
+    """A learning rate that rises linearly, then falls to zero along half a cosine (arXiv:1608.03983)."""
 
-    name: Literal["cosine"]
-    warmup_epochs: NonNegative = 0.0
+    name: Literal["cosine"] = Field(description="`cosine`.")
+    warmup_epochs: NonNegative = Field(0.0, description="Epochs of the linear rise, fewer than `epochs`.")
 
 
 class EarlyStopping(Section):
-    """Stop after `patience` epochs without a val loss lower by `min_delta`."""
+    """When to stop before the last epoch."""
 
-    patience: Count = 5
-    min_delta: NonNegative = 1e-3
+    patience: Count = Field(5, description="Epochs without a val loss lower by `min_delta` after which training stops.")
+    min_delta: NonNegative = Field(1e-3, description="Smallest decrease of the val loss that counts, in nats.")
 
 
 class Training(Section):
-    """A recipe: what extract-train and finetune have in common.
+    """The keys that extract and finetune share."""
 
-    schedule: null keeps the learning rate. weight_decay: decoupled, times the learning rate. ema: momentum of the
-    weights' exponential moving average, which is then what is validated and kept. image_size: pixels, one for all
-    backbones or one for each named; without it, extract's is in the table in backbones.py, and finetune's is extract's.
-    views: so many augmented views of each image are drawn, what the frozen layers make of them is kept, and epoch e
-    takes view e mod views; 0 augments afresh in every epoch.
-    """
-
-    optimizer: Literal["adam", "adamw", "sgd"]
-    learning_rate: Positive
-    schedule: Annotated[Plateau | Cosine, Field(discriminator="name")] | None = None
-    weight_decay: NonNegative = 0.0
-    label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-    ema: Fraction | None = None
-    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.2
-    batch_size: Count
-    epochs: Count
-    views: Annotated[int, Field(ge=0)] = 0
-    early_stopping: EarlyStopping | None = None
-    image_size: ImageSizes | None = None
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(description="`adam`, `adamw` or `sgd` (momentum 0.9).")
+    learning_rate: Positive = Field(description="Learning rate, > 0; the highest one with a schedule.")
+    schedule: Annotated[Plateau | Cosine, Field(discriminator="name")] | None = Field(
+        None, description="Learning-rate schedule, `plateau` or `cosine` by its `name`. Null: constant."
+    )
+    weight_decay: NonNegative = Field(
+        0.0, description="Decoupled weight decay, >= 0; in each step it is multiplied by the learning rate."
+    )
+    label_smoothing: Rate = Field(0.0, description="Label smoothing, in [0, 1).")
+    ema: Fraction | None = Field(
+        None,
+        description="Momentum, in (0, 1), of an exponential moving average of the weights, which is then validated and"
+        " saved in place of the weights. Null: no average.",
+    )
+    dropout: Rate = Field(0.2, description="Rate of the head's dropout, in [0, 1).")
+    batch_size: Count = Field(description="Images per step, over all replicas.")
+    epochs: Count = Field(description="Maximum number of epochs.")
+    views: CountOrZero = Field(
+        0,
+        description="Number of augmented views of each image whose activations are cached; epoch e takes view e mod"
+        " `views`. 0 augments again in every epoch and caches nothing.",
+    )
+    early_stopping: EarlyStopping | None = Field(None, description="When to stop before the last epoch. Null: never.")
+    image_size: ImageSizes | None = Field(
+        None,
+        description="Side in pixels of the network's input, 8 to 4096: one for all backbones, or a mapping from"
+        " backbones to sizes. Null: for extract the backbone's default, for finetune that of extract.",
+    )
 
     @model_validator(mode="after")
-    def _warm_up_ends(self) -> Self:
+    def _check_warmup(self) -> Self:
         if isinstance(self.schedule, Cosine) and self.schedule.warmup_epochs >= self.epochs:
             warmup = self.schedule.warmup_epochs
             message = f"less than epochs, which is {self.epochs}, received {warmup:g}"
@@ -236,35 +274,46 @@ class Training(Section):
 
 
 class Extract(Training):
-    """extract-train: a classifier behind each frozen backbone.
+    """extract-train: trains a classifier head on each frozen backbone."""
 
-    weights: for each backbone `imagenet` (the default), `none` (random), or a weights file. levels: the head sees what
-    the backbone makes at last, or the last activations of all resolutions. hidden_units: of a ReLU layer in the head,
-    or 0. finetune keeps both. augment: whether the head is trained on augmented images, or on the images as they are.
-    """
-
-    weights: dict[BackboneName, Text] = {}
-    levels: Literal["last", "all"] = "last"
-    hidden_units: Annotated[int, Field(ge=0)] = 0
-    augment: bool = True
+    weights: dict[BackboneName, Text] = Field(
+        {},
+        description="Initial weights by backbone: `imagenet` (the default), `none` (random) or a weights file, relative"
+        " or below `$FLATMIN_WEIGHTS`.",
+    )
+    levels: Literal["last", "all"] = Field(
+        "last",
+        description="What the head sees: the backbone's `last` activations, or the last activations at `all` of its"
+        " resolutions. finetune keeps it.",
+    )
+    hidden_units: CountOrZero = Field(
+        0, description="Units of a hidden ReLU layer in the head, or 0 for none. finetune keeps it."
+    )
+    augment: bool = Field(True, description="Train on augmented images, or else on the images as they are stored.")
 
     @model_validator(mode="after")
-    def _differing_views(self) -> Self:
+    def _check_views(self) -> Self:
         if self.views > 1 and not self.augment:
             raise InconsistentError("views", f"at most 1 without augment, received {self.views}")
         return self
 
 
 class Finetune(Training):
-    """finetune and sam-finetune: the layers from `fine_tune_at` on, by index or by name, for one or each backbone."""
+    """finetune and sam-finetune: train the layers from `fine_tune_at` on, and the head."""
 
-    fine_tune_at: Cuts | None = None
+    fine_tune_at: SplitPoints | None = Field(
+        None,
+        description="First layer of the backbone to train, by its name or its index: one for all backbones, or a"
+        " mapping from backbones to layers. Null: the backbone's default.",
+    )
 
 
 class Select(Section):
-    """The cheapest backbone within `tolerance` (a fraction) of the best val accuracy is taken."""
+    """Which backbone is selected."""
 
-    tolerance: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    tolerance: Annotated[Float, Field(ge=0, le=1)] = Field(
+        0.0, description="Select the cheapest backbone whose val accuracy is within this fraction of the best, 0 to 1."
+    )
 
 
 class Sam(Section):
@@ -315,40 +364,41 @@ class Sam(Section):
 
 
 class Sharpness(Section):
-    """How the minima of finetune and sam are measured, on un-augmented train images; see `flatmin.sharpness`.
+    """How the sharpness of the fine-tuned models is measured, on un-augmented train images; see `flatmin.sharpness`."""
 
-    images: at most so many. rho, adaptive_rho: distance of the loss rises. steps: of Lanczos for the eigenvalues, which
-    keeps as many copies of the trained weights. probes: of the trace.
-    """
-
-    images: Count = 64
-    rho: Positive = 0.05
-    adaptive_rho: Positive = 0.5
-    steps: Count = 15
-    probes: Count = 6
+    images: Count = Field(64, description="Maximum number of training images.")
+    rho: Positive = Field(0.05, description="Radius of the loss rise, > 0.")
+    adaptive_rho: Positive = Field(0.5, description="Radius of the adaptive loss rise, > 0.")
+    steps: Count = Field(
+        15, description="Lanczos iterations for the eigenvalues; each keeps one copy of the trained weights in memory."
+    )
+    probes: Count = Field(6, description="Random vectors of Hutchinson's estimate of the trace.")
 
 
 class Evaluate(Section):
-    """ece_bins: bins of the expected calibration error. resamples: of the paired bootstrap.
+    """How the models are scored."""
 
-    mirrored: score test once more by the mean of what an image and its mirror image are predicted to be.
-    """
-
-    batch_size: Count = 128
-    mirrored: bool = False
-    ece_bins: Count = 15
-    resamples: Count = 10_000
+    batch_size: Count = Field(128, description="Images per step.")
+    mirrored: bool = Field(
+        False, description="Also score test by the mean of the predictions for an image and its mirror image."
+    )
+    ece_bins: Count = Field(15, description="Bins of the expected calibration error.")
+    resamples: Count = Field(10_000, description="Resamples of the paired bootstrap.")
     sharpness: Sharpness = Sharpness()
 
 
 class Params(Section):
-    """All of `params.yaml`. Every section is there, if need be as `{}`, since DVC refuses a stage that misses one."""
+    """All of `params.yaml`. Every section is required, if only as `{}`: DVC refuses a stage that misses one."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        description="Seed of all that is random, such as splits, augmentation and initial weights: 0 to 2**31 - 1."
+    )
     runtime: Runtime
     data: Data
     augment: Augment
-    backbones: Annotated[list[BackboneName], Field(min_length=1)]
+    backbones: Annotated[list[BackboneName], Field(min_length=1)] = Field(
+        description="Backbones that extract-train compares, at least one."
+    )
     extract: Extract
     select: Select
     finetune: Finetune
@@ -357,18 +407,18 @@ class Params(Section):
 
     @field_validator("backbones")
     @classmethod
-    def _different_names(cls, names: list[str]) -> list[str]:
-        return _different(names)
+    def _check_backbones(cls, names: list[str]) -> list[str]:
+        return _refuse_repeated(names)
 
     @model_validator(mode="after")
-    def _differing_views(self) -> Self:
+    def _check_views(self) -> Self:
         for name, recipe in (("extract", self.extract), ("finetune", self.finetune)):
             if recipe.views > 1 and self.augment.engine == "none":
                 raise InconsistentError(f"{name}.views", f"at most 1 with augment.engine none, received {recipe.views}")
         return self
 
     @model_validator(mode="after")
-    def _warm_up_of_sam_ends(self) -> Self:
+    def _check_sam_warmup(self) -> Self:
         schedule, epochs = self.finetune.schedule, self.sam.epochs
         if isinstance(schedule, Cosine) and epochs and schedule.warmup_epochs >= epochs:
             message = (
@@ -382,28 +432,14 @@ def load(path: Path | str = "params.yaml") -> Params:
     """Read and check the whole file.
 
     Raises:
-        InputError: a key is unknown, missing or there twice, a type is wrong or a value impossible, or the file is
-            no YAML. The message is one line.
+        InputError: The file is not YAML, a key is unknown, missing or repeated, or a value has the wrong type or is
+            out of range. The message is one line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        refuse_duplicate_keys(yaml.compose(text, yaml.SafeLoader), str(path))
-        values = yaml.safe_load(text)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: expected a file, found none") from None
-    except OSError as error:
-        raise InputError(f"{path}: expected a file that can be read, received: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        raise InputError(f"{path}: expected YAML, received {explain_yaml(error)}") from None
-    except Exception as error:  # PyYAML lets through what int(), dates and the like raise
-        raise InputError(f"{path}: expected YAML, received {' '.join(str(error).split())}") from None
-    return parse(values, str(path))
+    return parse(read_yaml(path), str(path))
 
 
 def parse(values: Any, where: str = "params.yaml") -> Params:
-    """Check values as `load` does; `where` names them in the message."""
+    """Check values as `load` does. Messages begin with `where`."""
     try:
         return Params.model_validate(values)
     except ValidationError as error:
@@ -411,7 +447,7 @@ def parse(values: Any, where: str = "params.yaml") -> Params:
 
 
 def _main(path: str = "params.yaml") -> None:
-    console.log(f"{path}: good, seed {load(path).seed}")
+    console.log(f"{path}: valid, seed {load(path).seed}")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,53 @@
-"""Reading YAML, and the one line that says what is wrong with params.yaml."""
+"""Reads YAML, and words the one-line messages that say what is wrong with params.yaml."""
 
 from __future__ import annotations
 
 import re
 import reprlib
+from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from flatmin.common.errors import InputError
 
 
 class InconsistentError(ValueError):
-    """What a section's fields, each good in itself, are together: the key is relative to the section's."""
+    """Values of a section that are valid separately but not together.
+
+    `key` names one of them, relative to the section. The message continues "expected ...".
+    """
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
         self.key = key
 
 
-def refuse_duplicate_keys(document: yaml.Node | None, where: str) -> None:
-    """A key that is there twice is an error, which YAML says and PyYAML does not."""
+def read_yaml(path: Path | str) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        InputError: The file cannot be read, is not YAML, or repeats a key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        _refuse_duplicate_keys(yaml.compose(text, yaml.SafeLoader), str(path))
+        return yaml.safe_load(text)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected a file, found none") from None
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file, received: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        raise InputError(f"{path}: expected YAML, received {_explain_yaml(error)}") from None
+    except Exception as error:  # PyYAML does not catch what the constructors of integers, dates and the like raise
+        raise InputError(f"{path}: expected YAML, received {' '.join(str(error).split())}") from None
+
+
+def _refuse_duplicate_keys(document: yaml.Node | None, where: str) -> None:
+    """Raise InputError for a repeated key, which YAML forbids but PyYAML accepts."""
     pending: list[tuple[str, yaml.Node | None]] = [("", document)]
     seen: set[int] = set()
     while pending:
@@ -44,14 +68,14 @@ def refuse_duplicate_keys(document: yaml.Node | None, where: str) -> None:
                 pending.append((f"{prefix}{_one_line(name)}.", value))
 
 
-def explain_yaml(error: yaml.MarkedYAMLError) -> str:
+def _explain_yaml(error: yaml.MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
     place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
     return " ".join(f"{error.context or ''} {error.problem or ''}".split()) + place
 
 
 def explain(findings: ValidationError, values: Any) -> str:
-    """The first finding, as 'key: expected ..., received ...'."""
+    """Word the first of pydantic's findings about `values` as 'key: expected ..., received ...'."""
     finding = findings.errors(include_url=False)[0]
     kind, context = finding["type"], finding.get("ctx", {})
     key = _key(finding["loc"], values, kind == "missing")
@@ -72,13 +96,13 @@ def explain(findings: ValidationError, values: Any) -> str:
         case "extra_forbidden":
             expected = "no such key"
         case "invalid_key":
-            expected = "a key that is text"
+            expected = "a text key"
         case "model_type" | "model_attributes_type" | "dict_type":
             expected = "a mapping"
         case "too_short":
             expected = f"a list of at least {context['min_length']}"
         case "string_too_short":
-            expected = "text that isn't empty"
+            expected = "non-empty text"
         case "string_unicode":
             expected = "text"
         case _:
@@ -88,17 +112,18 @@ def explain(findings: ValidationError, values: Any) -> str:
 
 
 def _key(location: tuple[int | str, ...], values: Any, missing: bool) -> str:
-    """`('finetune', 'schedule', 'plateau', 'factor')` without the parts that name a branch of a union.
+    """Write pydantic's location of a finding as a key, such as `finetune.schedule.factor`.
 
-    Those are the parts that lead nowhere in `values`, as does the last part where a value is missing.
+    Pydantic's location, here ('finetune', 'schedule', 'plateau', 'factor'), also names branches of unions. These are
+    recognised by not being keys in `values`; nor is the last part if a value is missing.
     """
     names = []
     for index, part in enumerate(location):
         children = dict(enumerate(values)) if isinstance(values, list) else values if isinstance(values, dict) else {}
-        found = [child for child in children if child == part or str(child) == part]
-        if found:
-            values = children[found[0]]
-        if found or (missing and index == len(location) - 1):
+        matches = [child for child in children if child == part or str(child) == part]
+        if matches:
+            values = children[matches[0]]
+        if matches or (missing and index == len(location) - 1):
             names.append(_one_line(str(part)))
     return ".".join(names) or "the file"
 
@@ -108,7 +133,7 @@ def _one_line(key: str) -> str:
 
 
 def _shorten(value: Any) -> str:
-    """At most 60 characters, however large, deep or odd the value."""
+    """Describe any value, however large or deeply nested, in at most 60 characters."""
     try:
         text = _repr.repr(value)
     except ValueError:  # an integer of thousands of digits

@@ -1,4 +1,4 @@
-"""Reads one picture: checks it, turns it upright and converts it to what records hold."""
+"""One picture: checks it, turns it upright and converts it to an encoding that records hold."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+import tensorflow as tf
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 _ORIENTATION = 0x0112  # the EXIF tag
 
-_PNG_BIT_DEPTH = 24  # that byte of a PNG file
+_PNG_BIT_DEPTH = 24  # offset of that byte in a PNG file
 
 
 class BrokenImageError(Exception):
-    """An image can't be decoded; the message says why."""
+    """An image cannot be decoded. The message, which dataset.json records, says why."""
 
 
 class Picture(NamedTuple):
-    """encoded: a PNG or JPEG that TensorFlow reads as this picture. height, width: its size in pixels.
+    """A picture as the records hold it.
 
-    digest: 16 bytes, equal for equal pixels as they came, before any resizing.
+    Attributes:
+        encoded: A PNG or JPEG that TensorFlow decodes to this picture.
+        height: In pixels.
+        width: In pixels.
+        digest: 16 bytes, equal for equal pixels before any resizing.
     """
 
     encoded: bytes
@@ -32,17 +37,17 @@ class Picture(NamedTuple):
 
 
 def read_picture(image: bytes, size: int | None = None) -> Picture:
-    """Decode all of an image with Pillow; encode it anew only where TensorFlow would read it otherwise.
+    """Decode an image completely with Pillow, and encode it again only if TensorFlow would decode it differently.
 
-    It is seen in RGB, upright as EXIF has it, without its alpha channel; of several frames the first, of 16
-    bits the upper 8.
+    The picture is RGB, upright according to its EXIF orientation and without its alpha channel. An animation gives
+    its first frame, and 16-bit values are reduced to their upper 8 bits.
 
     Args:
-        image: the bytes of a file of any format that Pillow reads.
-        size: the side in pixels of a square to resize to, bicubically.
+        image: The bytes of a file in any format that Pillow reads.
+        size: Side in pixels of a square to resize to, bicubically. None keeps the size.
 
     Raises:
-        BrokenImageError: it is no image, or damaged, or so large that Pillow takes it for an attack.
+        BrokenImageError: It is not an image, is damaged, or is so large that Pillow suspects a decompression bomb.
     """
     if not image:
         raise BrokenImageError("no bytes could be read")
@@ -52,32 +57,41 @@ def read_picture(image: bytes, size: int | None = None) -> Picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(image)) as opened:
                 opened.load()
-                as_it_came = _tensorflow_agrees(opened, image)
+                unchanged = _tensorflow_agrees(opened, image)
                 rgb = _to_rgb(ImageOps.exif_transpose(opened))
-    except Exception as error:  # Pillow's readers raise nearly anything when the file is damaged
-        unknown = isinstance(error, UnidentifiedImageError)  # its message is an address in memory
+    except Exception as error:  # Pillow's readers raise almost anything on damaged files
+        unknown = isinstance(error, UnidentifiedImageError)  # its message contains an address in memory
         reason = "it is of no format that Pillow knows" if unknown else str(error) or type(error).__name__
         raise BrokenImageError(reason) from None
     digest = hashlib.blake2b(repr(rgb.size).encode() + rgb.tobytes(), digest_size=16).digest()
     if size is not None and rgb.size != (size, size):
-        rgb, as_it_came = rgb.resize((size, size), Image.Resampling.BICUBIC), False
-    encoded = image if as_it_came and _tensorflow_reads(image, rgb.size) else to_png(rgb)
+        rgb, unchanged = rgb.resize((size, size), Image.Resampling.BICUBIC), False
+    encoded = image if unchanged and _tensorflow_decodes(image, rgb.size) else to_png(rgb)
     return Picture(encoded, rgb.height, rgb.width, digest)
 
 
+def to_png(image: Image.Image) -> bytes:
+    """Encode a Pillow image as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _tensorflow_agrees(image: Image.Image, encoded: bytes) -> bool:
+    """Whether TensorFlow decodes these bytes to the same RGB pixels as `_to_rgb`, if it can decode them at all."""
     if image.getexif().get(_ORIENTATION, 1) != 1:
         return False
-    if image.format in {"JPEG", "MPO"}:  # MPO, of phones and cameras, is a JPEG with more behind it
+    if image.format in {"JPEG", "MPO"}:  # MPO, from phones and cameras, is a JPEG followed by more images
         return image.mode in {"L", "RGB"}
     plain = image.mode in {"1", "L", "LA", "P", "RGB", "RGBA"} and "transparency" not in image.info
     return image.format == "PNG" and plain and encoded[_PNG_BIT_DEPTH] <= 8
 
 
-def _tensorflow_reads(encoded: bytes, size: tuple[int, int]) -> bool:
-    """Pillow forgives damage, such as a PNG's missing end, that would stop TensorFlow while it trains."""
-    import tensorflow as tf
+def _tensorflow_decodes(encoded: bytes, size: tuple[int, int]) -> bool:
+    """Whether TensorFlow can decode the image.
 
+    Pillow tolerates damage, such as a PNG without its end, that would stop TensorFlow during training.
+    """
     try:
         height, width, _ = tf.io.decode_image(encoded, channels=3, expand_animations=False).shape
     except tf.errors.InvalidArgumentError:
@@ -87,13 +101,7 @@ def _tensorflow_reads(encoded: bytes, size: tuple[int, int]) -> bool:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")  # Pillow's own would clip
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")  # Pillow itself would clip
     if image.mode in {"I", "F"}:
         raise BrokenImageError(f"its numbers (Pillow's mode {image.mode}) have no known range")
     return image.convert("RGB")
-
-
-def to_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Assigns each example to a role and, on request, a wrong label."""
+"""Assigns each example to a role: checks the splits, carves val out of train, draws label noise."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ import numpy as np
 from flatmin.common import console
 from flatmin.common.errors import InputError
 from flatmin.common.params import Data
-from flatmin.data import images, sources
+from flatmin.data import images
 from flatmin.data.images import BrokenImageError
-from flatmin.data.sources import Source
+from flatmin.data.sources.base import Slice, Source
 
-TRAIN, VAL = 0, 1
+# Codes in the array of `assign_roles`. The first two are positions in `params.ROLES`.
+TRAIN, VAL, LEFT_OUT = 0, 1, -1
 
-LEFT_OUT = -1
-
-NAMED_BROKEN = 3
+MAX_LISTED_BROKEN = 3
 
 
 def count_examples(source: Source, expressions: Mapping[str, str]) -> dict[str, int]:
-    """How many examples each role's split has. Nothing may be empty, and no example may be there twice."""
+    """Count the examples in the split expression of each role.
+
+    Raises:
+        InputError: An expression is empty, or an example occurs twice.
+    """
     sizes: dict[str, int] = {}
-    seen: list[tuple[str, sources.Slice]] = []
+    seen: list[tuple[str, Slice]] = []
     for role, expression in expressions.items():
         slices = source.locate(expression, f"data.splits.{role}")
         if not slices:
-            raise InputError(f"data.splits.{role}: expected examples, received none of them with {expression!r}")
+            raise InputError(f"data.splits.{role}: expected at least one example, received none with {expression!r}")
         for part in slices:
             for other, earlier in seen:
                 start, stop = max(part.start, earlier.start), min(part.stop, earlier.stop)
                 if part.split == earlier.split and start < stop:
                     raise InputError(
-                        f"data.splits.{role}: expected no example twice, received"
-                        f" {part.split}[{start}:{stop}], which data.splits.{other} has too"
+                        f"data.splits.{role}: expected each example only once, received"
+                        f" {part.split}[{start}:{stop}], which data.splits.{other} also contains"
                     )
             seen.append((role, part))
         sizes[role] = sum(part.stop - part.start for part in slices)
@@ -42,9 +45,15 @@ def count_examples(source: Source, expressions: Mapping[str, str]) -> dict[str, 
 
 
 def assign_roles(source: Source, data: Data, seed: int, class_names: list[str], broken: list[str]) -> np.ndarray | None:
-    """int8 [n]: TRAIN, VAL or LEFT_OUT for each example of train's split; None where all of them are TRAIN.
+    """Assign the examples of train's split to train and val.
 
-    Where broken images may be left out, they are found here (`broken` grows): the counts come out as asked.
+    If broken images may be skipped, all images are read here, so that the requested numbers of images are readable.
+
+    Args:
+        broken: The broken images found here are appended to this list.
+
+    Returns:
+        int8 [n]: TRAIN, VAL or LEFT_OUT for each example of train's split; None if all of them are TRAIN.
     """
     if not any((data.val_fraction, data.val_per_class, data.train_per_class, data.label_noise)):
         return None
@@ -64,9 +73,9 @@ def assign_roles(source: Source, data: Data, seed: int, class_names: list[str], 
 
 
 def _carve_val(labels: np.ndarray, readable: np.ndarray, data: Data, seed: int, class_names: list[str]) -> np.ndarray:
-    """Each class is shuffled by the seed; its first go to val, the next to train.
+    """Shuffle each class by the seed; its first images become val, the following ones train.
 
-    So `train_per_class` changes nothing in val, and a smaller one takes a part of what a larger one takes.
+    Therefore `train_per_class` does not affect val, and a smaller value selects a subset of what a larger one selects.
     """
     random = np.random.default_rng([seed, 1])
     roles = np.full(len(labels), LEFT_OUT, np.int8)
@@ -76,52 +85,62 @@ def _carve_val(labels: np.ndarray, readable: np.ndarray, data: Data, seed: int, 
         train = len(members) - val if data.train_per_class is None else data.train_per_class
         if train > len(members) - val:
             raise InputError(
-                f"data.train_per_class: expected at most {len(members) - val}, as class {class_name!r} has,"
-                f" received {train}"
+                f"data.train_per_class: expected at most {len(members) - val}, the number of images left in class"
+                f" {class_name!r}, received {train}"
             )
         roles[members[:val]] = VAL
         roles[members[val : val + train]] = TRAIN
     return roles
 
 
-def _val_size(size: int, class_name: str, data: Data) -> int:
+def _val_size(class_size: int, class_name: str, data: Data) -> int:
+    """Return how many of a class's images go to val."""
     if data.val_per_class is not None:
-        key, wanted = "data.val_per_class", data.val_per_class
+        key, val_size = "data.val_per_class", data.val_per_class
     elif data.val_fraction is not None:
-        key, wanted = "data.val_fraction", max(1, round(data.val_fraction * size))
+        key, val_size = "data.val_fraction", max(1, round(data.val_fraction * class_size))
     else:
         return 0
-    if wanted >= size:
+    if val_size >= class_size:
         raise InputError(
-            f"{key}: expected images of class {class_name!r} left to train on, received {wanted} for val out of {size}"
+            f"{key}: expected to leave images of class {class_name!r} for training,"
+            f" received {val_size} for val out of {class_size}"
         )
-    return wanted
+    return val_size
 
 
 def draw_label_noise(
     source: Source, data: Data, seed: int, class_names: list[str], roles: np.ndarray | None
 ) -> dict[int, int]:
-    """Index in train's split -> another class, both at random, for `data.label_noise` of the examples to train on."""
+    """Draw the training examples that get a wrong label, a fraction `data.label_noise` of them, and these labels.
+
+    Returns:
+        The index in train's split and the wrong label of each drawn example.
+    """
     if roles is None or not data.label_noise:
         return {}
     random = np.random.default_rng([seed, 2])
     train = np.flatnonzero(roles == TRAIN)
-    chosen = random.choice(train, round(data.label_noise * len(train)), replace=False)
-    shifts = random.integers(1, len(class_names), len(chosen))
-    labels = (source.labels(data.splits.train)[chosen] + shifts) % len(class_names)
-    return dict(zip(chosen.tolist(), labels.tolist(), strict=True))
+    drawn = random.choice(train, round(data.label_noise * len(train)), replace=False)
+    shifts = random.integers(1, len(class_names), len(drawn))
+    labels = (source.labels(data.splits.train)[drawn] + shifts) % len(class_names)
+    return dict(zip(drawn.tolist(), labels.tolist(), strict=True))
 
 
 def refuse_broken(broken: list[str], allowed: int) -> None:
+    """Raise InputError if there are more than `allowed` broken images."""
     if len(broken) > allowed:
-        named = ", ".join(broken[:NAMED_BROKEN]) + (", ..." if len(broken) > NAMED_BROKEN else "")
-        raise InputError(f"data.skip_broken: expected at most {allowed} broken images, received {len(broken)}: {named}")
+        listed = ", ".join(broken[:MAX_LISTED_BROKEN]) + (", ..." if len(broken) > MAX_LISTED_BROKEN else "")
+        raise InputError(
+            f"data.skip_broken: expected at most {allowed} broken images, received {len(broken)}: {listed}"
+        )
 
 
 def refuse_unknown_labels(labels: np.ndarray, class_names: list[str], key: str) -> None:
-    outside = (labels < 0) | (labels >= len(class_names))
-    if outside.any():
+    """Raise InputError if a label (int [n]) is not the index of a class."""
+    invalid = (labels < 0) | (labels >= len(class_names))
+    if invalid.any():
         raise InputError(
-            f"{key}: expected labels from 0 to {len(class_names) - 1}, received {labels[outside][0]}"
-            f" in {outside.sum()} of {len(labels)} examples"
+            f"{key}: expected labels from 0 to {len(class_names) - 1}, received {labels[invalid][0]}"
+            f" in {invalid.sum()} of {len(labels)} examples"
         )

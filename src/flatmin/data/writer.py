@@ -1,7 +1,7 @@
-"""The data set as the stages read it: sharded TFRecords for each role, described by `dataset.json`.
+"""Writes a data set as sharded TFRecords for each role, described by `dataset.json`.
 
-A folder of records holds `{role}-00000-of-00003.tfrecord`, `{role}.csv` (names and labels in the same order)
-and `dataset.json`. Equal sources, settings and seeds give equal bytes.
+A folder of records holds `{role}-00000-of-00003.tfrecord`, `{role}.csv` (names and labels in the records' order) and
+`dataset.json`. Equal sources, settings and seeds give equal bytes.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from flatmin.common.errors import InputError
 from flatmin.common.params import ROLES, Data
 from flatmin.data import images, sources, splits
 from flatmin.data.images import BrokenImageError, Picture
-from flatmin.data.sources import UNKNOWN, Example, Source
+from flatmin.data.sources.base import UNKNOWN, Example, Source
 
-# A shard is full at so many examples or bytes, whichever comes first.
-SHARD = 4096
+# A shard is full when it reaches either limit.
+SHARD_EXAMPLES = 4096
 SHARD_BYTES = 2**27
 
-NAMED_DUPLICATES = 20
+MAX_LISTED_DUPLICATES = 20
 
 
 def write(data: Data, seed: int, folder: Path | str) -> dict[str, Any]:
-    """Read the source, image by image, and write its records to `folder`, which appears whole or not at all.
+    """Read the source image by image and write its records to `folder`, which appears complete or not at all.
 
     Args:
-        data: the `data` section.
-        seed: non-negative; it carves val out of train, picks `train_per_class` and draws `label_noise`.
-        folder: is replaced if it is there.
+        data: The `data` section.
+        seed: Non-negative. It decides which examples are val, `train_per_class` and `label_noise`.
+        folder: Replaced if it exists.
 
     Returns:
-        The metrics: counts, duplicates, the digest; numbers and short strings in nested dicts.
+        The metrics (counts, duplicates, the digest): numbers and short strings in nested dicts.
 
     Raises:
-        InputError: the source is not as the settings expect it; the message names the key.
+        InputError: The source does not fit the settings. The message names the key.
     """
     source = sources.open_source(data, seed)
     class_names = _class_names(data, source)
@@ -50,12 +50,12 @@ def write(data: Data, seed: int, folder: Path | str) -> dict[str, Any]:
     sizes = splits.count_examples(source, expressions)
     broken: list[str] = []
     roles = splits.assign_roles(source, data, seed, class_names, broken)
-    wrong = splits.draw_label_noise(source, data, seed, class_names, roles)
-    with files.atomic_write(folder) as aside:
-        aside.mkdir()
-        written = _Written(aside, class_names)
-        stream = _stream(source, expressions, roles, wrong)
-        for role, example in console.progress(stream, "prepare", sum(sizes.values()), "image"):
+    wrong_labels = splits.draw_label_noise(source, data, seed, class_names, roles)
+    with files.atomic_write(folder) as temporary:
+        temporary.mkdir()
+        writer = RecordsWriter(temporary)
+        examples = _examples_with_roles(source, expressions, roles, wrong_labels)
+        for role, example in console.progress(examples, "prepare", sum(sizes.values()), "image"):
             if role is None:
                 continue
             try:
@@ -63,18 +63,18 @@ def write(data: Data, seed: int, folder: Path | str) -> dict[str, Any]:
             except BrokenImageError as error:
                 broken.append(f"{example.name} ({error})")
             else:
-                written.add(role, example, picture)
+                writer.add(role, example, picture)
         splits.refuse_broken(broken, data.skip_broken)
-        written.close()
-        _check(written, data, class_names)
-        info = _describe(written, data, source, class_names, broken) | {"wrong_labels": len(wrong)}
-        files.write_json(aside / "dataset.json", info)
-    return _summary(info)
+        writer.close()
+        _check(writer, data, class_names)
+        info = _describe(writer, data, source, class_names, broken) | {"wrong_labels": len(wrong_labels)}
+        files.write_json(temporary / "dataset.json", info)
+    return _metrics(info)
 
 
 def _class_names(data: Data, source: Source) -> list[str]:
     if len(source.class_names) < 2:
-        raise InputError(f"data.name: expected two classes or more, received {len(source.class_names)}")
+        raise InputError(f"data.name: expected at least two classes, received {len(source.class_names)}")
     if data.class_names is None:
         return source.class_names
     if len(data.class_names) != len(source.class_names):
@@ -84,33 +84,40 @@ def _class_names(data: Data, source: Source) -> list[str]:
     return data.class_names
 
 
-def _stream(
-    source: Source, expressions: Mapping[str, str], roles: np.ndarray | None, wrong: Mapping[int, int]
+def _examples_with_roles(
+    source: Source, expressions: Mapping[str, str], roles: np.ndarray | None, wrong_labels: Mapping[int, int]
 ) -> Iterator[tuple[str | None, Example]]:
-    """Every example with its role, None for one that is left out; `wrong` labels those of train."""
+    """Yield every example with its role, which is None if it is left out.
+
+    Training examples in `wrong_labels` get that label; the label of predict is removed.
+    """
     for role, expression in expressions.items():
         examples = source.examples(expression)
         if role == "train" and roles is not None:
             for index, (code, example) in enumerate(zip(roles.tolist(), examples, strict=True)):
-                labelled = example._replace(label=wrong[index]) if index in wrong else example
-                yield None if code == splits.LEFT_OUT else ROLES[code], labelled
+                relabelled = example._replace(label=wrong_labels[index]) if index in wrong_labels else example
+                yield None if code == splits.LEFT_OUT else ROLES[code], relabelled
         else:
             for example in examples:
                 yield role, example._replace(label=UNKNOWN) if role == "predict" else example
 
 
-class _Written:
-    """All of the roles while they are written: what is kept in memory is names, labels and digests."""
+class RecordsWriter:
+    """Writes the records of all roles. Only names, labels, sizes and digests are held in memory.
 
-    def __init__(self, folder: Path, class_names: list[str]) -> None:
+    Attributes:
+        roles: The writer of each role that has examples; after `close`, in the order of `ROLES`.
+        files: After `close`, the size in bytes and the SHA-256 of each file by its name.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._class_names = class_names
-        self.roles: dict[str, _Role] = {}
+        self.roles: dict[str, ShardWriter] = {}
         self.files: dict[str, dict[str, Any]] = {}
 
     def add(self, role: str, example: Example, picture: Picture) -> None:
         if role not in self.roles:
-            self.roles[role] = _Role(self._folder, role)
+            self.roles[role] = ShardWriter(self._folder, role)
         self.roles[role].add(example, picture)
 
     def close(self) -> None:
@@ -120,17 +127,22 @@ class _Written:
                 self.files[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
 
     def duplicates(self) -> dict[str, list[tuple[str, str]]]:
-        """For pairs of roles, as `train_test`: each of test's pictures that train has too, by both names."""
-        found: dict[str, list[tuple[str, str]]] = {}
+        """Find the pictures that two roles share.
+
+        Returns:
+            For each pair of roles, such as `train_test`, the two names of each of test's pictures that is in train.
+        """
+        duplicates: dict[str, list[tuple[str, str]]] = {}
         for first, second in itertools.combinations(self.roles, 2):
+            # Reversed, so that of equal pictures in the first role the first is named.
             names = dict(zip(reversed(self.roles[first].digests), reversed(self.roles[first].names), strict=True))
             pictures = zip(self.roles[second].digests, self.roles[second].names, strict=True)
-            found[f"{first}_{second}"] = [(names[digest], name) for digest, name in pictures if digest in names]
-        return found
+            duplicates[f"{first}_{second}"] = [(names[digest], name) for digest, name in pictures if digest in names]
+        return duplicates
 
 
-class _Role:
-    """One role's shards, which get their names when their number is known."""
+class ShardWriter:
+    """Writes the shards of one role. They are renamed at the end, when their number is known."""
 
     def __init__(self, folder: Path, role: str) -> None:
         self._folder, self._role = folder, role
@@ -143,10 +155,10 @@ class _Role:
         self.widths: list[int] = []
 
     def add(self, example: Example, picture: Picture) -> None:
-        if "\r" in example.name:  # which a CSV's reader takes for the end of a line
+        if "\r" in example.name:  # which a CSV reader would take for the end of a line
             raise InputError(f"data.name: expected names without carriage returns, received {example.name!r}")
-        if self._writer is None or self._in_shard >= SHARD or self._bytes >= SHARD_BYTES:
-            self._next_shard()
+        if self._writer is None or self._in_shard >= SHARD_EXAMPLES or self._bytes >= SHARD_BYTES:
+            self._start_shard()
         record = _serialize(picture.encoded, example.label, example.name)
         self._writer.write(record)
         self._in_shard += 1
@@ -157,21 +169,21 @@ class _Role:
         self.heights.append(picture.height)
         self.widths.append(picture.width)
 
-    def _next_shard(self) -> None:
+    def _start_shard(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        self._writer = tf.io.TFRecordWriter(str(self._shard(self._shards)))
+        self._writer = tf.io.TFRecordWriter(str(self._path(self._shards)))
         self._in_shard = self._bytes = 0
         self._shards += 1
 
-    def _shard(self, index: int, suffix: str = "") -> Path:
-        return self._folder / f"{self._role}-{index:05d}{suffix}.tfrecord"
+    def _path(self, shard: int, suffix: str = "") -> Path:
+        return self._folder / f"{self._role}-{shard:05d}{suffix}.tfrecord"
 
     def close(self) -> Iterator[Path]:
-        """End the files and give the path of each."""
+        """Finish the files and yield the path of each."""
         self._writer.close()
-        for index in range(self._shards):
-            yield self._shard(index).rename(self._shard(index, f"-of-{self._shards:05d}"))
+        for shard in range(self._shards):
+            yield self._path(shard).rename(self._path(shard, f"-of-{self._shards:05d}"))
         path = self._folder / f"{self._role}.csv"
         files.write_csv(path, ("name", "label"), zip(self.names, self.labels, strict=True))
         yield path
@@ -190,18 +202,22 @@ def _serialize(image: bytes, label: int, name: str) -> bytes:
     return bytes(example.SerializeToString(deterministic=True))
 
 
-def _check(written: _Written, data: Data, class_names: list[str]) -> None:
-    """What is only known once every label has been seen."""
+def _check(writer: RecordsWriter, data: Data, class_names: list[str]) -> None:
+    """Check the roles and labels, which are known only after all examples were read.
+
+    Raises:
+        InputError: A role has no readable image, a label is unknown where it is needed, or train lacks a class.
+    """
     val = "splits.val" if data.splits.val else "val_fraction" if data.val_fraction else "val_per_class"
     keys = {"train": "data.splits.train", "val": f"data.{val}", "test": "data.splits.test"}
     for role, key in {**keys, "predict": "data.splits.predict"}.items():
-        if role not in written.roles and (role != "predict" or data.splits.predict):
-            raise InputError(f"{key}: expected images that can be read, received none")
-    labels = {role: np.array(written.roles[role].labels) for role in keys}
+        if role not in writer.roles and (role != "predict" or data.splits.predict):
+            raise InputError(f"{key}: expected readable images, received none")
+    labels = {role: np.array(writer.roles[role].labels) for role in keys}
     if (labels["test"] == UNKNOWN).all():
-        del labels["test"]  # then nothing can be scored on it, which evaluate says
-    for role, of_role in labels.items():
-        splits.refuse_unknown_labels(of_role, class_names, keys[role])
+        del labels["test"]  # nothing can be scored on it then, which evaluate reports
+    for role, role_labels in labels.items():
+        splits.refuse_unknown_labels(role_labels, class_names, keys[role])
     missing = np.setdiff1d(np.arange(len(class_names)), labels["train"])
     if len(missing):
         raise InputError(
@@ -211,35 +227,35 @@ def _check(written: _Written, data: Data, class_names: list[str]) -> None:
 
 
 def _describe(
-    written: _Written, data: Data, source: Source, class_names: list[str], broken: list[str]
+    writer: RecordsWriter, data: Data, source: Source, class_names: list[str], broken: list[str]
 ) -> dict[str, Any]:
-    """What dataset.json holds."""
+    """Return the contents of dataset.json."""
     return {
         "source": data.source,
         "name": data.name,
         "version": source.version,
         "class_names": class_names,
-        "roles": {role: _describe_role(written.roles[role], class_names) for role in written.roles},
+        "roles": {role: _describe_role(writer.roles[role], class_names) for role in writer.roles},
         "duplicates": {
-            pair: {"count": len(names), "names": [list(two) for two in names[:NAMED_DUPLICATES]]}
-            for pair, names in written.duplicates().items()
+            pair: {"count": len(names), "names": [list(two) for two in names[:MAX_LISTED_DUPLICATES]]}
+            for pair, names in writer.duplicates().items()
         },
         "broken": broken,
-        "files": written.files,
-        "digest": _digest(written.files),
+        "files": writer.files,
+        "digest": _digest(writer.files),
     }
 
 
-def _describe_role(role: _Role, class_names: list[str]) -> dict[str, Any]:
-    counts = Counter(role.labels)
-    pixels = sum(height * width for height, width in zip(role.heights, role.widths, strict=True))
+def _describe_role(writer: ShardWriter, class_names: list[str]) -> dict[str, Any]:
+    counts = Counter(writer.labels)
+    pixels = sum(height * width for height, width in zip(writer.heights, writer.widths, strict=True))
     return {
-        "count": len(role.labels),
+        "count": len(writer.labels),
         "unlabelled": counts[UNKNOWN],
         "classes": {name: counts[label] for label, name in enumerate(class_names)},
-        "height": {"min": min(role.heights), "max": max(role.heights)},
-        "width": {"min": min(role.widths), "max": max(role.widths)},
-        "mean_pixels": pixels / len(role.labels),
+        "height": {"min": min(writer.heights), "max": max(writer.heights)},
+        "width": {"min": min(writer.widths), "max": max(writer.widths)},
+        "mean_pixels": pixels / len(writer.labels),
     }
 
 
@@ -248,19 +264,20 @@ def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _summary(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What is worth comparing between runs. Classes are too many to be listed each."""
+def _metrics(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Select from dataset.json what is worth comparing between runs, which excludes the counts of each class."""
 
-    def of_role(role: Mapping[str, Any]) -> dict[str, int]:
+    def role_metrics(role: Mapping[str, Any]) -> dict[str, int]:
+        if role["unlabelled"]:
+            return {"count": role["count"]}
         sizes = role["classes"].values()
-        labelled = {"smallest_class": min(sizes), "largest_class": max(sizes)}
-        return {"count": role["count"], **({} if role["unlabelled"] else labelled)}
+        return {"count": role["count"], "smallest_class": min(sizes), "largest_class": max(sizes)}
 
     return {
         **{key: info[key] for key in ("source", "name", "version", "digest")},
         "classes": len(info["class_names"]),
         "broken": len(info["broken"]),
         "wrong_labels": info["wrong_labels"],
-        "duplicates": {pair: found["count"] for pair, found in info["duplicates"].items()},
-        "roles": {role: of_role(described) for role, described in info["roles"].items()},
+        "duplicates": {pair: described["count"] for pair, described in info["duplicates"].items()},
+        "roles": {role: role_metrics(described) for role, described in info["roles"].items()},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,20 @@ from flatmin.common import files
 from flatmin.common.errors import InputError
 from flatmin.common.params import ROLES
 
-HANDED_OVER = 32
+READ_BATCH = 32  # images that `Records.arrays` converts to NumPy at once
 
 
 class Records:
-    """A folder that `write` made.
+    """A folder of records, as `flatmin.data.writer` writes it.
 
-    info: `dataset.json`, parsed. class_names: in the order of the labels. roles: train first.
-    digest: SHA-256, in hexadecimal, over all that is stored.
+    Attributes:
+        info: `dataset.json`, parsed.
+        class_names: In the order of the labels.
+        roles: The roles that have examples, train first.
+        digest: SHA-256, in hexadecimal, over all files.
 
     Raises:
-        InputError: a file is missing or has another size than it was written with.
+        InputError: A file is missing, or does not have the size with which it was written.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -42,76 +45,85 @@ class Records:
             if size != file["bytes"]:
                 raise InputError(
                     f"{path}: expected {file['bytes']} bytes, received {'none' if size is None else size};"
-                    " `dvc repro prepare` writes it anew"
+                    " `dvc repro prepare` writes it again"
                 )
-        self._index: dict[str, tuple[list[str], np.ndarray]] = {}
+        self._indices: dict[str, tuple[list[str], np.ndarray]] = {}
 
     def count(self, role: str) -> int:
-        """How many examples there are."""
+        """Return the number of examples."""
         return int(self._role(role)["count"])
 
     def mean_pixels(self, role: str) -> float:
-        """Height times width, on average."""
+        """Return the mean of height times width."""
         return float(self._role(role)["mean_pixels"])
 
     def labels(self, role: str) -> np.ndarray:
-        """int32 [count]: the labels in the records' order, -1 where unknown. Not to be written to."""
-        return self._indexed(role)[1]
+        """Return the labels in the records' order: int32 [count], -1 where unknown, read-only."""
+        return self._index(role)[1]
 
     def names(self, role: str) -> list[str]:
-        """The examples' names in the records' order."""
-        return self._indexed(role)[0]
+        """Return the examples' names in the records' order."""
+        return self._index(role)[0]
 
-    def images(self, role: str, wanted: Callable[[Any], Any] | None = None) -> tf.data.Dataset:
-        """(uint8 [height, width, 3], scalar int32), always in the same order; sizes may differ.
+    def images(self, role: str, keep: Callable[[Any], Any] | None = None) -> tf.data.Dataset:
+        """Stream the decoded images and labels in the records' order.
 
-        wanted: of an example's position, whether it is; by default all are.
+        Args:
+            keep: Tells from an example's position (scalar int64 tensor) whether to keep it. By default all are kept.
+
+        Returns:
+            (uint8 [height, width, 3], scalar int32) of each example. The sizes may differ.
         """
         stored = self._stored(role)
-        if wanted is not None:
-            numbered = stored.enumerate().filter(lambda position, _: wanted(position))
+        if keep is not None:
+            numbered = stored.enumerate().filter(lambda position, _: keep(position))
             stored = numbered.map(lambda _, record: record)
         return stored.map(lambda record: _decode(*_parse(record)), tf.data.AUTOTUNE, deterministic=True)
 
-    def arrays(self, role: str, wanted: Callable[[Any], Any] | None = None) -> Iterator[np.ndarray]:
-        """The images alone, in NumPy: handed over many at a time, which takes half as long as one by one."""
-        images = self.images(role, wanted)
+    def arrays(self, role: str, keep: Callable[[Any], Any] | None = None) -> Iterator[np.ndarray]:
+        """Stream the images of `images(role, keep)` as NumPy arrays.
+
+        They are converted in batches, which takes half as long as one by one.
+        """
+        images = self.images(role, keep).map(lambda image, _: image)
         sides = [self._role(role)[side] for side in ("height", "width")]
         if all(side["min"] == side["max"] for side in sides):
-            for batch in images.map(lambda image, _: image).batch(HANDED_OVER).as_numpy_iterator():
+            for batch in images.batch(READ_BATCH).as_numpy_iterator():
                 yield from batch
             return
-        flat = images.map(lambda image, _: (tf.reshape(image, (-1,)), tf.shape(image)))
-        for pixels, shapes in flat.ragged_batch(HANDED_OVER).as_numpy_iterator():
+        flattened = images.map(lambda image: (tf.reshape(image, (-1,)), tf.shape(image)))
+        for pixels, shapes in flattened.ragged_batch(READ_BATCH).as_numpy_iterator():
             for image, shape in zip(pixels, shapes, strict=True):
                 yield image.reshape(shape)
 
     def _stored(self, role: str) -> tf.data.Dataset:
-        """Scalar strings: a role's records as they are in the files."""
+        """Stream a role's serialized records: scalar strings."""
         self._role(role)
         shards = sorted(name for name in self.info["files"] if name.startswith(f"{role}-"))
-        return not_tuned(tf.data.TFRecordDataset([str(self._folder / name) for name in shards]))
+        return without_autotune(tf.data.TFRecordDataset([str(self._folder / name) for name in shards]))
 
     def _role(self, role: str) -> Mapping[str, Any]:
         if role not in self.info["roles"]:
             raise InputError(f"{self._folder}: expected the role {role}, received {', '.join(self.roles)}")
         return self.info["roles"][role]
 
-    def _indexed(self, role: str) -> tuple[list[str], np.ndarray]:
+    def _index(self, role: str) -> tuple[list[str], np.ndarray]:
+        """Return a role's names and labels, read once from its CSV file."""
         self._role(role)
-        if role not in self._index:
+        if role not in self._indices:
             with (self._folder / f"{role}.csv").open(newline="", encoding="utf-8") as file:
-                rows: Iterable[list[str]] = list(csv.reader(file))[1:]
+                rows = list(csv.reader(file))[1:]
             labels = np.array([int(label) for _, label in rows], np.int32)
             labels.flags.writeable = False
-            self._index[role] = [name for name, _ in rows], labels
-        return self._index[role]
+            self._indices[role] = [name for name, _ in rows], labels
+        return self._indices[role]
 
 
-def not_tuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Without tf.data's tuning of itself: its thread can take five seconds to see that an iterator is gone.
+def without_autotune(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Disable tf.data's autotuning.
 
-    Whoever iterates waits for it then, at the end of an epoch or of a view.
+    Its thread can take up to five seconds to notice that an iterator was closed, and blocks the end of an epoch or
+    of a view for that long.
     """
     options = tf.data.Options()
     options.autotune.enabled = False

@@ -1,0 +1,143 @@
+"""The interface of a data source, and the part that sources with a known list of examples share.
+
+A source streams encoded images in a fixed order and understands TFDS's split expressions, such as `train`,
+`train[:90%]` or `train[100:200]+test`. A source without splits of its own has one called `train`, as in TFDS.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from flatmin.common import errors
+from flatmin.common.errors import InputError
+
+UNKNOWN = -1  # the label of an example whose class is not known
+
+
+class Example(NamedTuple):
+    """One example of a source.
+
+    Attributes:
+        image: The encoded bytes, unchanged.
+        label: Index of the class, or `UNKNOWN`.
+        name: Identifies the example to a person.
+    """
+
+    image: bytes
+    label: int
+    name: str
+
+
+class Slice(NamedTuple):
+    """The examples from `start` up to but not including `stop` of a split."""
+
+    split: str
+    start: int
+    stop: int
+
+
+class Source(ABC):
+    """A data set that is read one example at a time.
+
+    Attributes:
+        class_names: Names of the classes in the order of the labels.
+        version: Version of the data.
+        splits: TFDS's SplitInfo of each split.
+    """
+
+    class_names: list[str]
+    version: str
+    splits: Mapping[str, Any]
+
+    def locate(self, expression: str, key: str = "data.splits") -> list[Slice]:
+        """Return the slices that a split expression stands for, without empty ones.
+
+        Raises:
+            InputError: The expression, the value of `key`, is malformed or names a split that does not exist.
+        """
+        sizes = {name: split.num_examples for name, split in self.splits.items()}
+        try:
+            parts = tfds.core.ReadInstruction.from_spec(expression).to_absolute(self.splits)
+        except (ValueError, AssertionError) as error:
+            available = ", ".join(f"{name} ({size})" for name, size in sizes.items())
+            reason = errors.first_line(str(error))
+            raise InputError(f"{key}: expected slices of {available}, received {expression!r}: {reason}") from None
+        slices = [
+            Slice(part.splitname, part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
+            for part in parts
+        ]
+        return [part for part in slices if part.start < part.stop]
+
+    @abstractmethod
+    def examples(self, expression: str) -> Iterator[Example]:
+        """Stream the examples of a split expression, always in the same order."""
+
+    @abstractmethod
+    def labels(self, expression: str) -> np.ndarray:
+        """Return the labels of `examples(expression)`, int32 [n], without reading any image."""
+
+
+class ListedSource(Source):
+    """A source whose names and labels are known before any image is read.
+
+    Each split is put in the order of `balanced_order`.
+    """
+
+    def __init__(
+        self, class_names: list[str], version: str, items: Mapping[str, Sequence[tuple[str, int]]], seed: int
+    ) -> None:
+        """`items` are the (name, label) pairs of each split."""
+        self.class_names, self.version = class_names, version
+        self._names: dict[str, list[str]] = {}
+        self._labels: dict[str, np.ndarray] = {}
+        for split, pairs in items.items():
+            labels = np.array([label for _, label in pairs], np.int32)
+            order = balanced_order(labels, seed)
+            self._names[split] = [pairs[index][0] for index in order]
+            self._labels[split] = labels[order]
+        self.splits = {
+            split: tfds.core.SplitInfo(name=split, shard_lengths=[len(pairs)], num_bytes=0)
+            for split, pairs in items.items()
+        }
+
+    def examples(self, expression: str) -> Iterator[Example]:
+        for split, start, stop in self.locate(expression):
+            names, labels = self._names[split][start:stop], self._labels[split][start:stop].tolist()
+            for name, label in zip(names, labels, strict=True):
+                yield Example(self._read(name), label, name)
+
+    def labels(self, expression: str) -> np.ndarray:
+        parts = [self._labels[split][start:stop] for split, start, stop in self.locate(expression)]
+        return np.concatenate([np.empty(0, np.int32), *parts])
+
+    @abstractmethod
+    def _read(self, name: str) -> bytes:
+        """Return the encoded image of that name."""
+
+
+def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Order the examples so that every slice holds the classes in proportion.
+
+    A class of m examples is shuffled by the seed and spread evenly: its r-th example goes to position (r + 0.5) / m
+    of the whole, and the seed breaks ties. If all classes have the same size, their counts in any first part differ
+    by at most one. Examples without labels keep their order.
+
+    Args:
+        labels: int32 [n], either all `UNKNOWN` or none.
+
+    Returns:
+        int64 [n]: the examples' indices in their new order.
+    """
+    if len(labels) == 0 or labels.max() == UNKNOWN:
+        return np.arange(len(labels))
+    random = np.random.default_rng([seed, 0])
+    position = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        position[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.lexsort((random.permutation(len(labels)), position))
