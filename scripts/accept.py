@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flatmin.common import errors, identity
 from flatmin.common.errors import InputError, first_line
+from flatmin.common.params_errors import read_yaml
 from flatmin.common.stage import CODE
 
 GOLDEN_TEST = "tests/golden.py"
@@ -54,8 +53,7 @@ def check_only_code_changed() -> None:
 
 
 def stages_never_run() -> Iterator[str]:
-    lock = Path("dvc.lock")
-    recorded = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
+    recorded = read_yaml("dvc.lock")["stages"] if Path("dvc.lock").exists() else {}
     for name in dvc("stage", "list", "--name-only").split():
         if name not in recorded:
             yield f"{name}: never ran: run `dvc repro` first"
@@ -99,9 +97,7 @@ def run_golden_test() -> None:
     if not Path(GOLDEN_TEST).is_file():
         raise InputError(f"{GOLDEN_TEST}: expected the golden test, found none")
     if subprocess.run([sys.executable, GOLDEN_TEST]).returncode:
-        raise InputError(
-            f"{GOLDEN_TEST}: failed, so nothing is accepted"
-        )
+        raise InputError(f"{GOLDEN_TEST}: failed, so nothing is accepted")
 
 
 def dvc(*arguments: str) -> str:

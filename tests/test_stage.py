@@ -221,7 +221,7 @@ def test_declare_with_items_that_the_matrix_lacks_is_an_error(items: tuple[str, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "dvc.yaml: expected a file in the current folder, found none"),
+        (None, "dvc.yaml: expected a file, found none"),
         ("stages: {", "dvc.yaml: expected YAML, received"),
         ("", "dvc.yaml: stages.train: expected a stage, found none"),
         ("stages: {finetune: {}}", "dvc.yaml: stages.train: expected a stage, found none"),

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from flatmin.common import errors, files, identity, params
 from flatmin.common.errors import InputError
 from flatmin.common.params import Params
-from flatmin.common.params_errors import explain_yaml
+from flatmin.common.params_errors import read_yaml
 
 CODE = ("src/", "stages/")  # dependencies of dvc.yaml that are source
 
@@ -118,12 +116,7 @@ class _Sections:
 
 def _read_stage(name: str) -> dict[str, Any]:
     try:
-        stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
-        stage: dict[str, Any] = stages[name]
-    except FileNotFoundError:
-        raise InputError("dvc.yaml: expected a file in the current folder, found none") from None
-    except yaml.MarkedYAMLError as error:
-        raise InputError(f"dvc.yaml: expected YAML, received {explain_yaml(error)}") from None
+        stage: dict[str, Any] = read_yaml("dvc.yaml")["stages"][name]
     except (KeyError, TypeError):
         raise InputError(f"dvc.yaml: stages.{name}: expected a stage, found none") from None
     return stage
