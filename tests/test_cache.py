@@ -1,7 +1,8 @@
-"""An entry is made once, whole, checked, and pruned when room is needed and nobody uses it."""
+"""An entry is made once, complete and verified, and pruned when room is needed and nobody uses it."""
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from flatmin.common import identity
 from flatmin.common.errors import InputError
 from flatmin.features import cache
 from flatmin.features.cache import Entry
@@ -32,7 +34,7 @@ def writing(content: bytes) -> Callable[[Path], None]:
     return write
 
 
-def refusing(_: Path) -> None:
+def refuse(_: Path) -> None:
     raise AssertionError("made again")
 
 
@@ -43,7 +45,7 @@ def make(name: str, content: bytes = b"content") -> bytes:
     return found
 
 
-def test_an_entry_is_made_once() -> None:
+def test_entry_that_exists_is_not_made_again() -> None:
     assert make("a", b"first") == b"first"
     assert make("a", b"second") == b"first"
     assert cache.exists("kind", "a")
@@ -51,7 +53,7 @@ def test_an_entry_is_made_once() -> None:
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "no checksums", "broken checksums"])
-def test_a_broken_entry_is_made_again(folder: Path, harm: str) -> None:
+def test_entry_that_is_broken_is_made_again(folder: Path, harm: str) -> None:
     make("a", b"first")
     file, checksums = folder / "a" / "file", folder / "a" / cache.CHECKSUMS
     match harm:
@@ -68,9 +70,9 @@ def test_a_broken_entry_is_made_again(folder: Path, harm: str) -> None:
     assert make("a", b"again") == b"again"
 
 
-def test_what_fails_leaves_nothing(folder: Path) -> None:
-    def failing(aside: Path) -> None:
-        (aside / "file").write_bytes(b"half")
+def test_entry_whose_making_fails_leaves_nothing(folder: Path) -> None:
+    def failing(temporary: Path) -> None:
+        (temporary / "file").write_bytes(b"half")
         raise ValueError("half-way")
 
     with pytest.raises(ValueError, match="half-way"):
@@ -84,7 +86,7 @@ def slowly(folder: Path) -> None:
     time.sleep(60)
 
 
-def test_what_a_killed_process_left_is_removed(folder: Path) -> None:
+def test_entry_half_written_by_a_killed_process_is_removed(folder: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=Entry, args=("kind", "a", slowly))
     process.start()
     deadline = time.monotonic() + 60
@@ -105,7 +107,7 @@ def counted(folder: Path) -> None:
     (folder / "file").write_bytes(b"content")
 
 
-def test_two_processes_make_it_once(folder: Path) -> None:
+def test_entry_that_two_processes_want_is_made_once(folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=Entry, args=("kind", "a", counted)) for _ in range(2)]
     for process in processes:
@@ -116,13 +118,13 @@ def test_two_processes_make_it_once(folder: Path) -> None:
     assert (folder.parent / "made").read_text() == "x"
 
 
-def test_who_made_it_may_go_on_using_it(folder: Path) -> None:
-    """Two find none at the same time; one makes it and holds it for a training that waits for the other."""
+def test_entry_in_use_by_its_maker_opens_without_waiting(folder: Path) -> None:
+    """Two processes find no entry; one makes it and holds it for a training that waits for the other process."""
     make("a")
     folder.joinpath("a").rename(folder.parent / "made")
     with open(folder / "a.lock", "rb") as maker:
         fcntl.flock(maker, fcntl.LOCK_SH)
-        other = threading.Thread(target=Entry, args=("kind", "a", refusing), daemon=True)
+        other = threading.Thread(target=Entry, args=("kind", "a", refuse), daemon=True)
         other.start()
         other.join(timeout=0.5)
         assert other.is_alive()
@@ -131,7 +133,7 @@ def test_who_made_it_may_go_on_using_it(folder: Path) -> None:
         assert not other.is_alive()
 
 
-def test_the_longest_unused_goes_first_and_nothing_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_room_removes_least_recently_used_but_none_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for age, name in enumerate(("new", "older", "oldest")):
         make(name, b"x" * 1000)
         os.utime(folder / name, (1e9 - age, 1e9 - age))
@@ -140,7 +142,7 @@ def test_the_longest_unused_goes_first_and_nothing_in_use(folder: Path, monkeypa
     monkeypatch.setenv("FLATMIN_CACHE_LIMIT", str(used))
     cache.make_room("kind", 500)
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["new", "oldest"]
-    held = Entry("kind", "new", refusing)
+    held = Entry("kind", "new", refuse)
     cache.make_room("kind", used - 1500)
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["new"]
     with pytest.raises(InputError, match=r"\$FLATMIN_CACHE_LIMIT: expected at least \d+ bytes \(\d+ for this, \d+ in"):
@@ -151,7 +153,7 @@ def test_the_longest_unused_goes_first_and_nothing_in_use(folder: Path, monkeypa
 
 
 @pytest.mark.parametrize(("needed", "limit"), [(10**20, 10**30), (2001, 2000)])
-def test_what_cannot_fit_removes_nothing(
+def test_make_room_for_what_cannot_fit_removes_nothing(
     needed: int, limit: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make("kept")
@@ -162,37 +164,111 @@ def test_what_cannot_fit_removes_nothing(
     assert (folder / "kept").is_dir()
 
 
-def test_a_full_disk_is_an_error_with_the_bytes_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_room_on_a_full_disk_is_an_error_with_the_bytes_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLATMIN_CACHE_LIMIT", str(10**30))
     with pytest.raises(InputError, match=rf"\$FLATMIN_CACHE: expected {10**20} bytes free in .*, received \d+$"):
         cache.make_room("kind", 10**20)
 
 
 @pytest.mark.parametrize("limit", ["", "-1", "1e9", "10 GB"])
-def test_a_limit_is_a_number_of_bytes(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_that_is_no_number_of_bytes_is_an_error(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLATMIN_CACHE_LIMIT", limit)
     with pytest.raises(InputError, match=r"\$FLATMIN_CACHE_LIMIT: expected a number of bytes, received"):
         cache.make_room("kind", 1)
 
 
-def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_in_a_read_only_place_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLATMIN_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"\$FLATMIN_CACHE: expected a folder to write to, received .*kind: Not a dir"):
-        Entry("kind", "a", refusing)
+        Entry("kind", "a", refuse)
 
 
-def test_keys_differ_by_each_thing(tmp_path: Path) -> None:
-    file = tmp_path / "file"
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of two rooms, both accepted; returns a file in the room `inputs`."""
+    package = tmp_path / "src/flatmin"
+    for room in ("inputs", "models"):
+        (package / room).mkdir(parents=True)
+        (package / room / "code.py").write_text("")
+    monkeypatch.setattr(identity, "PACKAGE", package)
+    monkeypatch.setattr(identity, "ACCEPTED", tmp_path / "accepted.json")
+    monkeypatch.setattr(identity, "_first_read", {})
+    identity.write_accepted()
+    return package / "inputs/code.py"
+
+
+def test_key_differs_by_values_files_versions_and_unaccepted_source(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, rooms = tmp_path / "file", ["inputs"]
     file.write_text("1")
-    keys = [cache.key({"a": 1}), cache.key({"a": 2}), cache.key({"a": 1}, [file]), cache.key({"a": 1}, [], ["cache"])]
+    first = cache.key({"a": 1}, rooms=rooms)
+    keys = [first, cache.key({"a": 2}, rooms=rooms), cache.key({"a": 1}, files=[file], rooms=rooms)]
     file.write_text("2")
-    keys.append(cache.key({"a": 1}, [file]))
+    keys.append(cache.key({"a": 1}, files=[file], rooms=rooms))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_versions", lambda: {"tensorflow": "0"})
+        keys.append(cache.key({"a": 1}, rooms=rooms))
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "RESULTS_VERSION", 2)
+        identity.write_accepted()
+        keys.append(cache.key({"a": 1}, rooms=rooms))
+        identity.ACCEPTED.unlink()
+    identity.write_accepted()
+    assert cache.key({"a": 1}, rooms=["models"]) == first, "the names of accepted rooms"
+    monkeypatch.setattr(identity, "_first_read", {})  # as in another process
+    source.write_text("edited = True")
+    keys.append(cache.key({"a": 1}, rooms=rooms))
     assert len(set(keys)) == len(keys)
-    assert cache.key({"a": 1}) == keys[0]
+    assert cache.key({"a": 1}, rooms=["models"]) == first, "an edit of a room that the entry does not depend on"
+    identity.write_accepted()
+    assert cache.key({"a": 1}, rooms=rooms) == first
 
 
-def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_over_a_room_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(ValueError, match="trunk: expected a folder or module with Python source, found none"):
+        cache.key({}, rooms=["common", "trunk"])
+
+
+def test_entry_made_while_its_source_was_edited_is_not_cached(source: Path, folder: Path) -> None:
+    key = cache.key({}, rooms=["inputs"])
+
+    def make_while_editing(temporary: Path) -> None:
+        writing(b"by which of the two?")(temporary)
+        source.write_text("edited = True")
+
+    with pytest.raises(InputError, match="inputs: edited while its code ran; run it again"):
+        Entry("kind", key, make_while_editing)
+    assert not cache.exists("kind", key)
+
+
+def imported_rooms(module: Path) -> set[str]:
+    """The rooms of the package that a module imports, directly or not, its own included."""
+    modules, pending = set(), [module]
+    while pending:
+        path = pending.pop()
+        modules.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            candidates = (identity.PACKAGE.parent.joinpath(*name.split(".")) for name in names)
+            pending += {path.with_suffix(".py") for path in candidates if path.with_suffix(".py").is_file()} - modules
+    return {path.relative_to(identity.PACKAGE).parts[0] for path in modules}
+
+
+def test_rooms_of_entries_are_those_that_the_code_imports() -> None:
+    engine = imported_rooms(identity.PACKAGE / "features/engine.py")
+    # The frozen layers, which models builds, are handed to the engine.
+    assert set(cache.ENGINE_ROOMS) == engine | {"models"}
+    assert set(cache.ACTIVATION_ROOMS) == imported_rooms(identity.PACKAGE / "features/store.py")
+    assert set(cache.TRAINING_ROOMS) == imported_rooms(identity.PACKAGE / "training/stages.py")
+
+
+def test_folder_by_default_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLATMIN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cache.folder() == Path("/somewhere/flatmin")

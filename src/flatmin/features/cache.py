@@ -1,7 +1,7 @@
-"""Folders under `$FLATMIN_CACHE` that can be made again: found by what they depend on, checked, pruned to a limit.
+"""A cache of folders on disk that can be computed again: found by a key, verified by checksums, pruned to a limit.
 
-`$FLATMIN_CACHE_LIMIT` is how many bytes views may take in all; conversions for LiteRT, as large as weights, are kept.
-Neither variable changes a result.
+`$FLATMIN_CACHE_LIMIT` is the number of bytes that cached activations may take in all. Conversions for LiteRT, which are
+as large as weights, are never pruned. Neither variable changes a result.
 """
 
 from __future__ import annotations
@@ -12,44 +12,53 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flatmin.common import files
+from flatmin.common import identity
 from flatmin.common.errors import InputError
+from flatmin.common.files import atomic_write, sha256, write_json
 
-LIMIT = 50 * 10**9
+LIMIT = 50 * 10**9  # bytes
 LONGEST_PAUSE = 60  # seconds
 CHECKSUMS = "checksums.json"
 LIBRARIES = ("tensorflow", "keras", "numpy", "imgaug", "opencv-python-headless", "pillow", "ai-edge-litert")
 
+# The parts of the package whose source decides what an entry holds: what the code that makes it imports.
+ENGINE_ROOMS = ("common", "features", "models", "runtime.py")
+ACTIVATION_ROOMS = (*ENGINE_ROOMS, "inputs")
+TRAINING_ROOMS = (*ACTIVATION_ROOMS, "training")
+
 
 def folder() -> Path:
-    """`$FLATMIN_CACHE`, else `${XDG_CACHE_HOME:-~/.cache}/flatmin`: what makes a rerun quick and changes no result."""
+    """The cache's folder: `$FLATMIN_CACHE`, else `${XDG_CACHE_HOME:-~/.cache}/flatmin`. It changes no result."""
     given = os.environ.get("FLATMIN_CACHE")
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatmin"
 
 
-def key(depends_on: Mapping[str, Any], files: Iterable[Path] = (), modules: Iterable[str] = ("*",)) -> str:
-    """24 hexadecimal digits that differ where a result may.
+def key(depends_on: Mapping[str, Any], *, files: Iterable[Path] = (), rooms: Iterable[str]) -> str:
+    """The key of an entry: 24 hexadecimal digits that differ wherever the entry may.
+
+    RESULTS_VERSION and the versions of the libraries are always part of it.
 
     Args:
-        depends_on: what JSON can hold.
-        files: whose bytes count.
-        modules: names or patterns of this package's modules whose code counts. The libraries' versions always do.
+        depends_on: whatever else the entry depends on, as JSON can hold it.
+        files: files whose names and contents the entry depends on.
+        rooms: parts of the package that compute the entry; the source of those that are not accepted is part of it.
+
+    Raises:
+        ValueError: the package has no such part.
     """
-    digest = hashlib.sha256(json.dumps([depends_on, _versions()], sort_keys=True).encode())
-    package = Path(__file__).parent
-    code = sorted({path for module in modules for path in package.glob(f"{module}.py")})
-    for path in [*code, *files]:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
+    content = [depends_on, _versions(), identity.source_identity(rooms)]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for path in files:
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()[:24]
 
 
@@ -59,16 +68,21 @@ def _versions() -> dict[str, str]:
 
 
 class Entry:
-    """One folder, whole and checked, that nobody prunes while this process holds it.
+    """A complete, verified folder of the cache, which nobody prunes while this process holds it.
 
-    Two processes that want the same entry at the same time make it once.
+    Two processes that ask for the same entry at the same time make it once.
     """
 
     def __init__(self, kind: str, digest: str, make: Callable[[Path], None]) -> None:
-        """Find the entry, or let `make` fill an empty folder that becomes it.
+        """Open the entry if it is there and intact, else make it.
+
+        Args:
+            kind: the folder of the cache that holds all entries of this kind.
+            digest: the entry's key.
+            make: fills the empty folder that it is given, which then becomes the entry.
 
         Raises:
-            InputError: the cache's folder can't be written to.
+            InputError: the cache's folder can't be written to, or the source was edited while `make` ran.
         """
         self.folder = folder() / kind / digest
         self._lock = _lock_file(self.folder)
@@ -82,34 +96,33 @@ class Entry:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         pause = 0.1
         while not _intact(self.folder):
-            try:  # not waiting: who has made it holds a shared lock for long
+            try:  # without waiting: the process that made the entry may hold its shared lock for hours
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # another makes it; the shared lock is lost all the same
+            except BlockingIOError:  # another process makes it; the attempt has released our shared lock all the same
                 time.sleep(pause)
-                # Ever longer: two that read a large broken one in turns would keep each other from making it.
+                # Longer each time: two processes that verify a large broken entry in turns would block each other.
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 if not _intact(self.folder):
                     self._fill(make)
             fcntl.flock(self._lock, fcntl.LOCK_SH)
-        os.utime(self.folder)  # the most recently used
+        os.utime(self.folder)  # it is now the most recently used
 
     def _fill(self, make: Callable[[Path], None]) -> None:
-        for left in (self.folder, *_parts(self.folder)):
-            shutil.rmtree(left, ignore_errors=True)
-        with files.atomic_write(self.folder) as aside:
-            aside.mkdir()
-            make(aside)
-            paths = sorted(aside.iterdir())
-            files.write_json(aside / CHECKSUMS, {path.name: files.sha256(path) for path in paths})
+        _remove(self.folder)
+        with atomic_write(self.folder) as temporary:
+            temporary.mkdir()
+            make(temporary)
+            identity.check_source_unchanged()  # else the entry might not be what its key says
+            write_json(temporary / CHECKSUMS, {path.name: sha256(path) for path in sorted(temporary.iterdir())})
 
     def close(self) -> None:
-        """Let others prune it."""
+        """Release the entry, so that others may prune it."""
         os.close(self._lock)
 
 
 def exists(kind: str, digest: str) -> bool:
-    """Whether there is such an entry. It may be broken, which `Entry` finds."""
+    """Whether there is such an entry. It may be broken, which opening it shows."""
     return (folder() / kind / digest / CHECKSUMS).is_file()
 
 
@@ -124,30 +137,31 @@ def _lock_file(entry: Path) -> int:
 
 
 def _intact(entry: Path) -> bool:
-    """Whether every file is there with the checksum that it was written with."""
+    """Whether every file is there, with the checksum that it had when it was written."""
     try:
         checksums = json.loads((entry / CHECKSUMS).read_text(encoding="utf-8"))
-        return bool(checksums) and all(files.sha256(entry / name) == checksum for name, checksum in checksums.items())
+        return bool(checksums) and all(sha256(entry / name) == checksum for name, checksum in checksums.items())
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def _parts(entry: Path) -> Iterator[Path]:
-    """What a killed process left of it, half-written."""
-    return entry.parent.glob(f".{entry.name}.*.part")
+def _remove(entry: Path) -> None:
+    """Remove an entry, and what a killed process left of it half-written."""
+    for path in (entry, *entry.parent.glob(f".{entry.name}.*.part")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def make_room(kind: str, needed: int) -> None:
-    """Remove the entries of `kind` that were used longest ago, but none in use, until `needed` more bytes fit.
+    """Remove the least recently used entries of `kind`, but none in use, until `needed` more bytes fit.
 
     Raises:
-        InputError: they don't fit all the same, below the limit or on the disk.
+        InputError: they can't fit, within the limit or on the disk.
     """
     root = folder() / kind
     root.mkdir(parents=True, exist_ok=True)
     limit = _limit()
     in_use = 0
-    if needed <= min(limit, _used(root) + _free(root)):  # else nothing is removed in vain
+    if needed <= min(limit, _used(root) + _free(root)):  # otherwise removing would be in vain
         _remove_oldest(root, limit, needed)
         in_use = _used(root)
     if in_use + needed > limit:
@@ -182,11 +196,13 @@ def _last_use(lock: Path) -> float:
 
 
 def _used(root: Path) -> int:
-    found = 0
+    """The bytes that the entries under `root` take."""
+    size = 0
     for entry in root.iterdir():
-        with suppress(FileNotFoundError, NotADirectoryError):  # another process removes or renames it meanwhile; a lock
-            found += sum(path.stat().st_size for path in entry.iterdir())
-    return found
+        # Not found: another process removes or renames it meanwhile. Not a directory: a lock.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            size += sum(path.stat().st_size for path in entry.iterdir())
+    return size
 
 
 def _free(root: Path) -> int:
@@ -199,6 +215,4 @@ def _remove_unused(lock: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-        entry = lock.with_suffix("")
-        for left in (entry, *_parts(entry)):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove(lock.with_suffix(""))

@@ -1,0 +1,169 @@
+"""The frame of every stage: it is given what dvc.yaml declares for it, and fails if that changed while it ran.
+
+DVC records params and dependencies as they are when a stage ends. Without this check, a value edited for the next
+experiment while a stage trains would be recorded as the one that the stage trained with.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from flatmin.common import errors, files, identity, params
+from flatmin.common.errors import InputError
+from flatmin.common.params import Params
+from flatmin.common.params_errors import read_yaml
+
+CODE = ("src/", "stages/")  # dependencies of dvc.yaml that are source
+
+
+def run(name: str, main: Callable[..., None], *items: str) -> None:
+    """Run a stage: check all of params.yaml, call `main(declared, *items)`, and check that nothing changed meanwhile.
+
+    On wrong input it prints one line and exits with 1.
+
+    Args:
+        name: as dvc.yaml has it.
+        main: does the stage's work.
+        items: the stage's value of each key of its matrix.
+    """
+
+    def checked() -> None:
+        declared = declare(name, *items)
+        main(declared, *items)
+        declared.check_unchanged()
+
+    errors.run(checked)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What dvc.yaml declares for a stage.
+
+    Attributes:
+        stage: the stage's name.
+        params: the sections of params.yaml that it declares; reading another raises AttributeError.
+    """
+
+    stage: str
+    params: Params
+    _sections: Sequence[str]
+    _deps: Sequence[str]
+    _at_start: Mapping[str, Mapping[str, Any]]
+
+    def check_unchanged(self) -> None:
+        """Check that the declared sections, code and data are what they were when the stage started.
+
+        Sections are compared by value, source by content, data by the size and time of modification of each file.
+
+        Raises:
+            InputError: one of them changed, or params.yaml can't be read any more.
+        """
+        result = f"while {self.stage} ran; nothing is recorded, run `dvc repro` again"
+        try:
+            now = _state(params.load(), self._sections, self._deps)
+        except InputError as error:
+            raise InputError(f"params.yaml: changed {result} ({error})") from None
+        for where, before in self._at_start.items():
+            after = now[where]
+            for key in sorted({*before, *after}):
+                if before.get(key) == after.get(key):
+                    continue
+                if where == "params.yaml":
+                    change = f"changed from {_short(before.get(key))} to {_short(after.get(key))}"
+                    raise InputError(f"params.yaml: {key}: {change} {result}")
+                change = "removed" if key not in after else "added" if key not in before else "changed"
+                raise InputError(f"{key}: {change} {result}")
+
+
+def declare(name: str, *items: str) -> Declared:
+    """Read what dvc.yaml declares for a stage, and everything's present state.
+
+    Raises:
+        InputError: params.yaml is wrong, dvc.yaml has no such stage, or `items` are none of its matrix.
+    """
+    settings = params.load()
+    stage = _read_stage(name)
+    matrix = _choose(name, stage.get("matrix", {}), items, settings)
+    sections = stage.get("params", [])
+    deps = [re.sub(r"\$\{item\.(\w+)\}", lambda found: matrix[found[1]], dep) for dep in stage.get("deps", [])]
+    for dep in deps:
+        if Path(dep).resolve().parent == identity.PACKAGE:
+            identity.source_digest(Path(dep).name)  # taken now, before `main` imports it
+    return Declared(
+        name,
+        cast(Params, _Sections(name, {section: getattr(settings, section) for section in sections})),
+        sections,
+        deps,
+        _state(settings, sections, deps),
+    )
+
+
+class _Sections:
+    """Sections of params.yaml as attributes."""
+
+    def __init__(self, stage: str, sections: Mapping[str, Any]) -> None:
+        self._stage = stage
+        self.__dict__.update(sections)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"dvc.yaml does not declare `{name}` for {self._stage}")
+
+
+def _read_stage(name: str) -> dict[str, Any]:
+    try:
+        stage: dict[str, Any] = read_yaml("dvc.yaml")["stages"][name]
+    except (KeyError, TypeError):
+        raise InputError(f"dvc.yaml: stages.{name}: expected a stage, found none") from None
+    return stage
+
+
+def _choose(name: str, matrix: Mapping[str, Any], items: Sequence[str], settings: Params) -> dict[str, str]:
+    """The item of each key of a stage's matrix, checked against its values, which may be a section: `${backbones}`."""
+    if len(items) != len(matrix):
+        expected = " ".join(matrix) or "no argument"
+        raise InputError(f"{name}: expected {expected}, received {' '.join(items) or 'no argument'}")
+    for (key, values), item in zip(matrix.items(), items, strict=True):
+        if isinstance(values, str):
+            key = values.removeprefix("${").removesuffix("}")
+            values = getattr(settings, key)
+        if item not in map(str, values):
+            raise InputError(f"{key}: expected one of {', '.join(map(str, values))}, received {item}")
+    return dict(zip(matrix, items, strict=True))
+
+
+def _state(settings: Params, sections: Sequence[str], deps: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The present values of sections, digests of source and signatures of data, each by key or file."""
+    values = settings.model_dump(include=set(sections))
+    code = (path for dep in deps if dep.startswith(CODE) for path in identity.source_files(Path(dep)))
+    data = (path for dep in deps if not dep.startswith(CODE) for path in _files(Path(dep)))
+    return {
+        "params.yaml": dict(_flatten(values)),
+        "code": {path.as_posix(): files.sha256(path) for path in code},
+        "data": {path.as_posix(): (status.st_size, status.st_mtime_ns) for path, status in data},
+    }
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """`{"sam": {"rho": 0.1}}` -> `[("sam.rho", 0.1)]`."""
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found += _flatten(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def _files(dep: Path) -> list[tuple[Path, os.stat_result]]:
+    paths = [path for path in dep.rglob("*") if not path.is_dir()] if dep.is_dir() else [dep]
+    return [(path, path.stat()) for path in paths if path.exists()]
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else " ".join(str(value).split())
+    return text if len(text) <= 40 else text[:37] + "..."
