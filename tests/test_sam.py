@@ -266,12 +266,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing(scales: bool, settings: d
     inner = keras.optimizers.Adam(0.01, use_ema=True)
     optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0) if scales else inner
     fit(wrapped, optimizer, epochs=2)
-    assert wrapped._sharp_step is not None
-    before = values([*model.variables, *inner.variables, *wrapped._sharp_step.variables])
+    assert wrapped._step is not None
+    before = values([*model.variables, *inner.variables, *wrapped._step.variables])
     broken = INPUTS.copy()
     broken[3, 2] = np.inf
     wrapped.train_on_batch(broken, LABELS)
-    assert_equal(values([*model.variables, *inner.variables, *wrapped._sharp_step.variables]), before)
+    assert_equal(values([*model.variables, *inner.variables, *wrapped._step.variables]), before)
     if scales:
         assert float(optimizer.dynamic_scale) == 4.0
     for _ in range(2):
@@ -597,10 +597,10 @@ def test_the_range_of_the_learning_rate(schedule: Any, expected: tuple[float, fl
 
 
 def test_gsams_rho_follows_a_rate_that_a_callback_lowers() -> None:
-    rho = sam.tied_rho(0.1, 0.5, 0.25, 0.0, 1.0)
+    rho = sam.scheduled_rho(0.1, 0.5, 0.25, 0.0, 1.0)
     assert float(rho) == pytest.approx(0.2)
-    assert float(sam.tied_rho(0.1, 0.5, 2.0, 0.0, 1.0)) == pytest.approx(0.5)
-    assert float(sam.tied_rho(0.1, 0.5, 0.0, 0.0, 0.0)) == pytest.approx(0.1)
+    assert float(sam.scheduled_rho(0.1, 0.5, 2.0, 0.0, 1.0)) == pytest.approx(0.5)
+    assert float(sam.scheduled_rho(0.1, 0.5, 0.0, 0.0, 0.0)) == pytest.approx(0.1)
 
 
 def test_perturbation_follows_the_papers() -> None:
@@ -798,7 +798,7 @@ def test_weights_saved_before_training_load_after_it(tmp_path: Path) -> None:
     fit(wrapped, keras.optimizers.Adam(), epochs=1)
     wrapped.load_weights(tmp_path / "start.weights.h5")
     assert_equal(values(model.variables), start)
-    assert all((np.array(variable) == 0).all() for variable in wrapped._sharp_step.variables)
+    assert all((np.array(variable) == 0).all() for variable in wrapped._step.variables)
 
 
 def test_gsam_needs_to_know_where_the_learning_rate_goes() -> None:
@@ -860,9 +860,9 @@ def test_compiled_again_it_begins_anew() -> None:
     model = network()
     wrapped = SharpnessAwareMinimization(model, method="friendly")
     fit(wrapped, keras.optimizers.Adam(0.01), epochs=1)
-    first = wrapped._sharp_step
+    first = wrapped._step
     fit(wrapped, keras.optimizers.SGD(0.01), epochs=1)
-    assert wrapped._sharp_step is not first
+    assert wrapped._step is not first
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import scipy.special
 import scipy.stats
 import tensorflow as tf
 
-from flatmin import classifier, reporting, rewrite, runtime, sharpness, views
+from flatmin import classifier, evaluation_plots, reporting, rewrite, runtime, sharpness, views
 from flatmin.classifier import Classifier
 from flatmin.params import Evaluate, Params
 from flatmin.records import Records
@@ -108,15 +108,15 @@ def measure_sharpness(records: Records, settings: Evaluate, seed: int) -> dict[s
         measured = sharpness.measure(surface, seed=seed, **settings.sharpness.model_dump(exclude={"images"}))
         random = sharpness.filter_normalised(tail.trainable_variables, seed)
         along[name] = (
-            sharpness.line(surface, measured.eigenvector, sharpness.EIGENVECTOR_POSITIONS),
-            sharpness.line(surface, random, sharpness.RANDOM_POSITIONS),
+            sharpness.line(surface, measured.eigenvector, evaluation_plots.EIGENVECTOR_POSITIONS),
+            sharpness.line(surface, random, evaluation_plots.RANDOM_POSITIONS),
         )
         metrics[name] = measured.metrics
         reporting.log(
             f"evaluate: {name} largest Hessian eigenvalue {measured.metrics['eigenvalue_1']:.4g}, "
             f"trace {measured.metrics['trace']:.4g} (standard error {measured.trace_error:.2g})"
         )
-    sharpness.draw(along, "plots/sharpness.png")
+    evaluation_plots.draw_sharpness(along, "plots/sharpness.png")
     return metrics
 
 

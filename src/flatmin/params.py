@@ -6,7 +6,7 @@ import re
 import reprlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -24,6 +25,7 @@ from pydantic import (
 from flatmin import reporting
 from flatmin.backbones import BACKBONES
 from flatmin.reporting import InputError
+from flatmin.sam import METHODS, MethodSetting, Settings, method_settings
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
@@ -270,51 +272,61 @@ class Select(Section):
     tolerance: Annotated[Float, Field(ge=0, le=1)] = 0.0
 
 
-class Sam(Section):
+class SamSettings(Section):
     """Sharpness-aware minimization, as `flatmin.sam.Settings` explains it.
 
-    epochs: sam-finetune's, instead of finetune's: half of them spend as many gradient evaluations. What None stands
-    for elsewhere is the method's own default. alpha is gsam's and looksam's, gamma wsam's, rho_min and rho_max are
-    gsam's, sigma and friendly_lambda friendly's.
+    epochs: number of epochs of sam-finetune, in place of finetune's. Half of them take as many gradient evaluations.
+    The settings that belong to one method come from `flatmin.sam.METHODS`; None means the method's default.
     """
 
-    method: Literal["sam", "gsam", "wsam", "looksam", "friendly"] = "sam"
-    rho: NonNegative = 0.05
-    adaptive: bool = False
-    every: Count = 1
+    method: str = Settings.method
+    rho: NonNegative = Settings.rho
+    adaptive: bool = Settings.adaptive
+    every: Count = Settings.every
     num_batch_splits: Count = 1
-    accumulate: Count = 1
-    sync_perturbation: bool = False
+    accumulate: Count = Settings.accumulate
+    sync_perturbation: bool = Settings.sync_perturbation
     epochs: Count | None = None
-    alpha: NonNegative | None = None
-    gamma: Annotated[Float, Field(ge=0, lt=1)] | None = None
-    rho_min: NonNegative | None = None
-    rho_max: NonNegative | None = None
-    sigma: NonNegative | None = None
-    friendly_lambda: Annotated[Float, Field(ge=0, lt=1)] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What `flatmin.sam.Settings` takes."""
+        """The arguments of `flatmin.sam.Settings`."""
         return self.model_dump(exclude={"epochs"})
 
     @model_validator(mode="after")
-    def _of_its_method(self) -> Self:
-        own = {
-            "gsam": {"alpha", "rho_min", "rho_max"},
-            "wsam": {"gamma"},
-            "looksam": {"alpha"},
-            "friendly": {"sigma", "friendly_lambda"},
-        }
-        for key in ("alpha", "gamma", "rho_min", "rho_max", "sigma", "friendly_lambda"):
+    def _settings_fit_together(self) -> Self:
+        method = METHODS[self.method]
+        for key in method_settings():
             value = getattr(self, key)
-            if value is not None and key not in own.get(self.method, set()):
+            if value is not None and key not in method.settings:
                 raise _WrongError(key, f"no value with method {self.method}, received {value:g}")
-        low, high = (self.rho if value is None else value for value in (self.rho_min, self.rho_max))
-        if low > high:
-            raise _WrongError("rho_min", f"at most rho_max, which is {high:g}, received {low:g}")
+        if method.rho_range:
+            low, high = (self.rho if getattr(self, key) is None else getattr(self, key) for key in method.rho_range)
+            if low > high:
+                key, other = method.rho_range
+                raise _WrongError(key, f"at most {other}, which is {high:g}, received {low:g}")
         if self.sync_perturbation and self.num_batch_splits > 1:
             raise _WrongError("sync_perturbation", "false with num_batch_splits, received true")
         return self
+
+
+def _optional_number(setting: MethodSetting) -> Any:
+    """The type of a method's own setting; None means the method's default."""
+    return Annotated[Float, Field(ge=0) if setting.below is None else Field(ge=0, lt=setting.below)] | None
+
+
+if TYPE_CHECKING:
+
+    class Sam(SamSettings):
+        model_config = ConfigDict(extra="allow")  # mypy cannot see the fields that the table of methods adds
+else:
+    Sam = create_model(
+        "Sam",
+        __base__=SamSettings,
+        __module__=__name__,
+        __doc__=SamSettings.__doc__,
+        method=(Literal[tuple(METHODS)], SamSettings.model_fields["method"].default),
+        **{key: (_optional_number(next(iter(each.values()))), None) for key, each in method_settings().items()},
+    )
 
 
 class Sharpness(Section):

@@ -421,7 +421,7 @@ def gradient_evaluations(images: int, batch_size: int, epochs: int, step: Sam | 
 
     As planned: with `every`, a sharp step that is skipped (a gradient was not finite) has the next one sharp too.
     """
-    if step is None or sam.Settings(**step.settings()).flat:
+    if step is None or sam.Settings(**step.settings()).never_perturbs:
         return images * epochs
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)] * epochs
     sharp = (index // step.accumulate % step.every == 0 for index in range(len(sizes)))
