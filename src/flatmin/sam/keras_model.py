@@ -153,4 +153,4 @@ def _signature(with_self: bool) -> inspect.Signature:
 
 # Keras' own `__new__` hides the signature of `__init__`, so the class needs it too.
 SharpnessAwareMinimization.__signature__ = _signature(with_self=False)
-SharpnessAwareMinimization.__init__.__signature__ = _signature(with_self=True)
+vars(SharpnessAwareMinimization)["__init__"].__signature__ = _signature(with_self=True)
