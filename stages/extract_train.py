@@ -1,4 +1,4 @@
-"""extract-train: a classifier behind a frozen backbone. Argument: the backbone.
+"""extract-train: train a classifier behind a frozen backbone. Argument: the backbone.
 
 Reads `seed`, `runtime`, `augment`, `extract` of params.yaml and data/records/. Writes models/extract/{backbone}/,
 metrics/extract/{backbone}.json and plots/extract/{backbone}.csv.
@@ -6,16 +6,29 @@ metrics/extract/{backbone}.json and plots/extract/{backbone}.csv.
 
 import sys
 
-from flatmin.common import console, errors, params
+from flatmin.common import console, stage
 
 
-def main(backbone: str = "") -> None:
-    # Here, since the processes that augment load this file too and need no TensorFlow.
+def main(declared: stage.Declared, backbone: str = "") -> None:
+    # Imported here, since the processes that augment load this file too and need no TensorFlow.
     with console.importing_tensorflow():
-        from flatmin.training import stages
+        from flatmin.training.stages import Outputs, extract
 
-    stages.extract(params.load(), backbone)
+    params = declared.params
+    state = extract(
+        backbone,
+        seed=params.seed,
+        runtime=params.runtime,
+        augment=params.augment,
+        recipe=params.extract,
+        records="data/records",
+        outputs=Outputs(
+            f"models/extract/{backbone}", f"metrics/extract/{backbone}.json", f"plots/extract/{backbone}.csv"
+        ),
+    )
+    declared.check_unchanged()
+    state.remove()
 
 
 if __name__ == "__main__":
-    errors.run(main, *sys.argv[1:])
+    stage.run("extract-train", main, *sys.argv[1:])

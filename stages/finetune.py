@@ -4,16 +4,28 @@ Reads `seed`, `runtime`, `augment`, `finetune` of params.yaml, data/records/ and
 models/finetune/, metrics/finetune.json and plots/finetune.csv.
 """
 
-from flatmin.common import console, errors, params
+from flatmin.common import console, stage
 
 
-def main() -> None:
-    # Here, since the processes that augment load this file too and need no TensorFlow.
+def main(declared: stage.Declared) -> None:
+    # Imported here, since the processes that augment load this file too and need no TensorFlow.
     with console.importing_tensorflow():
-        from flatmin.training import stages
+        from flatmin.training.stages import Outputs, finetune
 
-    stages.finetune(params.load())
+    params = declared.params
+    state = finetune(
+        "finetune",
+        seed=params.seed,
+        runtime=params.runtime,
+        augment=params.augment,
+        recipe=params.finetune,
+        selected="models/select",
+        records="data/records",
+        outputs=Outputs("models/finetune", "metrics/finetune.json", "plots/finetune.csv"),
+    )
+    declared.check_unchanged()
+    state.remove()
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    stage.run("finetune", main)

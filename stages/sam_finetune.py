@@ -3,17 +3,41 @@
 Reads what finetune reads and `sam` of params.yaml. Writes models/sam/, metrics/sam.json and plots/sam.csv.
 """
 
-from flatmin.common import console, errors, params
+from functools import partial
+
+from flatmin.common import console, stage
 
 
-def main() -> None:
-    # Here, since the processes that augment load this file too and need no TensorFlow.
+def main(declared: stage.Declared) -> None:
+    # Imported here, since the processes that augment load this file too and need no TensorFlow.
     with console.importing_tensorflow():
-        from flatmin.training import stages
+        from flatmin import sam
+        from flatmin.training.stages import Outputs, finetune
+        from flatmin.training.step import StepSettings
 
-    settings = params.load()
-    stages.finetune(settings, settings.sam)
+    params = declared.params
+    settings = sam.Settings(**params.sam.settings())
+    recipe = params.finetune
+    state = finetune(
+        "sam",
+        seed=params.seed,
+        runtime=params.runtime,
+        augment=params.augment,
+        recipe=recipe.model_copy(update={"epochs": params.sam.epochs or recipe.epochs}),
+        selected="models/select",
+        records="data/records",
+        outputs=Outputs("models/sam", "metrics/sam.json", "plots/sam.csv"),
+        step=StepSettings(
+            partial(sam.Step, settings),
+            depends_on=params.sam.settings(),
+            rooms=("sam",),
+            accumulate=settings.accumulate,
+            hint=f"a lower rho than {settings.rho:g}",
+        ),
+    )
+    declared.check_unchanged()
+    state.remove()
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    stage.run("sam-finetune", main)

@@ -1,33 +1,53 @@
-"""Deletes what backbones left behind that the list no longer names."""
+"""Delete what extract-train wrote for backbones that params.yaml no longer lists: `python -m flatmin.prune`.
+
+DVC leaves the outputs of a matrix on disk when an item leaves its list.
+"""
 
 from __future__ import annotations
 
+import glob
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from flatmin.common import console, errors, params
 
-EXTRACT_FILES = ("models/extract/{}", "metrics/extract/{}.json", "plots/extract/{}.csv")
+
+def prune(lists: Mapping[str, Any], root: Path | str = ".") -> list[str]:
+    """Delete the outputs of dvc.yaml's matrix stages for items that their list lacks; return `stage@item` of each.
+
+    Args:
+        lists: by the name of the list that a matrix goes over, such as `backbones`, its items.
+    """
+    pruned = []
+    for stage, item, path in sorted(set(_outputs(lists, Path(root)))):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        pruned.append(f"{stage}@{item}")
+    return sorted(set(pruned))
 
 
-def prune(backbones: Sequence[str], root: Path | str = ".") -> list[str]:
-    """Delete models, metrics and plots of extract-train for backbones not in the list; return their names."""
-    gone = set()
-    for pattern in EXTRACT_FILES:
-        folder, _, suffix = pattern.rpartition("/")
-        suffix = suffix.removeprefix("{}")
-        for path in (Path(root) / folder).glob(f"*{suffix}"):
-            name = path.name.removesuffix(suffix)
-            if name not in backbones and not name.startswith("."):
-                gone.add(name)
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return sorted(gone)
+def _outputs(lists: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str, Path]]:
+    """Stage, item and path of each output of an item that is in no list."""
+    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for stage, values in stages.items():
+        for axis, variable in values.get("matrix", {}).items():
+            kept = {str(item) for item in lists[variable.removeprefix("${").removesuffix("}")]}
+            for output in (*values.get("outs", ()), *values.get("metrics", ()), *values.get("plots", ())):
+                template = output if isinstance(output, str) else next(iter(output))
+                folder, _, name = template.rpartition("/")
+                prefix, marker, suffix = name.partition("${item." + axis + "}")
+                for path in (root / folder).glob(f"{glob.escape(prefix)}*{glob.escape(suffix)}") if marker else ():
+                    item = path.name.removeprefix(prefix).removesuffix(suffix)
+                    if item not in kept and not item.startswith("."):
+                        yield stage, item, path
 
 
 def _main() -> None:
-    for name in prune(params.load().backbones):
-        console.log(f"pruned: extract-train of {name}, which `backbones` no longer names")
+    for name in prune(params.load().model_dump()):
+        console.log(f"pruned: {name}, which params.yaml no longer lists")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,26 @@ from flatmin.common.params import Runtime
 
 
 def configure(runtime: Runtime, seed: int) -> None:
-    """Set precision, seeds and determinism for this process, before it computes anything."""
-    set_math(runtime)
+    """Set the precision of matrix products, seeds and determinism of this process, before it computes anything."""
+    set_matmul(runtime)
     keras.utils.set_random_seed(seed)
     if runtime.deterministic:
         tf.config.experimental.enable_op_determinism()
-    keras.config.set_dtype_policy(runtime.precision)
 
 
-def set_math(runtime: Runtime) -> None:
-    """What oneDNN multiplies float32 tensors in, before the process's first product."""
+@contextmanager
+def dtype_policy(name: str) -> Iterator[None]:
+    """Within the block Keras' global dtype policy is `name`."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def set_matmul(runtime: Runtime) -> None:
+    """Set the precision in which oneDNN multiplies float32 tensors. It's read before the process's first product."""
     for variable in ("TF_SET_ONEDNN_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"):
         if runtime.matmul != "float32":
             os.environ[variable] = "BF16"
@@ -39,9 +49,9 @@ def set_math(runtime: Runtime) -> None:
 
 
 def strategy(runtime: Runtime) -> tf.distribute.Strategy:
-    """The strategy to train under, made before all else: several workers find each other only then.
+    """The strategy to train under. Made first of all, since several workers find each other only then.
 
-    That of one device is TensorFlow's default one, which adds nothing to a step.
+    One device gets TensorFlow's default strategy, which adds nothing to a step.
 
     Raises:
         InputError: the strategy is `multi_worker`, and TF_CONFIG does not say which workers.
@@ -57,7 +67,7 @@ def strategy(runtime: Runtime) -> tf.distribute.Strategy:
 
 @cache
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
-    """One for the process: the collectives of a second one would take numbers that the first one's have."""
+    """One for the process: a second one's collectives would clash with the first one's."""
     return tf.distribute.MirroredStrategy(devices)
 
 
@@ -77,7 +87,7 @@ def _workers() -> tf.distribute.Strategy:
 
 
 def _addresses(cluster: Mapping[str, Sequence[str]], task: Mapping[str, Any]) -> list[str]:
-    """Where all workers listen, the chief's first; ValueError where this is none of them."""
+    """The addresses that all workers listen at, the chief's first; ValueError if this process is none of them."""
     jobs = {"chief": list(cluster.get("chief", ())), "worker": list(cluster["worker"])}
     index = task["index"]
     if type(index) is not int or task["type"] not in jobs or index not in range(len(jobs[task["type"]])):
@@ -90,7 +100,7 @@ def _addresses(cluster: Mapping[str, Sequence[str]], task: Mapping[str, Any]) ->
 
 
 def worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:
-    """This process's number among the workers, and how many they are; 0, the chief's, is the one that writes."""
+    """This process's number among the workers, 0 for the chief, and the number of workers."""
     resolver = strategy.cluster_resolver
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return 0, 1
@@ -98,6 +108,14 @@ def worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:
     has_chief = "chief" in cluster.jobs
     workers = len(cluster.job_tasks("worker")) + has_chief
     return (0 if resolver.task_type == "chief" else int(resolver.task_id) + has_chief), workers
+
+
+def writes_outputs(worker: int) -> bool:
+    """Whether this worker writes models, metrics and plots: the chief, or every one if `$FLATMIN_WRITERS` is `all`.
+
+    With `all` each worker needs a checkout of its own, in which `dvc repro` finds the outputs.
+    """
+    return worker == 0 or os.environ.get("FLATMIN_WRITERS") == "all"
 
 
 def machine() -> list[str]:
@@ -116,12 +134,12 @@ def machine() -> list[str]:
 
 
 def has_float16() -> bool:
-    """Whether the processor computes in float16 itself, many numbers at a time: AVX512_FP16, or Arm's like."""
+    """Whether the processor has vector instructions for float16: AVX512_FP16, or Arm's equivalent."""
     return _has("avx512_fp16", "asimdhp")
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself: AMX, AVX512_BF16, or Arm's like."""
+    """Whether the processor has instructions for products of bfloat16 matrices: AMX, AVX512_BF16, or Arm's equivalent."""
     return _has("amx_bf16", "avx512_bf16", "bf16")
 
 
@@ -130,7 +148,7 @@ def _has(*features: str) -> bool:
 
 
 def _cpuinfo() -> str:
-    """What Linux says of the processor; nothing where there is no Linux."""
+    """Linux' description of the processor; empty on other systems."""
     with suppress(OSError):
         return Path("/proc/cpuinfo").read_text(encoding="utf-8")
     return ""

@@ -1,6 +1,6 @@
-"""The images that a stage sees, resized to the network's input; and what a frozen trunk makes of them, kept on disk.
+"""Activations of the frozen layers, computed once for each augmented view of the training images, and kept on disk.
 
-A trunk's activations of an image never change while a tail is trained, so each augmented view is computed once.
+The frozen layers never change while the others are trained, so neither do their activations of an image.
 """
 
 from __future__ import annotations
@@ -11,56 +11,58 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin import runtime
 from flatmin.common import console
 from flatmin.common.errors import InputError
-from flatmin.common.params import Params
+from flatmin.common.params import Augment, Runtime
 from flatmin.features import cache, engine
+from flatmin.features.engine import EXTRACTOR_BATCH, Engine
 from flatmin.inputs import batches
 from flatmin.inputs.augment import Augmenter
-from flatmin.inputs.batches import TRUNK_BATCH, Share
+from flatmin.inputs.batches import WorkerShard
 from flatmin.inputs.records import Records
 from flatmin.models.classifier import Classifier
+from flatmin.runtime import machine
 
 DTYPE = np.dtype(np.float16)
-# Whose code decides what a view holds.
-MODULES = ("augment", "augment_ops", "backbones", "classifier", "records", "runtime", "trunk", "views")
-BESIDE = 1024  # bytes of a file's header and checksum, at most
+FILE_OVERHEAD_BYTES = 1024  # of a file's header and checksum, at most
+
+View = int | None  # the number of an augmented view of the train images, or None for the un-augmented val images
 
 
 class Activations:
-    """Boundary tensors of many examples on disk: one .npy file each, float16 [examples, ...].
+    """Activations of many examples on disk: one .npy file for each tensor at the split, float16 [examples, ...].
 
-    They are read, not mapped: mapped pages count as the process's memory, which would grow with the data.
+    They are read and not mapped: mapped pages count as the process's memory, which would grow with the data.
     """
 
     def __init__(self, entry: cache.Entry) -> None:
         self._entry = entry  # held, so that nobody prunes it
-        mapped = [np.load(path, mmap_mode="r") for path in sorted(entry.folder.glob("boundary_*.npy"))]
+        mapped = [np.load(path, mmap_mode="r") for path in sorted(entry.folder.glob("activations_*.npy"))]
         self._files = [os.open(array.filename, os.O_RDONLY) for array in mapped]
         self._offsets = [array.offset for array in mapped]
         self.shapes = [array.shape[1:] for array in mapped]
         self.count = len(mapped[0])
 
     def read(self, examples: Sequence[int] | np.ndarray) -> tuple[np.ndarray, ...]:
-        """float16 [len(examples), ...] of each boundary tensor, for positions in the file."""
-        found = tuple(np.empty((len(examples), *shape), DTYPE) for shape in self.shapes)
-        for file, offset, array in zip(self._files, self._offsets, found, strict=True):
+        """Read each tensor, float16 [len(examples), ...], for positions in the file."""
+        tensors = tuple(np.empty((len(examples), *shape), DTYPE) for shape in self.shapes)
+        for file, offset, array in zip(self._files, self._offsets, tensors, strict=True):
             rows = array.reshape(len(examples), math.prod(array.shape[1:])).view(np.uint8)
             for row, example in zip(rows, examples, strict=True):
                 if os.preadv(file, [row], offset + int(example) * row.nbytes) != row.nbytes:
                     raise InputError(f"{self._entry.folder}: expected whole files, received one cut off; run it again")
-        return found
+        return tensors
 
     def signature(self) -> tuple[tuple[tf.TensorSpec, ...], tf.TensorSpec]:
-        """Of what `read` gives for any number of examples, and of their labels."""
+        """The signature of what `read` returns for any number of examples, and of their labels."""
         return tuple(tf.TensorSpec((None, *shape), DTYPE) for shape in self.shapes), tf.TensorSpec((None,), tf.int32)
 
     def close(self) -> None:
@@ -69,152 +71,178 @@ class Activations:
         self._entry.close()
 
 
-class _Maker:
-    """Makes views, where the cache lacks them: of the share's train images by number, and val's plain one, None."""
+def compute(
+    records: Records,
+    model: Classifier,
+    *,
+    runtime: Runtime,
+    augment: Augment,
+    seed: int,
+    views: int,
+    shard: WorkerShard,
+) -> FeatureStore:
+    """Compute what the cache lacks of `views` augmented views of the shard's train images, and of val's images.
 
-    def __init__(
-        self, records: Records, model: Classifier, params: Params, number: int, share: Share, augmenter: Augmenter
-    ) -> None:
-        self._records, self._params, self._share, self._augmenter = records, params, share, augmenter
-        self.views: tuple[int | None, ...] = (None, *range(number))
-        self._size = model.description.image_size
-        self._trunk, _ = model.cut(model.description.fine_tune_at)
-        self._identity = model.trunk_identity(model.description.fine_tune_at)
-        self._run: engine.Run | None = None
-        self.engine = engine.preferred(params.runtime)
+    Takes minutes and gigabytes where much is missing; a second call finds everything.
 
-    def missing(self) -> list[int | None]:
-        """The views to make. Where there are any, what runs the trunk gets ready, and decides on `engine`."""
-        lacking = self._lacking()
-        if lacking:
-            if lacking != [None]:
-                self._augmenter.start()  # while the trunk is converted
-            self.engine, self._run = self._started()
-            lacking = self._lacking()  # of that engine
-        return lacking
+    Raises:
+        InputError: the cache has no room for them, which is known before the first view is computed.
+    """
+    # Niceness: whatever interrupts one of LiteRT's threads holds up the others, which wait for it.
+    with ExitStack() as stack, Augmenter(augment, seed, niceness=10) as augmenter:
+        extractor = _extractor(records, model, runtime, augmenter, shard)
+        view_keys = extractor.keys(augment, seed, (None, *range(views)))
+        missing = [view for view, key in view_keys.items() if not cache.exists("views", key)]
+        if any(view is not None for view in missing):
+            augmenter.start()
 
-    def _lacking(self) -> list[int | None]:
-        return [view for view in self.views if not cache.exists("views", self._key(view))]
+        def open_view(view: View) -> Activations:
+            fill = functools.partial(extractor.fill, view=view, views=views)
+            return stack.enter_context(closing(Activations(cache.Entry("views", view_keys[view], fill))))
 
-    def _started(self) -> tuple[str, engine.Run]:
-        sample = next(iter(batches.plain(self._records, "train", self._size, TRUNK_BATCH)))[0].numpy()
-        return engine.engine(self._trunk, self._identity, self._params.runtime, sample)
+        # Those that are there are opened first, so that making room does not prune them.
+        activations = {view: open_view(view) for view in view_keys if view not in missing}
+        if missing:
+            cache.make_room("views", extractor.bytes(missing))
+        activations |= {view: open_view(view) for view in missing}
+        return FeatureStore(records, seed, shard, extractor.engine.name, activations, stack.pop_all())
 
-    def _key(self, view: int | None) -> str:
-        depends_on: dict[str, Any] = {
-            "trunk": self._identity,
-            "engine": self.engine,
-            "math": [self._params.runtime.matmul, self._params.runtime.deterministic],
-            "machine": runtime.machine(),
-            "records": self._records.digest,
+
+def _extractor(
+    records: Records, model: Classifier, runtime: Runtime, augmenter: Augmenter, shard: WorkerShard
+) -> _Extractor:
+    frozen, _ = model.split(model.description.fine_tune_at)
+    identity = model.frozen_identity(model.description.fine_tune_at)
+    size = model.description.image_size
+
+    def first_batch() -> np.ndarray:
+        augmenter.start()  # which takes seconds, while the frozen layers are converted
+        return next(iter(batches.plain(records, "train", size, EXTRACTOR_BATCH)))[0].numpy()
+
+    chosen = engine.choose(frozen, identity, runtime, first_batch)
+    depends_on = {
+        "frozen": identity,
+        "engine": chosen.name,
+        "matmul": [runtime.matmul, runtime.deterministic],
+        "machine": machine(),
+        "records": records.digest,
+    }
+    return _Extractor(records, frozen, chosen, size, augmenter, shard, depends_on)
+
+
+@dataclass(frozen=True)
+class _Extractor:
+    """Writes the activations of views. depends_on: what all of them depend on."""
+
+    records: Records
+    frozen: keras.Model
+    engine: Engine
+    size: int
+    augmenter: Augmenter
+    shard: WorkerShard
+    depends_on: dict[str, Any]
+
+    def keys(self, augment: Augment, seed: int, views: Iterable[View]) -> dict[View, str]:
+        """The cache's key of each view."""
+        augmented = {"augment": augment.model_dump(), "seed": seed, "shard": asdict(self.shard)}
+        return {
+            view: cache.key(
+                self.depends_on | ({} if view is None else augmented | {"view": view}), rooms=cache.ACTIVATION_ROOMS
+            )
+            for view in views
         }
-        if view is not None:
-            augment = self._params.augment.model_dump()
-            depends_on |= {"view": view, "augment": augment, "seed": self._params.seed, "share": asdict(self._share)}
-        return cache.key(depends_on, modules=MODULES)
 
-    def bytes(self, views: Iterable[int | None]) -> int:
-        """What these views take on disk, at most."""
-        values = sum(math.prod(tensor.shape[1:]) for tensor in self._trunk.outputs)
-        beside = BESIDE * len(self._trunk.outputs)
-        return sum(self._count(view) * values * DTYPE.itemsize + beside for view in views)
+    def bytes(self, views: Iterable[View]) -> int:
+        """The size of these views on disk, at most."""
+        values = sum(math.prod(tensor.shape[1:]) for tensor in self.frozen.outputs)
+        overhead = FILE_OVERHEAD_BYTES * len(self.frozen.outputs)
+        return sum(self._count(view) * values * DTYPE.itemsize + overhead for view in views)
 
-    def _count(self, view: int | None) -> int:
-        return self._records.count("val") if view is None else len(self._share.examples(self._records.count("train")))
+    def _count(self, view: View) -> int:
+        return self.records.count("val") if view is None else len(self.shard.examples(self.records.count("train")))
 
-    def make(self, view: int | None) -> Activations:
-        """A view, computed if it is not there or broken."""
-        return Activations(cache.Entry("views", self._key(view), functools.partial(self._fill, view)))
-
-    def _fill(self, view: int | None, folder: Path) -> None:
-        """Run the trunk over a view, batch by batch, into `folder`."""
-        title = "val activations" if view is None else f"view {view + 1}/{len(self.views) - 1}"
-        if self._run is None:  # all views seemed to be there, and this one was broken
-            engine, self._run = self._started()
-            if engine != self.engine:
-                raise InputError(
-                    f"{title}: expected {self.engine}, which made the others, received {engine}; run it again"
-                )
+    def fill(self, folder: Path, view: View, views: int) -> None:
+        """Run the frozen layers on a view's images, batch by batch, and write their activations to `folder`."""
+        title = "val activations" if view is None else f"view {view + 1}/{views}"
         count = self._count(view)
         started = time.monotonic()
         with ExitStack() as stack:
             files = []
-            for index, tensor in enumerate(self._trunk.outputs):
-                file = stack.enter_context((folder / f"boundary_{index:02d}.npy").open("wb"))
+            for index, tensor in enumerate(self.frozen.outputs):
+                file = stack.enter_context((folder / f"activations_{index:02d}.npy").open("wb"))
                 header = {"descr": DTYPE.str, "fortran_order": False, "shape": (count, *tensor.shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
                 files.append(file)
-            batches = math.ceil(count / TRUNK_BATCH)
-            for pixels in console.progress(self._pixels(view), title, batches, "batch"):
-                for tensor, file in zip(self._run(pixels), files, strict=True):
-                    file.write(_halved(tensor).data)
+            total = math.ceil(count / EXTRACTOR_BATCH)
+            for pixels in console.progress(self._pixels(view), title, total, "batch"):
+                for tensor, file in zip(self.engine(pixels), files, strict=True):
+                    file.write(_to_float16(tensor).data)
             written = sum(file.tell() for file in files)
         console.log(f"{title}: {count} images, {written} bytes ({time.monotonic() - started:.1f} s)")
 
-    def _pixels(self, view: int | None) -> Iterator[np.ndarray]:
-        """A view's images for the trunk, float32 [at most TRUNK_BATCH, size, size, 3] at a time."""
+    def _pixels(self, view: View) -> Iterator[np.ndarray]:
+        """Give a view's images in batches: float32 [at most EXTRACTOR_BATCH, size, size, 3]."""
         if view is None:
-            images = batches.plain(self._records, "val", self._size, TRUNK_BATCH).map(lambda pixels, _: pixels)
+            images = batches.plain(self.records, "val", self.size, EXTRACTOR_BATCH).map(lambda pixels, _: pixels)
         else:
 
-            def stacked() -> Iterator[np.ndarray]:
-                for chunk, _ in batches.augmented_chunks(self._records, self._augmenter, view, self._share):
-                    yield batches.stacked(chunk, self._size)
+            def stacked_chunks() -> Iterator[np.ndarray]:
+                for chunk, _ in batches.augmented_chunks(self.records, self.augmenter, view, self.shard):
+                    yield batches.stack(chunk, self.size)
 
-            # Resized behind the generator: LiteRT holds Python's lock while it computes.
-            images = batches.from_generator(stacked, tf.TensorSpec((None, None, None, 3), tf.float32)).prefetch(4)
-            images = images.map(lambda chunk: batches.resize(chunk, self._size)).prefetch(2)
+            # Resized by tf.data's threads, since LiteRT holds Python's lock while it computes.
+            images = batches.from_generator(stacked_chunks, tf.TensorSpec((None, None, None, 3), tf.float32))
+            images = images.prefetch(4).map(lambda chunk: batches.resize(chunk, self.size))
+            images = images.rebatch(EXTRACTOR_BATCH).prefetch(2)
         yield from images.as_numpy_iterator()
 
 
-class Views:
-    """The augmented views that a training goes through, and val's plain one: computed where the cache lacks them."""
+class FeatureStore:
+    """The cached activations that a training reads: those of its augmented views, and of val. Made by `compute`.
 
-    def __init__(self, records: Records, model: Classifier, params: Params, number: int, share: Share) -> None:
-        """Compute what is missing of `number` views of the share's train images, and of one of all val images.
+    Attributes:
+        engine: the name of the engine that computed them.
+    """
 
-        Raises:
-            InputError: the cache can't hold them, which is said before a view is computed.
-        """
-        self._records, self._seed, self._share = records, params.seed, share
-        self._examples = share.examples(records.count("train"))
-        # Niceness: what interrupts one of LiteRT's threads holds up the others, which wait for it.
-        with ExitStack() as stack, Augmenter(params.augment, params.seed, niceness=10) as augmenter:
-            maker = _Maker(records, model, params, number, share, augmenter)
-            missing = maker.missing()
-            there = [view for view in maker.views if view not in missing]
-            found = {view: stack.enter_context(closing(maker.make(view))) for view in there}  # not to be pruned
-            if missing:
-                cache.make_room("views", maker.bytes(missing))
-            found |= {view: stack.enter_context(closing(maker.make(view))) for view in missing}
-            self._opened = stack.pop_all()
-        self.engine = maker.engine
-        self.val = found[None]
-        self.train = [found[view] for view in range(number)]
+    def __init__(
+        self,
+        records: Records,
+        seed: int,
+        shard: WorkerShard,
+        engine: str,
+        activations: dict[View, Activations],
+        opened: ExitStack,
+    ) -> None:
+        self.engine = engine
+        self.val = activations[None]
+        self.train = [activations[view] for view in range(len(activations) - 1)]
+        self._records, self._seed, self._shard = records, seed, shard
+        self._examples = shard.examples(records.count("train"))
+        self._opened = opened
 
     def epoch(self, number: int, batch_size: int) -> tf.data.Dataset:
-        """The share's parts of an epoch's batches: (tuple of float16 boundary tensors, int32 labels).
+        """The shard's parts of an epoch's batches: (tuple of float16 activations, int32 labels).
 
-        The batches are those that one device would get; each is one part a replica, in the replicas' order, and a part
-        may be empty.
+        The batches are those of a single device. Each is split into one part for each replica, in the replicas' order;
+        a part may be empty.
         """
-        of_view = self.train[number % len(self.train)]
+        view = self.train[number % len(self.train)]
         labels = self._records.labels("train")
         order = np.random.default_rng([self._seed, number]).permutation(len(labels))
-        first = self._share.worker * self._share.replicas
+        first = self._shard.worker * self._shard.replicas
 
         def parts() -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
             for start in range(0, len(order), batch_size):
                 examples = order[start : start + batch_size]
-                replicas = self._share.replica_of(examples)
-                for replica in range(first, first + self._share.replicas):
+                replicas = self._shard.replica_of(examples)
+                for replica in range(first, first + self._shard.replicas):
                     part = examples[replicas == replica]
-                    yield of_view.read(np.searchsorted(self._examples, part)), labels[part]
+                    yield view.read(np.searchsorted(self._examples, part)), labels[part]
 
-        return batches.from_generator(parts, of_view.signature()).prefetch(4)
+        return batches.from_generator(parts, view.signature()).prefetch(4)
 
     def val_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, ...]]:
-        """Boundary tensors, float16, of val in the records' order."""
+        """Val's activations, float16, in the records' order."""
         positions = np.arange(self._records.count("val"))
         for start in range(0, len(positions), batch_size):
             yield self.val.read(positions[start : start + batch_size])
@@ -224,12 +252,12 @@ class Views:
         self._opened.close()
 
 
-def _halved(tensor: np.ndarray) -> np.ndarray:
+def _to_float16(tensor: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         halves = np.ascontiguousarray(tensor, DTYPE)
     if not np.isfinite(halves).all():
         raise InputError(
-            f"views: expected activations that float16 holds, received "
-            f"{np.abs(tensor).max():.3g}; `views: 0` does without"
+            f"views: expected activations that float16 can hold, received {np.abs(tensor).max():.3g}; "
+            "`views: 0` computes them in every epoch instead"
         )
     return halves

@@ -1,4 +1,4 @@
-"""Batches of images resized to the network's input, augmented or not."""
+"""Batches of images resized to the network's input, augmented or not; and which worker trains on which examples."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from flatmin.inputs.augment import CHUNK, Augmenter
-from flatmin.inputs.records import Records, not_tuned
+from flatmin.inputs.augment import AUGMENT_CHUNK, Augmenter
+from flatmin.inputs.records import Records, without_autotune
 
-# So many bytes of decoded images are held to be shuffled; data sets below it are shuffled as a whole.
+# Decoded images held in memory for shuffling; smaller data sets are shuffled as a whole.
 SHUFFLE_BYTES = 2**30
-
-TRUNK_BATCH = CHUNK
 
 
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """uint8 [..., h, w, 3] to float32 [..., size, size, 3], still 0 to 255; bilinear, smoothed where it shrinks."""
+    """Resize bilinearly, with antialiasing where the image shrinks.
+
+    uint8 [..., height, width, 3] -> float32 [..., size, size, 3], still in [0, 255].
+    """
     resized = tf.cond(
         tf.reduce_any(tf.shape(image)[-3:-1] > size),
         lambda: tf.image.resize(image, (size, size), antialias=True),
-        lambda: tf.image.resize(image, (size, size)),  # the same where it grows, and twice as quick
+        lambda: tf.image.resize(image, (size, size)),  # the same for an image that grows, and twice as fast
     )
     return tf.ensure_shape(resized, (*image.shape[:-3], size, size, 3))
 
 
 def derived_seed(*numbers: int) -> int:
-    """A seed below 2**31 that no other non-negative numbers give, but by chance."""
+    """Derive a seed in [0, 2**31) from non-negative integers; other integers give another seed, but by chance."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
 
 
@@ -39,22 +40,22 @@ def plain(records: Records, role: str, size: int, batch_size: int) -> tf.data.Da
     return _batches(records.images(role), size, batch_size)
 
 
-def sample(records: Records, size: int, every: int, batch_size: int = TRUNK_BATCH) -> tf.data.Dataset:
-    """Batches as `plain`'s of every so-many-th train image, the first one included."""
+def sample(records: Records, size: int, every: int, batch_size: int) -> tf.data.Dataset:
+    """Batches like `plain`'s of every `every`-th train image, from the first one on."""
     return _batches(records.images("train", lambda position: position % every == 0), size, batch_size)
 
 
 def augmented(
     records: Records, augmenter: Augmenter, size: int, batch_size: int, seed: int, epoch: int
 ) -> tf.data.Dataset:
-    """The training images of one epoch, freshly augmented and in an order of that epoch's own.
+    """Batches like `plain`'s of one epoch's training images, augmented for this epoch and in an order of its own.
 
-    Batches are as `plain`'s; the last may be smaller. Equal (seed, epoch) give equal batches.
+    The last batch may be smaller. Equal (seed, epoch) give equal batches.
     """
     order = derived_seed(seed, epoch)
 
     def one_by_one() -> Iterator[tuple[np.ndarray, np.int32]]:
-        for images, labels in augmented_chunks(records, augmenter, epoch, Share()):
+        for images, labels in augmented_chunks(records, augmenter, epoch, WorkerShard()):
             yield from zip(images, labels, strict=True)
 
     dataset = from_generator(one_by_one, (tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((), tf.int32)))
@@ -68,10 +69,10 @@ def _batches(images: tf.data.Dataset, size: int, batch_size: int) -> tf.data.Dat
 
 
 @dataclass(frozen=True)
-class Share:
-    """The examples whose views a worker computes and trains on: those of its replicas' chunks.
+class WorkerShard:
+    """The training examples assigned to one worker: the augmentation chunks of its replicas.
 
-    Chunk c belongs to replica c mod (workers * replicas); worker w has the replicas from w * replicas on.
+    Chunk c belongs to replica c mod (workers * replicas); worker w has `replicas` replicas, from w * replicas on.
     """
 
     worker: int = 0
@@ -79,35 +80,40 @@ class Share:
     replicas: int = 1
 
     def replica_of(self, examples: np.ndarray) -> np.ndarray:
-        """int [n]: which replica of all takes these examples (int [n], positions in the records)."""
-        return examples // CHUNK % (self.workers * self.replicas)
+        """The replica, of all workers', that each example belongs to: int [n] for positions in the records, int [n]."""
+        return examples // AUGMENT_CHUNK % (self.workers * self.replicas)
 
     def examples(self, count: int) -> np.ndarray:
-        """int [n]: the positions of this worker's, of `count` examples."""
+        """The positions of this worker's examples, int [n], out of `count`."""
         return np.flatnonzero(self.has(np.arange(count)))
 
     def has(self, example: Any) -> Any:
-        """Whether examples are this worker's: bools for positions in the records, array or tensor alike."""
-        return example // CHUNK % (self.workers * self.replicas) // self.replicas == self.worker
+        """Whether examples are this worker's: bools for positions in the records, an array or a tensor."""
+        return example // AUGMENT_CHUNK % (self.workers * self.replicas) // self.replicas == self.worker
 
 
 def augmented_chunks(
-    records: Records, augmenter: Augmenter, epoch: int, share: Share
+    records: Records, augmenter: Augmenter, epoch: int, shard: WorkerShard
 ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-    """A share's training images in the records' order, augmented, and their labels, chunk by chunk."""
+    """Augment a shard's training images in the records' order; give images and labels chunk by chunk."""
     labels = records.labels("train")
-    mine = [chunk for chunk in range(math.ceil(len(labels) / CHUNK)) if share.has(chunk * CHUNK)]
-    images = records.arrays("train", share.has)
-    for number, chunk in zip(mine, augmenter.chunks(images, epoch, mine), strict=True):
-        yield chunk, labels[number * CHUNK :][: len(chunk)]
+    chunks = math.ceil(len(labels) / AUGMENT_CHUNK)
+    numbers = [number for number in range(chunks) if shard.has(number * AUGMENT_CHUNK)]
+    images = records.arrays("train", shard.has)
+    for number, chunk in zip(numbers, augmenter.chunks(images, epoch, numbers), strict=True):
+        yield chunk, labels[number * AUGMENT_CHUNK :][: len(chunk)]
 
 
 def from_generator(make: Callable[[], Iterator[Any]], signature: Any) -> tf.data.Dataset:
-    return not_tuned(tf.data.Dataset.from_generator(make, output_signature=signature))
+    """`tf.data.Dataset.from_generator`, without tf.data's tuning thread."""
+    return without_autotune(tf.data.Dataset.from_generator(make, output_signature=signature))
 
 
-def stacked(images: list[np.ndarray], size: int) -> np.ndarray:
-    """float32 [len(images), height, width, 3]: as they are where they are alike and not large, else of `size`."""
+def stack(images: list[np.ndarray], size: int) -> np.ndarray:
+    """Stack images for one call of `resize`: float32 [len(images), height, width, 3].
+
+    Images of different sizes, or larger than `size`, are resized one by one first.
+    """
     if len({image.shape for image in images}) > 1 or max(images[0].shape) > size:
         images = [resize(tf.constant(image), size).numpy() for image in images]
     return np.stack(images).astype(np.float32)
@@ -115,4 +121,4 @@ def stacked(images: list[np.ndarray], size: int) -> np.ndarray:
 
 def _shuffle_buffer(records: Records) -> int:
     image_bytes = int(records.mean_pixels("train") * 3)
-    return max(CHUNK, min(records.count("train"), SHUFFLE_BYTES // max(1, image_bytes)))
+    return max(AUGMENT_CHUNK, min(records.count("train"), SHUFFLE_BYTES // max(1, image_bytes)))

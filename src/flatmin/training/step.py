@@ -1,0 +1,168 @@
+"""One training step: a batch to activations, the loss, the gradients, and an update of the trained layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from flatmin.common.errors import InputError
+from flatmin.common.params import Training
+from flatmin.models.classifier import TrainedLayers
+from flatmin.training.batch_sources import BatchSource
+from flatmin.training.optimizer import make_optimizer
+
+# A batch, or a part of it -> its mean loss, regularisation included, and the logits.
+Forward = Callable[[Any], tuple[tf.Tensor, Any]]
+
+
+class UpdateRule(Protocol):
+    """Turns a batch into one update of a model's trainable weights; `flatmin.sam.Step` is another one."""
+
+    variables: Sequence[Any]  # the state between steps
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """The number of images that went forward and backward so far, counted once for each pass."""
+
+    def __call__(self, forward: Forward, batch: Any, count: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Update the weights; return the first pass's loss and logits. count: float32, the real examples of the batch."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Which update rule a training takes.
+
+    Args:
+        make: makes the rule for a built model and its built optimizer, within the strategy's scope.
+        depends_on: settings that results depend on; they distinguish resume states.
+        rooms: folders of src/flatmin that the rule's code lies in.
+        accumulate: batches for each update of the optimizer.
+        hint: an advice for a training that diverged.
+    """
+
+    make: Callable[[keras.Model, keras.optimizers.Optimizer], UpdateRule]
+    depends_on: Mapping[str, Any] = field(default_factory=dict)
+    rooms: tuple[str, ...] = ()
+    accumulate: int = 1
+    hint: str = ""
+
+
+class PlainStep:
+    """The optimizer's own step along the gradient of the batch's loss."""
+
+    def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._evaluations = keras.Variable(
+            tf.zeros((), tf.int64), dtype="int64", trainable=False, aggregation="sum", name="gradient_evaluations"
+        )
+        self.variables = [self._evaluations]
+
+    @property
+    def gradient_evaluations(self) -> int:
+        return int(self._evaluations.numpy())
+
+    @tf.autograph.experimental.do_not_convert
+    def __call__(self, forward: Forward, batch: Any, count: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        with tf.GradientTape() as tape:
+            loss, logits = forward(batch)
+            scaled = self._optimizer.scale_loss(loss)
+        variables = self._model.trainable_variables
+        self._optimizer.apply(tape.gradient(scaled, [variable.value for variable in variables]), variables)
+        self._evaluations.assign_add(tf.cast(count, tf.int64))
+        return loss, logits
+
+
+PLAIN = StepSettings(PlainStep)
+
+
+class TrainStep:
+    """Trains layers on distributed batches: owns the optimizer and the update rule. Construct under `strategy.scope()`.
+
+    Args:
+        steps: the number of batches in an epoch.
+        classes: the number of classes.
+
+    Raises:
+        InputError: more batches are accumulated for an update than there are.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        source: BatchSource,
+        layers: TrainedLayers,
+        recipe: Training,
+        settings: StepSettings,
+        *,
+        steps: int,
+        classes: int,
+    ) -> None:
+        if settings.accumulate > steps * recipe.epochs:
+            raise InputError(
+                f"sam.accumulate: expected at most {steps * recipe.epochs}, the batches of all epochs, "
+                f"received {settings.accumulate}"
+            )
+        self.strategy, self.source, self.layers, self.settings, self.steps = strategy, source, layers, settings, steps
+        self.replicated = strategy.num_replicas_in_sync > 1
+        self.optimizer = make_optimizer(recipe, steps / settings.accumulate)
+        self.optimizer.build(layers.trainable_variables)
+        self.rule = settings.make(layers, self.optimizer)
+        self._classes = classes
+        self._losses = keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=recipe.label_smoothing, reduction=None
+        )
+        self._function = tf.function(self._distributed_step)
+
+    @property
+    def variables(self) -> list[Any]:
+        """All that a resumed training needs: the layers' variables, the optimizer's and the update rule's."""
+        return [*self.layers.variables, *self.optimizer.variables, *self.rule.variables]
+
+    def __call__(self, batches: Any) -> np.ndarray:
+        """Train on the next batch; return the sums of loss and correct predictions and the number of examples."""
+        return self._function(batches).numpy()
+
+    def _distributed_step(self, batches: Any) -> tf.Tensor:
+        sums = self.strategy.run(self._replica_step, args=(next(batches),))
+        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+
+    def _replica_step(self, batch: tuple[Any, tf.Tensor]) -> tf.Tensor:
+        inputs, labels = pad_empty_shard(*batch) if self.replicated else batch
+        present = tf.cast(labels >= 0, tf.float32)
+        count = tf.reduce_sum(present) if self.replicated else tf.cast(tf.shape(labels)[0], tf.float32)
+        global_count = count
+        if self.replicated:
+            global_count = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, count)
+
+        def forward(part: Any) -> tuple[tf.Tensor, tf.Tensor]:
+            activations, labels, present = part
+            logits = self.layers(activations, training=True)
+            losses = self._losses(tf.one_hot(labels, self._classes), logits)
+            if not self.replicated:
+                return tf.reduce_sum(losses) / tf.cast(tf.shape(labels)[0], tf.float32) + sum(
+                    self.layers.losses
+                ), logits
+            mean = tf.math.divide_no_nan(tf.reduce_sum(losses * present), tf.reduce_sum(present))
+            # A replica's share of the global mean; regularisation is the same on all.
+            regularisation = sum(self.layers.losses) / self.strategy.num_replicas_in_sync
+            return mean * count / global_count + regularisation, logits
+
+        activations = self.source.activations(inputs)
+        loss, logits = self.rule(forward, (activations, labels, present), count)
+        correct = tf.reduce_sum(tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32))
+        return tf.stack([loss * global_count, correct, count])
+
+
+def pad_empty_shard(inputs: Any, labels: tf.Tensor) -> tuple[Any, tf.Tensor]:
+    """Pad an empty per-replica batch with one black image labelled -1, because layers fail on zero examples."""
+    missing = tf.maximum(0, 1 - tf.shape(labels)[0])
+
+    def padded(tensor: tf.Tensor) -> tf.Tensor:
+        return tf.concat([tensor, tf.zeros((missing, *tensor.shape[1:]), tensor.dtype)], axis=0)
+
+    return tf.nest.map_structure(padded, inputs), tf.concat([labels, tf.fill((missing,), -1)], axis=0)
