@@ -35,7 +35,7 @@ def few_images(backbone: str) -> params.Params:
     return params.parse(values)
 
 
-def test_the_recipes_are_the_published_ones() -> None:
+def test_params_recipes_are_the_published_ones() -> None:
     settings = params.parse(VALUES)
     for recipe, rate in ((settings.extract, 1e-3), (settings.finetune, 1e-4)):
         assert (recipe.optimizer, recipe.learning_rate, recipe.batch_size, recipe.epochs) == ("adam", rate, 128, 100)
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", SIZES)
-def test_an_epoch_of_each_backbone(backbone: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extract_each_backbone_trains_an_epoch(backbone: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("FLATMIN_CACHE", str(folder / "cache"))
     stages.extract(few_images(backbone), backbone)

@@ -1,4 +1,4 @@
-"""Choosing a backbone by its metrics, and deleting what unlisted ones left."""
+"""Choosing a backbone by its metrics, and deleting the files of unlisted ones."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ def candidate(accuracy: float, multiply_adds: int) -> dict[str, Any]:
         pytest.param({"a": (0.0, 10)}, 0.0, "a", id="one"),
     ],
 )
-def test_the_cheapest_near_the_best(candidates: dict[str, tuple[float, int]], tolerance: float, expected: str) -> None:
+def test_choose_takes_the_cheapest_near_the_best(
+    candidates: dict[str, tuple[float, int]], tolerance: float, expected: str
+) -> None:
     assert selection.choose({name: candidate(*pair) for name, pair in candidates.items()}, tolerance) == expected
 
 
 @given(st.integers(1, 500), st.data())
-def test_a_difference_of_exactly_the_tolerance_is_within_it(count: int, data: st.DataObject) -> None:
+def test_choose_difference_of_exactly_the_tolerance_is_within_it(count: int, data: st.DataObject) -> None:
     best = data.draw(st.integers(0, count))
     worse = data.draw(st.integers(0, best))
     candidates = {"a": candidate(worse / count, 1), "b": candidate(best / count, 2)}
@@ -65,7 +67,7 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_select_copies_the_chosen_one_and_says_why(trained: Path) -> None:
+def test_select_copies_the_chosen_model_and_returns_its_metrics(trained: Path) -> None:
     metrics = selection.select(["ResNet50", "MobileNet"], 0.0)
     assert metrics == {
         "backbone": "ResNet50",
@@ -93,7 +95,7 @@ def test_select_reads_no_unlisted_backbone(trained: Path) -> None:
     assert selection.select(["MobileNet", "ResNet50"], 0.0)["backbone"] == "ResNet50"
 
 
-def test_what_extract_train_did_not_write_is_named(trained: Path) -> None:
+def test_select_missing_file_of_extract_train_is_named(trained: Path) -> None:
     (trained / "models/select").mkdir()
     with pytest.raises(InputError, match=r"^metrics/extract/ResNet101.json: expected a file that an earlier stage"):
         selection.select(["ResNet50", "ResNet101"], 0.0)
@@ -104,7 +106,7 @@ def test_what_extract_train_did_not_write_is_named(trained: Path) -> None:
     assert (trained / "models/select").is_dir()
 
 
-def test_prune_deletes_what_the_list_does_not_name(trained: Path) -> None:
+def test_prune_deletes_unlisted_backbones(trained: Path) -> None:
     (trained / "models/extract/.MobileNet.1.part").mkdir()
     (trained / "metrics/select.json").touch()
     (trained / "models/finetune").mkdir()
@@ -118,11 +120,11 @@ def test_prune_deletes_what_the_list_does_not_name(trained: Path) -> None:
     assert prune.prune(["ResNet50", "MobileNet025"], trained) == []
 
 
-def test_prune_finds_what_is_left_of_a_backbone(trained: Path) -> None:
+def test_prune_incomplete_backbone_is_deleted(trained: Path) -> None:
     (trained / "metrics/extract/MobileNet.json").unlink()
     assert prune.prune(["ResNet50", "MobileNet025"]) == ["MobileNet"]
     assert not (trained / "models/extract/MobileNet").exists()
 
 
-def test_prune_before_anything_ran(tmp_path: Path) -> None:
+def test_prune_before_anything_ran_deletes_nothing(tmp_path: Path) -> None:
     assert prune.prune(["ResNet50"], tmp_path) == []
