@@ -1,4 +1,4 @@
-"""Flatmin's side of the bench: run a training stage in the working directory, as the files in stages/ do.
+"""Flatmin's side of the bench: run a training stage in the working directory, as the scripts in stages/ do.
 
     python bench/stage.py extract BACKBONE
     python bench/stage.py finetune
@@ -12,12 +12,20 @@ from flatmin.common import console, errors, params
 
 
 def main(stage: str, *backbone: str) -> None:
-    # Here, since the processes that augment load this file too and need no TensorFlow.
+    # Imported here, since the processes that augment load this file too and need no TensorFlow.
     with console.importing_tensorflow():
-        pass
+        from flatmin.training.stages import Outputs, extract, finetune
 
+    settings = params.load()
+    shared = {"seed": settings.seed, "runtime": settings.runtime, "augment": settings.augment, "records": "data/records"}
+    name = "/".join([stage, *backbone])
+    outputs = Outputs(f"models/{name}", f"metrics/{name}.json", f"plots/{name}.csv")
     print("ready", flush=True)
-    getattr(training, stage)(params.load(), *backbone)
+    if stage == "extract":
+        state = extract(*backbone, recipe=settings.extract, outputs=outputs, **shared)
+    else:
+        state = finetune(stage, recipe=settings.finetune, selected="models/select", outputs=outputs, **shared)
+    state.remove()
 
 
 if __name__ == "__main__":
