@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from repository import ROOT
 
 from flatmin import prune, selection
 from flatmin.common.errors import InputError
@@ -50,10 +52,22 @@ def test_choose_difference_of_exactly_the_tolerance_is_within_it(count: int, dat
         assert selection.choose(candidates, (best - worse - 0.5) / count) == "b"
 
 
+def select(backbones: list[str], tolerance: float) -> dict[str, Any]:
+    """Select in the working directory."""
+    folders = {"models": "models/extract", "metrics": "metrics/extract", "selected": "models/select"}
+    return selection.select(backbones, tolerance, **folders)
+
+
+def prune_but(backbones: list[str], folder: Path) -> list[str]:
+    """Prune a working directory for a study of these backbones."""
+    return prune.prune({"backbones": backbones}, folder)
+
+
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory where extract-train has run for three backbones."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     for name, accuracy, cost in (("ResNet50", 0.9, 30), ("MobileNet", 0.8, 10), ("MobileNet025", 0.95, 1)):
         for folder in (f"models/extract/{name}", "metrics/extract", "plots/extract"):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -68,7 +82,7 @@ def files(folder: Path) -> set[str]:
 
 
 def test_select_copies_the_chosen_model_and_returns_its_metrics(trained: Path) -> None:
-    metrics = selection.select(["ResNet50", "MobileNet"], 0.0)
+    metrics = select(["ResNet50", "MobileNet"], 0.0)
     assert metrics == {
         "backbone": "ResNet50",
         "best_val_accuracy": 0.9,
@@ -76,7 +90,7 @@ def test_select_copies_the_chosen_model_and_returns_its_metrics(trained: Path) -
         "val": {"accuracy": 0.9},
     }
     assert (trained / "models/select/model.json").read_text() == "ResNet50"
-    metrics = selection.select(["ResNet50", "MobileNet"], 0.1)
+    metrics = select(["ResNet50", "MobileNet"], 0.1)
     assert (metrics["backbone"], metrics["val"], metrics["best_val_accuracy"]) == ("MobileNet", {"accuracy": 0.8}, 0.9)
     assert (trained / "models/select/model.json").read_text() == "MobileNet"
     assert files(trained / "models/select") == {"model.json"}
@@ -85,24 +99,26 @@ def test_select_copies_the_chosen_model_and_returns_its_metrics(trained: Path) -
 def test_select_replaces_the_whole_folder(trained: Path) -> None:
     (trained / "models/select").mkdir()
     (trained / "models/select/of-before").touch()
-    selection.select(["MobileNet"], 0.0)
+    select(["MobileNet"], 0.0)
     assert files(trained / "models/select") == {"model.json"}
 
 
 def test_select_reads_no_unlisted_backbone(trained: Path) -> None:
     # It would win if it were read, and is broken besides.
     (trained / "metrics/extract/MobileNet025.json").write_text("{")
-    assert selection.select(["MobileNet", "ResNet50"], 0.0)["backbone"] == "ResNet50"
+    assert select(["MobileNet", "ResNet50"], 0.0)["backbone"] == "ResNet50"
 
 
 def test_select_missing_file_of_extract_train_is_named(trained: Path) -> None:
     (trained / "models/select").mkdir()
     with pytest.raises(InputError, match=r"^metrics/extract/ResNet101.json: expected a file that an earlier stage"):
-        selection.select(["ResNet50", "ResNet101"], 0.0)
+        select(["ResNet50", "ResNet101"], 0.0)
     (trained / "models/extract/ResNet50/model.json").unlink()
     (trained / "models/extract/ResNet50").rmdir()
-    with pytest.raises(InputError, match=r"^models/extract/ResNet50: .*extract-train@ResNet50 wrote, found none$"):
-        selection.select(["ResNet50"], 0.0)
+    with pytest.raises(
+        InputError, match="^models/extract/ResNet50: .*extract-train@ResNet50 wrote"
+    ):
+        select(["ResNet50"], 0.0)
     assert (trained / "models/select").is_dir()
 
 
@@ -113,18 +129,19 @@ def test_prune_deletes_unlisted_backbones(trained: Path) -> None:
     (trained / "models/finetune/model.json").touch()
     before = files(trained)
     # `MobileNet` is the beginning of `MobileNet025`, which stays.
-    assert prune.prune(["ResNet50", "MobileNet025"], trained) == ["MobileNet"]
+    assert prune_but(["ResNet50", "MobileNet025"], trained) == ["extract-train@MobileNet"]
     gone = {"models/extract/MobileNet/model.json", "metrics/extract/MobileNet.json", "plots/extract/MobileNet.csv"}
     assert files(trained) == before - gone
     assert (trained / "models/extract/.MobileNet.1.part").is_dir()
-    assert prune.prune(["ResNet50", "MobileNet025"], trained) == []
+    assert prune_but(["ResNet50", "MobileNet025"], trained) == []
 
 
 def test_prune_incomplete_backbone_is_deleted(trained: Path) -> None:
     (trained / "metrics/extract/MobileNet.json").unlink()
-    assert prune.prune(["ResNet50", "MobileNet025"]) == ["MobileNet"]
+    assert prune_but(["ResNet50", "MobileNet025"], trained) == ["extract-train@MobileNet"]
     assert not (trained / "models/extract/MobileNet").exists()
 
 
 def test_prune_before_anything_ran_deletes_nothing(tmp_path: Path) -> None:
-    assert prune.prune(["ResNet50"], tmp_path) == []
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    assert prune_but(["ResNet50"], tmp_path) == []
