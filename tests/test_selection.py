@@ -115,9 +115,7 @@ def test_select_missing_file_of_extract_train_is_named(trained: Path) -> None:
         select(["ResNet50", "ResNet101"], 0.0)
     (trained / "models/extract/ResNet50/model.json").unlink()
     (trained / "models/extract/ResNet50").rmdir()
-    with pytest.raises(
-        InputError, match="^models/extract/ResNet50: .*extract-train@ResNet50 wrote"
-    ):
+    with pytest.raises(InputError, match=r"^models/extract/ResNet50: .*extract-train@ResNet50 wrote"):
         select(["ResNet50"], 0.0)
     assert (trained / "models/select").is_dir()
 
