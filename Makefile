@@ -52,7 +52,7 @@ $(VENV)/%.done: requirements/%.txt
 study: setup  ## run studies/NAME/params.yaml: make study NAME=digits
 	@$(RUN) sh scripts/study.sh "$(NAME)"
 
-# docs/sweeps.md tells more. JOBS is how many run at a time, study-sweep's GRID another grid's name.
+# JOBS: the number of runs at a time. GRID: the name of another grid of the study. See docs/sweeps.md.
 sweep: setup check-params  ## run the grid of the default study: table and picture in studies/digits
 	@$(RUN) python scripts/sweep.py studies/digits/sweep.yaml $(if $(JOBS),--jobs $(JOBS))
 
@@ -65,7 +65,7 @@ lock:  ## compile the locks again (needs uv)
 	cd requirements && $(COMPILE) --override overrides.txt gpu.in -o gpu.txt
 	cd requirements && $(COMPILE) dev.in -o dev.txt
 
-# docs/container.md tells more. LOCK=cpu does without the CUDA wheels, ENGINE=podman without docker.
+# LOCK=cpu leaves out the CUDA wheels; ENGINE=podman replaces docker. See docs/container.md.
 ENGINE ?= docker
 IMAGE := flatmin$(if $(filter cpu,$(LOCK)),-cpu)
 INSIDE := ENGINE=$(ENGINE) IMAGE=$(IMAGE) scripts/container.sh
@@ -77,7 +77,7 @@ image:  ## build the image: Debian, Python and the locked wheels
 docker-repro: image  ## run the study in the image, on the GPUs where there are any
 	$(INSIDE) sh -c 'export PYTHONPATH=src; python -m flatmin.common.params && python -m flatmin.prune && exec dvc repro'
 
-docker-shell: image  ## a shell in the image
+docker-shell: image  ## open a shell in the image
 	$(INSIDE) bash
 
 image-test: setup  ## build the image without a registry, run the study in it, compare (root on Debian)
