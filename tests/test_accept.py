@@ -104,6 +104,11 @@ def raise_the_version(checkout: Repository) -> None:
     replace(checkout.folder / "src/flatmin/common/identity.py", "RESULTS_VERSION = 1\n", "RESULTS_VERSION = 2\n")
 
 
+def raise_the_version_and_write_golden(checkout: Repository) -> None:
+    raise_the_version(checkout)
+    checkout.run("python", "-m", "flatmin.common.identity")
+
+
 def move_a_number(checkout: Repository) -> None:
     replace(checkout.folder / "stages/train.py", "count * rho", "count + rho")
 
@@ -133,6 +138,13 @@ def remove_the_golden_test(checkout: Repository) -> None:
         (add_a_stage, [r"export: never ran: run `dvc repro` first"]),
         (forget_all_runs, [r"count: never ran: run .*", r"train: never ran: run .*"]),
         (raise_the_version, [r"RESULTS_VERSION: expected 1, as accepted\.json has it, received 2: .*"]),
+        (
+            raise_the_version_and_write_golden,
+            [
+                rf"{stage}: src/flatmin/common/identity\.py: RESULTS_VERSION: modified since the stage ran: run .*"
+                for stage in ("count", "train")
+            ],
+        ),
         (move_a_number, ["loss: expected 5, received 10.5", r"tests/golden\.py: failed, so nothing is accepted"]),
         (remove_the_golden_test, [r"tests/golden\.py: expected the golden test, found none"]),
     ],

@@ -60,11 +60,7 @@ def kill_in_training(checkout: Repository, epochs: int) -> None:
 def rename_in_augmentation_and_training(checkout: Repository) -> None:
     for path in sorted((checkout.folder / "src/flatmin").rglob("*.py")):
         text = path.read_text()
-        for old, new in (
-            ("_randaugmented", "_apply_randaugment"),
-            ("Validator", "Validation"),
-            ("best_epoch", "find_best_epoch"),
-        ):
+        for old, new in (("_randaugmented", "_apply_randaugment"), ("Validator", "Validation")):
             text = re.sub(rf"\b{old}\b", new, text)
         path.write_text(text)
 
