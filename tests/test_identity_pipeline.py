@@ -58,10 +58,12 @@ def kill_in_training(checkout: Repository, epochs: int) -> None:
 
 
 def rename_in_augmentation_and_training(checkout: Repository) -> None:
-    for path in sorted((checkout.folder / "src/flatmin").rglob("*.py")):
-        text = path.read_text()
-        for old, new in (("_randaugmented", "_apply_randaugment"), ("Validator", "Validation")):
-            text = re.sub(rf"\b{old}\b", new, text)
+    source = {path: path.read_text() for path in (checkout.folder / "src/flatmin").rglob("*.py")}
+    for old, new in (("AUGMENT_CHUNK", "IMAGES_PER_DRAW"), ("Validator", "Validation")):
+        renamed = {path: re.sub(rf"\b{old}\b", new, text) for path, text in source.items()}
+        assert renamed != source, f"no {old}"
+        source = renamed
+    for path, text in source.items():
         path.write_text(text)
 
 
