@@ -2,9 +2,15 @@
 PYTHON ?= python3.11
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}"
+LINT := ruff check . && ruff format --check . && mypy
+PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: repro test setup check-params study sweep study-sweep lock image image-test docker-repro docker-shell bench
+.PHONY: help repro setup check-params check test format golden accept study sweep study-sweep lock
+.PHONY: image docker-repro docker-shell image-test bench
 .DELETE_ON_ERROR:
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
 
 repro: setup check-params  ## run the study in params.yaml: only what changed
 	$(RUN) python -m flatmin.prune
@@ -16,11 +22,25 @@ setup: $(VENV)/$(or $(LOCK),cpu).done  ## make .venv from the locked requirement
 check-params: setup  ## check params.yaml without running anything
 	@$(RUN) python -m flatmin.common.params
 
-test: setup $(VENV)/dev.done  ## lint, types, all tests
-	$(RUN) ruff check .
-	$(RUN) ruff format --check .
-	$(RUN) mypy
-	$(RUN) python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
+# TESTS narrows either: make test TESTS=tests/test_sam.py
+check: setup $(VENV)/dev.done  ## lint, types and unit tests, in a minute
+	$(RUN) sh -c '$(LINT)'
+	$(RUN) $(PYTEST) -m "not slow" $(TESTS)
+
+test: setup $(VENV)/dev.done  ## lint, types and all tests, in a quarter of an hour
+	$(RUN) sh -c '$(LINT)'
+	$(RUN) $(PYTEST) $(TESTS)
+
+format: setup $(VENV)/dev.done  ## format the code, with what lint can fix by itself
+	$(RUN) ruff check --fix-only .
+	$(RUN) ruff format .
+
+# After a change of numbers that is meant; raise RESULTS_VERSION with it.
+golden: setup $(VENV)/dev.done  ## write the golden test's numbers again
+	$(RUN) python tests/golden.py --write
+
+accept: setup $(VENV)/dev.done  ## record in dvc.lock that a change of code changed no number, without a rerun
+	$(RUN) python scripts/accept.py
 
 $(VENV)/dev.done: | setup
 $(VENV)/%.done: requirements/%.txt
@@ -32,7 +52,7 @@ $(VENV)/%.done: requirements/%.txt
 study: setup  ## run studies/NAME/params.yaml: make study NAME=digits
 	@$(RUN) sh scripts/study.sh "$(NAME)"
 
-# docs/sweeps.md tells more. JOBS is how many run at a time, study-sweep's GRID another grid's name.
+# JOBS: the number of runs at a time. GRID: the name of another grid of the study. See docs/sweeps.md.
 sweep: setup check-params  ## run the grid of the default study: table and picture in studies/digits
 	@$(RUN) python scripts/sweep.py studies/digits/sweep.yaml $(if $(JOBS),--jobs $(JOBS))
 
@@ -40,12 +60,12 @@ study-sweep: setup  ## run the grid of a study in its clone: make study-sweep NA
 	@$(RUN) sh scripts/study.sh "$(NAME)" sweep $(if $(JOBS),--jobs $(JOBS))
 
 COMPILE := uv pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
-lock:  ## compile the locks anew (needs uv)
+lock:  ## compile the locks again (needs uv)
 	cd requirements && $(COMPILE) --override overrides.txt cpu.in -o cpu.txt
 	cd requirements && $(COMPILE) --override overrides.txt gpu.in -o gpu.txt
 	cd requirements && $(COMPILE) dev.in -o dev.txt
 
-# docs/container.md tells more. LOCK=cpu does without the CUDA wheels, ENGINE=podman without docker.
+# LOCK=cpu leaves out the CUDA wheels; ENGINE=podman replaces docker. See docs/container.md.
 ENGINE ?= docker
 IMAGE := flatmin$(if $(filter cpu,$(LOCK)),-cpu)
 INSIDE := ENGINE=$(ENGINE) IMAGE=$(IMAGE) scripts/container.sh
@@ -57,17 +77,15 @@ image:  ## build the image: Debian, Python and the locked wheels
 docker-repro: image  ## run the study in the image, on the GPUs where there are any
 	$(INSIDE) sh -c 'export PYTHONPATH=src; python -m flatmin.common.params && python -m flatmin.prune && exec dvc repro'
 
-docker-shell: image  ## a shell in the image
+docker-shell: image  ## open a shell in the image
 	$(INSIDE) bash
 
 image-test: setup  ## build the image without a registry, run the study in it, compare (root on Debian)
 	scripts/image_test.sh
 
-# QUICK=1 measures less, in minutes, into bench/results-quick.json. After a kill speed.py, the longest, goes on.
-bench: setup  ## Flatmin beside the usual pipelines: bench/results.json and docs/speed.md
+# QUICK=1 measures less, in minutes, into bench/results-quick.json. After a kill speed.py, the longest, resumes.
+bench: setup  ## compare Flatmin with the usual pipelines: bench/results.json and docs/speed.md
 	$(RUN) python bench/sam_cost.py $(if $(QUICK),--quick)
-	$(if $(QUICK),,$(RUN) python bench/tail.py)
-	$(if $(QUICK),,$(RUN) python bench/augmentation.py)
 	$(RUN) python bench/speed.py $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(RUN) python bench/repro.py)
 	$(if $(QUICK),,$(RUN) python bench/page.py)

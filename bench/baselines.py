@@ -111,12 +111,12 @@ def main(pipeline: str, stage: str, epochs: str) -> None:
 
         from flatmin import runtime
         from flatmin.inputs.records import Records
-        from flatmin.training import stages
+        from flatmin.training.optimizer import make_optimizer
 
     print("ready", flush=True)
     settings = params.load()
     recipe = getattr(settings, stage)
-    runtime.set_math(settings.runtime)
+    runtime.set_matmul(settings.runtime)
     keras.utils.set_random_seed(settings.seed)
     records = Records("data/records")
     data = {"original": original_data, "keras": keras_data}[pipeline]
@@ -124,7 +124,7 @@ def main(pipeline: str, stage: str, epochs: str) -> None:
     pixels = keras.Input(train.element_spec[0].shape[1:], dtype=train.element_spec[0].dtype)
     model = network(starting_point(settings, records, stage), pixels, resize=pipeline == "original")
     model.compile(
-        stages.make_optimizer(recipe, records.count("train") / recipe.batch_size),
+        make_optimizer(recipe, records.count("train") / recipe.batch_size),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )

@@ -53,7 +53,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
 def times(results: dict[str, Any]) -> str:
     """The first table: both sides of each comparison."""
     lines = [
-        "| stage | pipeline | seconds | Flatmin | seconds | quicker by | epochs measured | importing, both |",
+        "| stage | pipeline | seconds | Flatmin | seconds | faster by | epochs measured | importing, both |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for stage, side, own in rows(results):
@@ -76,8 +76,8 @@ def accuracy(title: str, found: dict[str, Any] | None) -> str:
     )
 
 
-def figures(results: dict[str, Any]) -> str:
-    """The second table: what else is measured."""
+def metrics(results: dict[str, Any]) -> str:
+    """The second table: accuracies, rates and ratios."""
     rates = results["augment_images_per_second"]
     lines = [
         "| | |",
@@ -90,8 +90,8 @@ def figures(results: dict[str, Any]) -> str:
                 ("the same in float32", results["half_accuracy_differences"][stage]),
             )
         ),
-        f"| the trunk in LiteRT, TensorFlow = 1 | {results['trunk_litert_speedup']:.2f} |",
-        f"| the same with `matmul: half` | {results['trunk_litert_half_speedup']:.2f} |",
+        f"| the frozen layers in LiteRT, TensorFlow = 1 | {results['litert_speedup']:.2f} |",
+        f"| the same with `matmul: half` | {results['litert_half_speedup']:.2f} |",
         *(f"| images a second augmented by {count} processes | {rate:.0f} |" for count, rate in sorted(rates.items())),
         f"| peak memory of extract with four times the images, 1 = with one | {results['peak_memory_growth']:.2f} |",
         f"| `dvc repro` with nothing to do | {results['repro_noop_seconds']:.1f} s |",
@@ -101,34 +101,21 @@ def figures(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tails(results: dict[str, Any]) -> str:
-    """The third table: images a second of the tail by what was tried, and how many times the plain one's."""
-    rates = results["tail"]["images_per_second"]
-    cuts = sorted(rates, key=lambda cut: rates[cut]["plain"])
-    variants = dict.fromkeys(name for cut in cuts for name in rates[cut])
-    lines = [f"| the tail, forward and backward | {' | '.join(cuts)} |", f"|---|{'---|' * len(cuts)}"]
-    for variant in variants:
-        of_cuts = ((rates[cut].get(variant), rates[cut]["plain"]) for cut in cuts)
-        cells = (f"{rate:.0f} ({rate / plain:.2f})" if rate else "" for rate, plain in of_cuts)
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def profiles(results: dict[str, Any]) -> str:
-    """The last tables: where the default study's seconds go, and where they went."""
+    """The last tables: the seconds of the default study by stage, now and before."""
     titles = {"profile": "`dvc repro` of the default study:", "profile_before": "Before tf.data's tuning was off:"}
     return "\n".join(f"{title}\n\n{table(results[key])}" for key, title in titles.items() if key in results)
 
 
 def section(results: dict[str, Any]) -> str:
-    """All that stands between the page's two comment lines."""
+    """Return everything between the page's two comment lines."""
     plan = results["plan"]
     said = (
         f"{' '.join(results['machine'])}: {plan['train']:,} train and {plan['val']:,} val images of {results['data']}, "
         f"EfficientNetLite0 at 128 pixels, batches of 128, RandAugment (n 3, m 7) and flips, four views. "
         f"Accuracies are of {plan['compared']:,} train and {plan['compared_val']:,} val images.\n"
     )
-    return "\n".join([said, times(results), figures(results), tails(results), profiles(results)])
+    return "\n".join([said, times(results), metrics(results), profiles(results)])
 
 
 def draw(results: dict[str, Any]) -> None:
@@ -153,7 +140,7 @@ def main() -> None:
     """Write the page's tables and the chart."""
     results = files.read_json(HERE / "results.json")
     if not results.get("is_complete"):
-        raise errors.InputError("bench/results.json: expected a whole bench, received a part; `make bench` goes on")
+        raise errors.InputError("bench/results.json: expected a whole bench, received a part; `make bench` resumes it")
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
     with files.atomic_write(PAGE) as aside:

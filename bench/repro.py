@@ -1,4 +1,4 @@
-"""Where the seconds of the default study go: `dvc repro` in a clone of this checkout's last commit, stage by stage.
+"""The seconds of the default study by stage and part: `dvc repro` in a clone of this checkout's last commit.
 
     python bench/repro.py [COMMIT]
 
@@ -22,13 +22,13 @@ from speed import VIEW_LINE, clone_checkout
 STAGE = re.compile(r"Running stage '([^'@]+)(?:@(.+))?'")
 EPOCH = re.compile(r"^\S+ \d+/\d+: loss .*\((?P<seconds>[\d.]+) s\)")
 IMPORTS = {  # what each stage imports once it runs
-    "prepare": "from flatmin import params, records",
-    "augment-preview": "from flatmin import params, preview",
-    "extract-train": "from flatmin import params, training",
-    "select-best": "from flatmin import params, selection",
-    "finetune": "from flatmin import params, training",
-    "sam-finetune": "from flatmin import params, training",
-    "evaluate": "from flatmin import evaluation, params",
+    "prepare": "from flatmin.common import params, stage; from flatmin.data import writer",
+    "augment-preview": "from flatmin.common import params, stage; from flatmin.inputs import preview",
+    "extract-train": "from flatmin.common import params, stage; from flatmin.training import stages",
+    "select-best": "from flatmin.common import params, stage; from flatmin import selection",
+    "finetune": "from flatmin.common import params, stage; from flatmin.training import stages",
+    "sam-finetune": "from flatmin.common import params, stage; from flatmin.training import stages",
+    "evaluate": "from flatmin.common import params, stage; from flatmin.evaluation import evaluate",
 }
 PARTS = ("importing", "views", "epochs", "rest")
 

@@ -1,6 +1,6 @@
-"""What a sharpness-aware step costs beside a plain one: time and memory, as ratios from one run.
+"""The cost of a sharpness-aware step compared with a plain one: time and memory, as ratios from one run.
 
-`make bench` writes bench/results.json and prints the table of docs/sam.md. Time: a tail of EfficientNetLite0 at
+`make bench` writes bench/results.json and prints the table of docs/sam.md. Time: trained layers of EfficientNetLite0 at
 the default study's size (96 px, batches of 50, AdamW), plain and sharpness-aware steps taking turns, the quickest turn
 of each, since what else runs on a machine only ever slows a turn.
 Memory: peak resident size of a process that trains dense layers whose weights outweigh everything else.
@@ -37,7 +37,7 @@ TURNS = 7
 LAYERS, UNITS = 6, 3000  # 216 MB of weights
 
 
-def step_of(model: Any, settings: dict[str, Any], batch: Any, optimizer: Any) -> Callable[[], Any]:
+def make_step(model: Any, settings: dict[str, Any], batch: Any, optimizer: Any) -> Callable[[], Any]:
     import keras
     import tensorflow as tf
 
@@ -65,12 +65,12 @@ def times(variants: dict[str, dict[str, Any]], turns: int) -> dict[str, float]:
     keras.utils.set_random_seed(0)
     names = [str(index) for index in range(10)]
     network = classifier.create("EfficientNetLite0", names, 96, 0.2, 0, "none")
-    trunk, tail = network.cut("block3a_expand_conv")
-    boundary = trunk(tf.random.uniform((50, 96, 96, 3), maxval=255.0), training=False)
-    tail(boundary, training=False)
-    batch = (boundary, tf.range(50) % 10)
+    frozen, trained = network.split("block3a_expand_conv")
+    activations = frozen(tf.random.uniform((50, 96, 96, 3), maxval=255.0), training=False)
+    trained(activations, training=False)
+    batch = (activations, tf.range(50) % 10)
     steps = {
-        name: step_of(tail, settings, batch, keras.optimizers.AdamW(1e-6))
+        name: make_step(trained, settings, batch, keras.optimizers.AdamW(1e-6))
         for name, settings in {"plain": PLAIN, **variants}.items()
     }
     for step in steps.values():
@@ -92,7 +92,7 @@ def peak_memory(settings: dict[str, Any]) -> None:
 
     model = keras.Sequential([keras.Input((UNITS,)), *(keras.layers.Dense(UNITS) for _ in range(LAYERS))])
     batch = (tf.ones((4, UNITS)), tf.range(4))
-    step = step_of(model, settings, batch, keras.optimizers.SGD(1e-6))
+    step = make_step(model, settings, batch, keras.optimizers.SGD(1e-6))
     for _ in range(5):
         step()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

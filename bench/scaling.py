@@ -537,17 +537,17 @@ def of_augment(side: str, workers: str) -> dict[str, Any]:
     from threadpoolctl import threadpool_limits
 
     from flatmin.common.params import Augment
-    from flatmin.inputs.augment import CHUNK, Augmenter, augment
+    from flatmin.inputs.augment import AUGMENT_CHUNK, Augmenter, augment
 
-    images = [np.asarray(resized(image, int(side))) for image, _ in islice(source_images(), 16 * CHUNK)]
+    images = [np.asarray(resized(image, int(side))) for image, _ in islice(source_images(), 16 * AUGMENT_CHUNK)]
     settings = Augment(n=3, m=7, flip=True)
     point: Point = {"stage": "augment", "side": int(side), "workers": int(workers)}
     if not int(workers):
         threadpool_limits(1)  # as a worker has it
-        augment(images[:CHUNK], settings, 0, 0, 0)  # imports imgaug
+        augment(images[:AUGMENT_CHUNK], settings, 0, 0, 0)  # imports imgaug
         started = time.process_time()
         for chunk in range(16):
-            augment(images[chunk * CHUNK :][:CHUNK], settings, 0, 1, chunk)
+            augment(images[chunk * AUGMENT_CHUNK :][:AUGMENT_CHUNK], settings, 0, 1, chunk)
         return point | {"processor_seconds": (time.process_time() - started) / len(images)}
     with Augmenter(settings, 0, int(workers)) as augmenter:
         deque(augmenter.chunks(images, 0), 0)  # starts the workers
@@ -581,9 +581,9 @@ def of_boundaries() -> dict[str, Any]:
     for name in BACKBONES:
         for size in SIZES:
             network = classifier.create(name, ["a", "b"], size, 0.2, 0, "none")
-            trunk, _ = network.cut(registry.find(name).fine_tune_at)
-            bytes_of_view = sum(2 * math.prod(tensor.shape[1:]) for tensor in trunk.outputs)
-            share = build.multiply_adds(trunk) / network.description.multiply_adds
+            frozen, _ = network.split(registry.find(name).fine_tune_at)
+            bytes_of_view = sum(2 * math.prod(tensor.shape[1:]) for tensor in frozen.outputs)
+            share = build.multiply_adds(frozen) / network.description.multiply_adds
             found.setdefault(name, {})[str(size)] = {
                 "cut": registry.find(name).fine_tune_at,
                 "pooled_bytes": 2 * int(network.base.output.shape[-1]),

@@ -6,7 +6,7 @@
 Both sides train the same network on the same records in processes of their own, in turns, each with all of the
 machine's threads; Flatmin with an empty `$FLATMIN_CACHE`. Time runs from the first record opened to the last epoch's
 metrics: the network is built, converted and traced within it, and starting Python and importing is reported apart.
-Each measurement is kept under `runs` as soon as it is made, so that a bench that was killed goes on.
+Each measurement is kept under `runs` as soon as it is made, so that a bench that was killed resumes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Plan:
 
     train, val: images of the timed trainings. compared, compared_val: of those whose accuracies are compared, whole and
     for each of the seeds; 0 leaves them out. small: train images of the memory's two stages, the second with four times
-    as many. chunks: of 32 images, augmented for the rate. turns: of the trunk's two engines.
+    as many. chunks: of 32 images, augmented for the rate. turns: of the engines that run frozen layers.
     """
 
     train: int
@@ -188,9 +188,8 @@ class Bench:
     """What was measured so far, in a JSON file."""
 
     def __init__(self, path: Path, plan: Plan) -> None:
-        """Go on with the file's runs if they are of this plan and machine and the bench did not come to its end."""
+        """Resume with the file's runs if plan, machine and code are the same and the bench did not complete."""
         from flatmin import runtime
-        from flatmin.features import cache
 
         self.path = path
         before = files.read_json(path) if path.exists() else {}
@@ -198,7 +197,7 @@ class Bench:
             "plan": asdict(plan) | {"seeds": list(plan.seeds)},
             "machine": runtime.machine(),
             "data": data(1, 1)["name"],
-            "code": cache.key({}, sorted(HERE.glob("*.py"))),
+            "code": files.digest(path.read_bytes() for path in sorted([*HERE.glob("*.py"), *ROOT.glob("src/**/*.py")])),
         }
         is_same = all(before.get(key) == value for key, value in about.items()) and not before.get("is_complete")
         self.runs: dict[str, Any] = before.get("runs", {}) if is_same else {}
@@ -264,8 +263,8 @@ def peak_memory(plan: Plan, folder: Path, times: int) -> int:
     return int(place.run(HERE / "stage.py", "extract", BACKBONE)["peak_bytes"])
 
 
-def trunk_rates(turns: int) -> dict[str, float]:
-    """Images a second of the frozen backbone by each engine, the quickest of the turns they take."""
+def engine_rates(turns: int) -> dict[str, float]:
+    """Return images a second of the frozen backbone by engine, the fastest of their turns."""
     import numpy as np
 
     from flatmin.common.params import Runtime
@@ -273,16 +272,16 @@ def trunk_rates(turns: int) -> dict[str, float]:
     from flatmin.models import classifier
 
     model = classifier.create(BACKBONE, ["a", "b"], 128, 0.0, 0, "imagenet")
-    frozen, _ = model.cut(None)
+    frozen, _ = model.split(None)
     sample = np.random.default_rng(0).uniform(0, 255, (64, 128, 128, 3)).astype(np.float32)
     engines = {}
     chosen = {
-        "litert": Runtime(trunk="litert"),
-        "litert half": Runtime(trunk="litert", math="half"),
-        "tensorflow": Runtime(trunk="tensorflow"),
+        "litert": Runtime(engine="litert"),
+        "litert half": Runtime(engine="litert", matmul="half"),
+        "tensorflow": Runtime(engine="tensorflow"),
     }
     for name, runtime in chosen.items():
-        _, engines[name] = engine.engine(frozen, model.trunk_identity(None), runtime, sample)
+        engines[name] = engine.choose(frozen, model.frozen_identity(None), runtime, lambda: sample)
         engines[name](sample)
     quickest = dict.fromkeys(engines, float("inf"))
     for _ in range(turns):
@@ -308,7 +307,7 @@ def augment_rates(folder: Folder, chunks: int) -> dict[str, float]:
     for workers in range(1, len(os.sched_getaffinity(0)) + 1):
         with augment.Augmenter(chosen, 0, workers) as augmenter:
             warm = 4 * workers + 4  # chunks, until all processes have come up
-            many = itertools.islice(itertools.cycle(images), (warm + chunks) * augment.CHUNK)
+            many = itertools.islice(itertools.cycle(images), (warm + chunks) * augment.AUGMENT_CHUNK)
             done = augmenter.chunks(many, 0)
             for _ in range(warm):
                 next(done)
@@ -382,7 +381,7 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
     compare(bench, place, (plan.train, plan.val), 0, TIMED, pairs)
     memory = [bench.once(f"peak memory {times}x", lambda t=times: peak_memory(plan, folder, t)) for times in (1, 4)]
     with console.importing_tensorflow():
-        rates = bench.once("trunk", lambda: trunk_rates(plan.turns))
+        rates = bench.once("engines", lambda: engine_rates(plan.turns))
     augmented = bench.once("augment", lambda: augment_rates(place, plan.chunks))
     noop = bench.once("noop", lambda: noop_seconds(folder))
     for seed in plan.seeds:  # last, since what else runs on the machine matters to times alone
@@ -399,8 +398,8 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
         "augment_images_per_second": augmented,
         "peak_memory_growth": round(memory[1] / memory[0], 3),
         "repro_noop_seconds": noop,
-        "trunk_litert_speedup": round(rates["litert"] / rates["tensorflow"], 2),
-        "trunk_litert_half_speedup": round(rates["litert half"] / rates["tensorflow"], 2),
+        "litert_speedup": round(rates["litert"] / rates["tensorflow"], 2),
+        "litert_half_speedup": round(rates["litert half"] / rates["tensorflow"], 2),
     }
 
 

@@ -39,7 +39,7 @@ stages() { sed -n "s/^Running stage '\(.*\)':$/\1/p" "$work/log" | tr '\n' ' '; 
 for place in outside inside tested; do git clone --quiet . "$work/$place"; done
 for place in outside inside; do rm -r "$work/$place/metrics" "$work/$place/plots" "$work/$place/dvc.lock"; done
 chmod -R a+rwX "$work/inside" "$work/tested"
-# What of the checkout can be missing from the commit is its own business; that is said, since it surprises.
+# The steps run the last commit, which may surprise.
 if [ -n "$(git status --porcelain)" ]; then say "what is not committed is left out"; fi
 
 say "outside: dvc repro, in the background; building the image"
@@ -71,19 +71,19 @@ OPTIONS="$OPTIONS --user 0:0" "$work/inside/scripts/container.sh" \
     fail "a cache is in the image"
 say "exit codes, user, read-only root, git, no compilers or caches: good"
 
-# pytest and what comes with it are not in the image: they are installed beside it. CI: hypothesis sets no deadlines then.
+# pytest and what comes with it are not in the image: they are installed in a folder that the container mounts. CI: hypothesis sets no deadlines then.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
     --target "$work/dev" -r requirements/dev.txt >"$work/log" 2>&1 || fail "the tests' requirements"
 OPTIONS="$OPTIONS --volume $work/dev:/dev-packages:ro --env PYTHONPATH=/dev-packages --env CI=true" \
     "$work/tested/scripts/container.sh" python -m pytest -q -p no:cacheprovider -m 'not slow' >"$work/log" 2>&1 ||
-    fail "the fast tests"
-say "inside: the fast tests: $(tail -n 1 "$work/log")"
+    fail "the unit tests"
+say "inside: the unit tests: $(tail -n 1 "$work/log")"
 
 if ! wait "$outside"; then cp "$work/outside.log" "$work/log" && fail "dvc repro outside"; fi
 children=
 say "outside: done"
 
-# A study that is stopped in the middle of finetune, and goes on.
+# A study that is stopped in the middle of finetune and resumed.
 "$work/inside/scripts/container.sh" dvc repro >"$work/log" 2>&1 &
 running=$!
 children=$running
@@ -101,8 +101,8 @@ grep -q 'interrupted: run it again' "$work/log" || fail "stopped: expected the s
 say "inside: SIGTERM in finetune's fourth epoch: exit code $code after $(($(date +%s) - before)) s"
 
 inside dvc repro || fail "dvc repro after SIGTERM"
-grep -q '^finetune: going on after epoch' "$work/log" || fail "expected finetune to go on after its last whole epoch"
-say "inside: $(grep '^finetune: going on' "$work/log"); ran $(stages)"
+grep -q '^finetune: resuming after epoch' "$work/log" || fail "expected finetune to resume after its last whole epoch"
+say "inside: $(grep '^finetune: resuming' "$work/log"); ran $(stages)"
 for folder in metrics plots predictions models; do
     diff -r "$work/outside/$folder" "$work/inside/$folder" >"$work/log" 2>&1 || fail "$folder differ from those outside"
 done

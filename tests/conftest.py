@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from fixtures import finished_study, study  # noqa: F401 - pytest finds them here
 
 from flatmin.common import console
 
@@ -21,7 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def _no_op_determinism() -> Iterator[None]:
-    """`runtime.configure` switches it on for the process: not for whichever tests follow."""
+    """Undo what `runtime.configure` switches on for the whole process, so that no later test sees it."""
     yield
     if "tensorflow" in sys.modules:
         from tensorflow.python.framework.config import disable_op_determinism

@@ -49,12 +49,10 @@ TINY: dict[str, Any] = {
 
 
 class Repository:
-    """A checkout in a folder of its own, with its own DVC cache and `$FLATMIN_CACHE` beside it."""
+    """A checkout in a folder of its own, with its own DVC cache and `$FLATMIN_CACHE` alongside."""
 
     def __init__(self, folder: Path, params: dict[str, Any] | None = None) -> None:
-        self.folder = folder / "checkout"
-        self.cache = folder / "cache"
-        self.variables: dict[str, str] = {}  # more environment for every command
+        self._locate(folder)
         files = subprocess.run(
             ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT,
@@ -70,6 +68,18 @@ class Repository:
             self.write_params(params)
         self.run("git", "init", "--quiet", "--initial-branch", "main")
         self.commit("start")
+
+    @classmethod
+    def existing(cls, folder: Path) -> Repository:
+        """Return the repository that was made in `folder`, or that such a folder was copied to."""
+        repository = cls.__new__(cls)
+        repository._locate(folder)
+        return repository
+
+    def _locate(self, folder: Path) -> None:
+        self.folder = folder / "checkout"
+        self.cache = folder / "cache"
+        self.variables: dict[str, str] = {}  # more environment for every command
 
     def write_params(self, params: dict[str, Any]) -> None:
         (self.folder / "params.yaml").write_text(yaml.safe_dump(params))
@@ -105,19 +115,19 @@ class Repository:
         )
 
     def run(self, *command: str, expect: int | None = 0) -> str:
-        """Run a command in the checkout; its output, both streams. expect: the exit code that is no failure."""
+        """Run a command in the checkout and return its output, both streams. expect: the exit code; None allows any."""
         with self.start(*command) as process:
             output, _ = process.communicate()
         assert expect is None or process.returncode == expect, f"{command} exited {process.returncode}:\n{output}"
         return output
 
-    def figures(self) -> dict[str, bytes]:
-        """Every file of metrics, plots, weights and predictions with its bytes."""
+    def results(self) -> dict[str, bytes]:
+        """Return every file of metrics, plots, models and predictions with its bytes."""
         folders = ("metrics", "plots", "models", "predictions")
         found = [path for folder in folders for path in (self.folder / folder).rglob("*")]
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in found if path.is_file()}
 
 
 def stages_run(output: str) -> list[str]:
-    """The names of the stages that DVC says it runs, in order."""
+    """Return the names of the stages that DVC says it runs, in order."""
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]

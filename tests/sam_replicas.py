@@ -1,9 +1,9 @@
 """Sharpness-aware steps on two replicas, run as a script: `python sam_replicas.py FOLDER CASES`.
 
 CASES is a JSON list of pairs: `fit`, `loop` or `counted`, and settings. They run on two logical CPUs or, where
-TF_CONFIG is set, on its workers, and each writes FOLDER/{its number}.npz. Each replica's half of a batch is that of
-`np.array_split`; `counted` gives the first replica as many as `first` says, batch by batch, and the other one the rest
-or, where there is none, an example that does not count. The network is `sam_reference`'s.
+TF_CONFIG is set, on its workers, and each writes FOLDER/{its number}.npz. Each replica gets half of a batch, as
+`np.array_split` splits it. With `counted` the first replica gets `first` examples, batch by batch, and the other one
+the rest or, if there is none, an example that does not count. The network is `sam_reference`'s.
 """
 
 from __future__ import annotations
@@ -104,8 +104,11 @@ def run(strategy: tf.distribute.Strategy, kind: str, settings: dict[str, Any], o
     kernel, bias = model.trainable_variables
     on_each = [strategy.experimental_local_results(variable.value) for variable in (kernel, bias)]
     same = all(np.array_equal(value, values[0]) for values in on_each for value in values)
+    if kind == "fit":
+        step = wrapped._step
     kernel, bias, steps = (np.array(variable) for variable in (kernel, bias, trained.iterations))
-    np.savez(out, kernel=kernel, bias=bias, losses=losses, same=same, steps=steps)
+    evaluations = step.gradient_evaluations
+    np.savez(out, kernel=kernel, bias=bias, losses=losses, same=same, steps=steps, evaluations=evaluations)
 
 
 if __name__ == "__main__":

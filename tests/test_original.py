@@ -19,11 +19,11 @@ from flatmin.training import stages
 
 VALUES: dict[str, Any] = yaml.safe_load((ROOT / "studies/cifar100-original/params.yaml").read_text())
 SIZES = dict.fromkeys(VALUES["backbones"], 180) | {"NASNetMobile": 224}
-PUBLISHED_CUTS = {"ResNet50": 120, "MobileNetV2": 100}
+PUBLISHED_SPLITS = {"ResNet50": 120, "MobileNetV2": 100}
 
 
 def few_images(backbone: str) -> params.Params:
-    """The study's params for an epoch on 200 images: of CIFAR-100, else of the digits."""
+    """Return the study's params for an epoch on 200 images, of CIFAR-100 or else of the digits."""
     values = {**VALUES, "extract": VALUES["extract"] | {"epochs": 1, "weights": {backbone: "none"}}}
     if "TFDS_DATA_DIR" in os.environ:
         splits = {"train": "train[:4000]", "val": "validation[:8]", "test": "test[:8]"}
@@ -35,7 +35,7 @@ def few_images(backbone: str) -> params.Params:
     return params.parse(values)
 
 
-def test_the_recipes_are_the_published_ones() -> None:
+def test_params_recipes_are_the_published_ones() -> None:
     settings = params.parse(VALUES)
     for recipe, rate in ((settings.extract, 1e-3), (settings.finetune, 1e-4)):
         assert (recipe.optimizer, recipe.learning_rate, recipe.batch_size, recipe.epochs) == ("adam", rate, 128, 100)
@@ -50,7 +50,7 @@ def test_the_recipes_are_the_published_ones() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the records, which are the same for every backbone."""
+    """A folder with the records, which are the same for every backbone."""
     made = tmp_path_factory.mktemp("study")
     settings = few_images("ResNet50")
     writer.write(settings.data, settings.seed, made / "data/records")
@@ -59,22 +59,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", SIZES)
-def test_an_epoch_of_each_backbone(backbone: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extract_each_backbone_trains_an_epoch(backbone: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("FLATMIN_CACHE", str(folder / "cache"))
-    stages.extract(few_images(backbone), backbone)
+    settings = few_images(backbone)
+    stages.extract(
+        backbone,
+        seed=settings.seed,
+        runtime=settings.runtime,
+        augment=settings.augment,
+        recipe=settings.extract,
+        records="data/records",
+        outputs=stages.Outputs(
+            f"models/extract/{backbone}", f"metrics/extract/{backbone}.json", f"plots/extract/{backbone}.csv"
+        ),
+    )
     found = json.loads(Path(f"metrics/extract/{backbone}.json").read_text())
     assert (found["epochs"], found["gradient_evaluations"], found["image_size"]) == (1, 200, SIZES[backbone])
     assert np.isfinite(found["val"]["loss"])
-    cut = VALUES["finetune"]["fine_tune_at"][backbone]
-    network = classifier.load(Path("models/extract") / backbone, fine_tune_at=cut)
+    at = VALUES["finetune"]["fine_tune_at"][backbone]
+    network = classifier.load(Path("models/extract") / backbone, fine_tune_at=at)
     layers = network.base.layers
     assert [type(layer).__name__ for layer in network.head.layers] == ["Dropout", "Dense"]
     assert [layer.name for layer in network.features.layers if layer not in layers] == ["pooling"]
-    first_trained = split.layer_index(network.base, cut)
-    assert first_trained == PUBLISHED_CUTS.get(backbone, first_trained)
-    _, tail = network.cut(network.description.fine_tune_at)
-    trained = {id(variable) for variable in tail.trainable_variables}
+    first_trained = split.layer_index(network.base, at)
+    assert first_trained == PUBLISHED_SPLITS.get(backbone, first_trained)
+    _, trained_layers = network.split(network.description.fine_tune_at)
+    trained = {id(variable) for variable in trained_layers.trainable_variables}
     for index, layer in enumerate(layers):
-        of_layer = [id(variable) in trained for variable in layer.trainable_variables]
-        assert of_layer == [index >= first_trained] * len(of_layer), layer.name
+        are_trained = [id(variable) in trained for variable in layer.trainable_variables]
+        assert are_trained == [index >= first_trained] * len(are_trained), layer.name

@@ -3,78 +3,122 @@
 from __future__ import annotations
 
 import ast
-import copy
 import csv
 import json
 import os
 import re
 import signal
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from fixtures import STUDY, picture_folder, tiny_params
 from PIL import Image
 from repository import ROOT, TINY, Repository, stages_run
 
+sys.path.append(str(ROOT / "scripts"))
+import rerun_share
+
+SOURCE = ROOT / "src"
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-# With epochs enough to be killed among them.
-STUDY = TINY | {section: TINY[section] | {"epochs": 5} for section in ("extract", "finetune")}
+# Imports that can refuse params and change no result: the schema knows the names of backbones and SAM's settings.
+REFUSING = {("src/flatmin/common", "src/flatmin/models"), ("src/flatmin/common", "src/flatmin/sam")}
 
 
-def imported_modules(path: Path) -> set[Path]:
-    """The modules of `src/flatmin` that a file imports, directly or not, at its top or within a function."""
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the dotted names imported anywhere in a module, but for those under TYPE_CHECKING."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            assert node.level == 0, "a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield from imports(other)
+        else:
+            yield from imports(node)
+
+
+def module_file(name: str) -> Path | None:
+    """Return the file of a module or package of src/, None for what is neither."""
+    path = SOURCE / Path(*name.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def room(file: Path) -> str:
+    """Return what dvc.yaml names for a file: a folder of src/flatmin, or a module in none."""
+    first = file.relative_to(SOURCE / "flatmin").parts[0]
+    return f"src/flatmin/{first}"
+
+
+def imported_rooms(script: Path) -> set[str]:
+    """Return the rooms of the modules that a script imports, directly or not, but those of REFUSING alone."""
     found: set[Path] = set()
-    pending = [path]
+    pending = [script]
     while pending:
-        for node in ast.walk(ast.parse(pending.pop().read_text())):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flatmin"):
-                names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
-            for name in names:
-                parts = name.split(".")
-                module = ROOT / "src" / Path(*parts).with_suffix(".py") if len(parts) > 1 else None
-                if parts[0] == "flatmin":
-                    found.add(ROOT / "src/flatmin/__init__.py")
-                if parts[0] == "flatmin" and module and module.is_file() and module not in found:
-                    found.add(module)
-                    pending.append(module)
-    return found
+        importer = pending.pop()
+        for name in imports(ast.parse(importer.read_text())):
+            file = module_file(name) if name.split(".")[0] == "flatmin" else None
+            if file is None or file in found or file == SOURCE / "flatmin/__init__.py":
+                continue
+            if importer == script or (room(importer), room(file)) not in REFUSING:
+                found.add(file)
+                pending.append(file)
+    return {room(file) for file in found}
+
+
+def script_of(stage: str) -> str:
+    return next(word for word in DVC[stage]["cmd"].split() if word.endswith(".py"))
 
 
 @pytest.mark.parametrize("stage", DVC)
-def test_deps_name_every_module_that_a_stage_imports_and_no_other(stage: str) -> None:
-    script = next(word for word in DVC[stage]["cmd"].split() if word.endswith(".py"))
-    needed = {str(path.relative_to(ROOT)) for path in imported_modules(ROOT / script)} | {script}
-    named = {dep for dep in DVC[stage]["deps"] if dep.endswith(".py")}
-    assert named == needed
+def test_deps_are_the_rooms_that_the_stage_imports(stage: str) -> None:
+    script = script_of(stage)
+    named = {dep for dep in DVC[stage]["deps"] if dep.startswith(("src/", "stages/"))}
+    assert named == imported_rooms(ROOT / script) | {script}
 
 
-def test_stages_are_short() -> None:
-    for path in (ROOT / "stages").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 40, path
+def test_package_that_no_stage_depends_on_is_a_docstring() -> None:
+    (statement,) = ast.parse((SOURCE / "flatmin/__init__.py").read_text()).body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value, ast.Constant)
 
 
-def test_every_section_of_params_drives_a_stage() -> None:
+def test_imports_within_functions_count_and_imports_for_types_do_not(tmp_path: Path) -> None:
+    code = """
+if TYPE_CHECKING:
+    from flatmin.evaluation import evaluate
+def function():
+    from flatmin import selection
+"""
+    (tmp_path / "script.py").write_text(code)
+    assert imported_rooms(tmp_path / "script.py") == {"src/flatmin/selection.py"} | imported_rooms(
+        SOURCE / "flatmin/selection.py"
+    )
+
+
+def test_rerun_share_counts_files_below_named_folders_by_their_lines() -> None:
+    files, stages = rerun_share.stages_rerun()
+    assert stages == len(DVC)
+    assert files["src/flatmin/common/params.py"] == (
+        len((SOURCE / "flatmin/common/params.py").read_text().splitlines()),
+        stages,
+    )
+    assert files["src/flatmin/__init__.py"][1] == 0
+    assert 0 < rerun_share.share() < 0.6, "an edited line reruns more of the pipeline than it did"
+
+
+def test_params_every_section_drives_a_stage() -> None:
     from flatmin.common.params import Params
 
     named = {name for stage in DVC.values() for name in stage["params"]}
     assert named == set(Params.model_fields)
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """A repository in which the tiny study has run and is committed."""
-    repository = Repository(tmp_path_factory.mktemp("study"), STUDY)
-    output = repository.run("dvc", "repro")
-    assert set(stages_run(output)) == {*DVC, "extract-train@EfficientNetLite0"} - {"extract-train"}
-    assert "prepare: train 60, val 54, test 180; 10 classes" in output.splitlines()
-    assert "oneDNN" not in output, "what TensorFlow writes as it is imported"
-    repository.commit("study")
-    return repository
 
 
 def read(repository: Repository, name: str) -> Any:
@@ -87,15 +131,24 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_metrics_hold_the_keys_that_other_programs_rely_on(study: Repository) -> None:
+def test_repro_runs_every_stage_and_prints_nothing_of_tensorflow(finished_study: Repository) -> None:
+    output = (finished_study.folder.parent / "repro.log").read_text()
+    assert set(stages_run(output)) == {*DVC, "extract-train@EfficientNetLite0"} - {"extract-train"}
+    assert "prepare: train 60, val 54, test 180; 10 classes" in output.splitlines()
+    assert "oneDNN" not in output, "what TensorFlow writes as it is imported"
+
+
+@pytest.mark.slow
+def test_metrics_hold_the_keys_that_other_programs_rely_on(finished_study: Repository) -> None:
+    study = finished_study
     records = json.loads((study.folder / "data/records/dataset.json").read_text())
     assert read(study, "prepare")["digest"] == records["digest"]
-    for name, passes in (("extract/EfficientNetLite0", 1), ("finetune", 1), ("sam", 2)):
+    for name, epochs, gradients in (("extract/EfficientNetLite0", 2, 1), ("finetune", 5, 1), ("sam", 5, 2)):
         metrics = read(study, name)
         assert set(metrics["val"]) == {"accuracy", "top5_accuracy", "loss"}
-        assert metrics["epochs"] == 5
-        assert 1 <= metrics["best_epoch"] <= 5
-        assert metrics["gradient_evaluations"] == 60 * 5 * passes
+        assert metrics["epochs"] == epochs
+        assert 1 <= metrics["best_epoch"] <= epochs
+        assert metrics["gradient_evaluations"] == 60 * epochs * gradients
     assert read(study, "select")["backbone"] == "EfficientNetLite0"
     assert read(study, "select")["val"]["accuracy"] == read(study, "extract/EfficientNetLite0")["val"]["accuracy"]
     evaluated = read(study, "evaluate")
@@ -113,7 +166,8 @@ def test_metrics_hold_the_keys_that_other_programs_rely_on(study: Repository) ->
 
 
 @pytest.mark.slow
-def test_predictions_name_every_test_image(study: Repository) -> None:
+def test_predictions_name_every_test_image(finished_study: Repository) -> None:
+    study = finished_study
     found = rows(study.folder / "predictions/test.csv")
     assert list(found[0]) == ["name", "label", "extract", "finetune", "sam"]
     assert len({row["name"] for row in found}) == len(found)
@@ -122,14 +176,14 @@ def test_predictions_name_every_test_image(study: Repository) -> None:
 
 
 @pytest.mark.slow
-def test_preview_is_a_picture(study: Repository) -> None:
-    with Image.open(study.folder / "plots/augment.png") as picture:
+def test_preview_is_a_picture(finished_study: Repository) -> None:
+    with Image.open(finished_study.folder / "plots/augment.png") as picture:
         assert picture.width >= 400
         assert len(picture.convert("L").getcolors(2**16) or []) > 50
 
 
 @pytest.mark.slow
-def test_a_second_repro_does_nothing_and_figures_are_in_git_while_models_are_not(study: Repository) -> None:
+def test_second_repro_runs_nothing_and_git_tracks_metrics_but_no_models(study: Repository) -> None:
     assert stages_run(study.run("dvc", "repro")) == []
     assert study.run("git", "status", "--porcelain") == ""
     tracked = study.run("git", "ls-files").split()
@@ -138,17 +192,55 @@ def test_a_second_repro_does_nothing_and_figures_are_in_git_while_models_are_not
     assert not list(study.cache.rglob("*.npz")), "resume state is left behind"
 
 
+# What is edited -> the stages whose deps that changes.
+TRAINING = {"extract-train@EfficientNetLite0", "finetune", "sam-finetune"}
+EDITS = {
+    "evaluation/evaluate.py": {"evaluate"},
+    "data/sources.py": {"prepare"},
+    "models/build.py": TRAINING | {"evaluate"},
+    "sam": {"sam-finetune", "evaluate"},
+    "training": TRAINING,
+}
+
+
+def edit(repository: Repository, name: str) -> None:
+    """Add a comment to a module of src/flatmin, or to one of a package."""
+    path = repository.folder / "src/flatmin" / name
+    with (path / "__init__.py" if path.is_dir() else path).open("a") as file:
+        file.write("# edited\n")
+
+
+def stages_changed(repository: Repository) -> set[str]:
+    """Return the stages of which DVC says that a dep or an output changed."""
+    return set(json.loads(repository.run("dvc", "status", "--json")))
+
+
 @pytest.mark.slow
-def test_a_small_number_given_with_dash_s_is_a_number(study: Repository) -> None:
+def test_editing_a_room_changes_the_stages_that_use_it_and_no_others(study: Repository) -> None:
+    assert stages_changed(study) == set()
+    for name, stages in EDITS.items():
+        edit(study, name)
+        assert stages_changed(study) == stages, name
+        study.run("git", "checkout", "--quiet", ".")
+
+
+@pytest.mark.slow
+def test_editing_the_sources_retrains_nothing_when_the_records_come_out_the_same(study: Repository) -> None:
+    edit(study, "data/sources.py")
+    assert stages_run(study.run("dvc", "repro")) == ["prepare"]
+    assert stages_changed(study) == set()
+
+
+@pytest.mark.slow
+def test_exp_run_small_number_stays_a_number(study: Repository) -> None:
     # DVC writes 1e-05, which YAML 1.1 takes for text.
     study.run("dvc", "exp", "run", "-S", "sam.rho=0.00001", "--name", "small-rho", "select-best")
     assert "1e-05" in (study.folder / "params.yaml").read_text()
     study.run("python", "-m", "flatmin.common.params")
-    study.run("git", "checkout", "--force", "--quiet", ".")
 
 
 @pytest.mark.slow
-def test_a_new_backbone_runs_alone_and_one_that_left_is_pruned(study: Repository) -> None:
+def test_repro_new_backbone_runs_alone_and_prune_deletes_one_that_left(study: Repository) -> None:
     # The classifier that was chosen stays, since its rival has random weights: what follows it has nothing to do.
     study.write_params(STUDY | {"backbones": ["EfficientNetLite0", "MobileNet025"]})
     ran = stages_run(study.run("dvc", "repro"))
@@ -161,8 +253,6 @@ def test_a_new_backbone_runs_alone_and_one_that_left_is_pruned(study: Repository
     assert not (study.folder / "models/extract/MobileNet025").exists()
     study.run("dvc", "repro")
     assert stages_run(study.run("dvc", "repro")) == []
-    study.run("git", "checkout", "--force", "--quiet", ".")
-    study.run("dvc", "checkout", "--quiet")
 
 
 # Importing TensorFlow takes most of a stage that fails: here one process imports it for all.
@@ -177,47 +267,44 @@ for command in sys.argv[1:]:
 """
 
 
-def ends_of(repository: Repository, stages: Iterable[str]) -> list[str]:
-    """Run the scripts of stages that fail: the lines that each prints, and its exit code behind them."""
+def failures(repository: Repository, stages: Iterable[str]) -> list[str]:
+    """Run the scripts of stages that fail; return the lines that each prints, each followed by its exit code."""
     commands = [DVC[stage]["cmd"].split("python ")[1] for stage in stages]
     commands = [command.replace("${item.backbone}", "EfficientNetLite0") for command in commands]
     return repository.run("python", "-c", ONE_PROCESS, *commands).splitlines()
 
 
 @pytest.mark.slow
-def test_every_stage_checks_the_whole_file(study: Repository) -> None:
-    before = study.figures()
+def test_every_stage_wrong_param_of_another_stage_is_one_line(study: Repository) -> None:
+    before = study.results()
     study.write_params(STUDY | {"sam": {"rho": -1}})
-    try:
-        lines = ends_of(study, DVC)
-    finally:
-        study.write_params(STUDY)
+    lines = failures(study, DVC)
     message = "error: params.yaml: sam.rho: expected greater than or equal to 0, received -1"
     assert lines == [message, "1"] * len(DVC)
-    assert study.figures() == before
+    assert study.results() == before
 
 
 @pytest.mark.slow
-def test_missing_inputs_are_one_line(tmp_path: Path) -> None:
+def test_every_stage_missing_input_is_one_line(tmp_path: Path) -> None:
     repository = Repository(tmp_path, TINY)
     readers = [stage for stage in DVC if stage != "prepare"]
-    lines = ends_of(repository, readers)
+    lines = failures(repository, readers)
     assert lines[1::2] == ["1"] * len(readers), lines
     assert all(line.startswith("error: ") for line in lines[::2]), lines
     assert "Traceback" in repository.run("env", "FLATMIN_DEBUG=1", "python", "stages/select_best.py", expect=1)
 
 
 @pytest.mark.slow
-def test_two_clones_give_the_same_bytes_killed_or_not(study: Repository, tmp_path: Path) -> None:
+def test_second_clone_gives_the_same_bytes_though_killed(finished_study: Repository, tmp_path: Path) -> None:
     killed = Repository(tmp_path, STUDY)
     killed.run("dvc", "repro", "select-best")
     kill_after(killed, 2, "python", "stages/sam_finetune.py")
     lines = killed.run("dvc", "repro").splitlines()
-    (log,) = [line for line in lines if "going on after epoch" in line]
+    (log,) = [line for line in lines if re.search(r"^sam: .* after epoch \d+$", line)]
     done = int(log.split()[-1])
     assert done >= 2
     assert len([line for line in lines if re.match(r"sam \d/5: loss", line)]) == 5 - done
-    assert killed.figures() == study.figures()
+    assert killed.results() == finished_study.results()
 
 
 def kill_after(repository: Repository, epochs: int, *command: str) -> None:
@@ -236,34 +323,28 @@ def kill_after(repository: Repository, epochs: int, *command: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_study_of_a_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    for label, color in enumerate(((200, 30, 30), (30, 200, 30), (30, 30, 200))):
-        (folder / f"class{label}").mkdir(parents=True)
-        for index in range(20):
-            picture = Image.new("RGB", (20 + index % 3, 24), tuple(value - index for value in color))
-            picture.save(folder / f"class{label}" / f"{index}.{'png' if index % 2 else 'jpg'}")
-    params = copy.deepcopy(TINY)
+def test_repro_study_of_a_folder_learns_and_knows_the_folder_by_its_name(tmp_path: Path) -> None:
+    folder = picture_folder(tmp_path / "pictures")
+    params = tiny_params(extract={"epochs": 6})
     params["data"] = {
         "source": "folder",
         "name": str(folder),
         "splits": {"train": "train[:60%]", "test": "train[60%:]"},
         "val_fraction": 0.25,
     }
-    params["extract"]["epochs"] = 6
     repository = Repository(tmp_path / "study", params)
     repository.run("dvc", "repro", "select-best")
     assert read(repository, "prepare")["roles"]["test"]["count"] == 24
     assert read(repository, "select")["val"]["accuracy"] > 0.6
-    picture.save(folder / "class2/another.png")
-    assert stages_run(repository.run("dvc", "repro", "select-best")) == [], "DVC knows the folder by its name alone"
+    Image.new("RGB", (20, 24), "blue").save(folder / "class2/another.png")
+    assert stages_run(repository.run("dvc", "repro", "select-best")) == []
     assert stages_run(repository.run("dvc", "repro", "--force", "prepare")) == ["prepare"]
     would_run = stages_run(repository.run("dvc", "repro", "--dry", "select-best"))
     assert would_run == ["extract-train@EfficientNetLite0"]
 
 
 @pytest.mark.slow
-def test_a_named_study_leaves_the_root_clean_and_predicts(tmp_path: Path) -> None:
+def test_study_script_leaves_the_root_clean_and_predicts(tmp_path: Path) -> None:
     data = TINY["data"] | {"splits": TINY["data"]["splits"] | {"predict": "train[50%:52%]"}}
     trained, predicted, named = 60, 36, "digits/"
     if "TFDS_DATA_DIR" in os.environ:  # then there is a data set with images whose labels nobody knows

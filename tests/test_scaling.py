@@ -1,4 +1,4 @@
-"""The sizing page says what bench/scaling.json gives, and the lines in that are those of its points."""
+"""bench/scaling.py: the fit of its lines, what they give for larger studies, and how a stage is measured."""
 
 from __future__ import annotations
 
@@ -14,24 +14,12 @@ from repository import ROOT
 
 from flatmin.common.errors import InputError
 
-PAGE = (ROOT / "docs/sizing.md").read_text()
-
 sys.path.append(str(ROOT / "bench"))
 scaling: Any = importlib.import_module("scaling")
 RESULTS: dict[str, Any] = json.loads((ROOT / "bench/scaling.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["measured", "workers", "views", "needs", "gpus", "limits"])
-def test_the_page_has_the_tables_of_the_results(name: str) -> None:
-    assert scaling.tables(RESULTS)[name] in PAGE
-
-
-def test_the_page_is_short_and_names_the_machine() -> None:
-    assert len(PAGE.splitlines()) <= 120
-    assert ", ".join(RESULTS["machine"]) in PAGE
-
-
-def test_there_are_more_points_than_terms_and_the_lines_are_theirs() -> None:
+def test_lines_of_the_results_are_fitted_to_more_points_than_terms() -> None:
     known = {scaling.key(stage, study) for study in scaling.STUDIES for stage in scaling.STAGES}
     known |= {scaling.key("prepare", pictures) for pictures in scaling.PREPARED}
     for stage, terms in scaling.TERMS.items():
@@ -60,7 +48,7 @@ def test_lines_find_the_slopes_that_points_were_made_with() -> None:
 
 
 @pytest.mark.parametrize("images", [300, 1200])
-def test_a_study_keeps_as_many_bytes_of_views_as_the_boundary_says(images: int) -> None:
+def test_results_bytes_of_views_are_those_of_the_split(images: int) -> None:
     """At 96 px the boundary has (96 / 160) squared of the values at 160, as both are multiples of 32."""
     views = images * 2 + images // 5
     at_160 = RESULTS["boundaries"][scaling.BACKBONE]["160"]["bytes"]
@@ -68,7 +56,7 @@ def test_a_study_keeps_as_many_bytes_of_views_as_the_boundary_says(images: int) 
     assert 0 < kept - views * at_160 * 96**2 / 160**2 < 3000  # the files' heads and checksums
 
 
-def test_more_images_need_more_of_everything() -> None:
+def test_need_more_images_need_more_of_everything() -> None:
     few, many = (scaling.need(images, RESULTS, RESULTS["lines"]) for images in (10**6, 10**8))
     for stage in ("prepare", *scaling.STAGES):
         assert many[stage]["seconds"] > 50 * few[stage]["seconds"], stage
@@ -77,13 +65,13 @@ def test_more_images_need_more_of_everything() -> None:
     assert many["finetune"]["disk"] == 4.2e8 * RESULTS["boundaries"][scaling.BACKBONE]["160"]["bytes"]
 
 
-def test_durations_and_amounts_read_well() -> None:
+def test_duration_and_amount_choose_a_unit() -> None:
     assert [scaling.duration(seconds) for seconds in (99, 600, 7200, 1e6)] == ["99 s", "10 min", "2 h", "11.6 days"]
     assert [scaling.amount(count) for count in (12, 2500, 3e12)] == ["12 B", "2.5 kB", "3 TB"]
 
 
 @pytest.mark.slow
-def test_a_stage_is_measured_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_measures_time_memory_and_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     point = scaling.prepare(scaling.Pictures(140, 16))
     assert point["seconds"] > 0.5
@@ -92,14 +80,14 @@ def test_a_stage_is_measured_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None
     assert point["disk"]["data/records"] > point["source_bytes"] > 140 * 300
 
 
-def test_a_stage_that_fails_is_an_error(tmp_path: Path) -> None:
+def test_run_stage_that_fails_is_an_error(tmp_path: Path) -> None:
     scaling.copy_code(tmp_path)
     with pytest.raises(InputError, match=r"prepare: expected it to succeed, received .*params\.yaml"):
         scaling.run(tmp_path, "prepare", ["stages/prepare.py"])
 
 
 @pytest.mark.slow
-def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_measures_missing_points_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(ROOT / "bench/scaling.json", tmp_path / "scaling.json")
     monkeypatch.setattr(scaling, "RESULTS", tmp_path / "scaling.json")
     whole = [study for study in scaling.STUDIES if scaling.key("sam-finetune", study) in RESULTS["points"]]
@@ -120,7 +108,7 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_the_bytes_of_views_follow_from_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boundaries_follow_from_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 224 px a view has (224 / 160) squared of the values at 160, as both are multiples of 32."""
     monkeypatch.setattr(scaling, "SIZES", (160,))
     boundaries = RESULTS["boundaries"]

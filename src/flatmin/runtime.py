@@ -139,7 +139,7 @@ def has_float16() -> bool:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16 matrices: AMX, AVX512_BF16, or Arm's equivalent."""
+    """Whether the processor multiplies bfloat16 matrices itself: AMX, AVX512_BF16, or Arm's equivalent."""
     return _has("amx_bf16", "avx512_bf16", "bf16")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -26,6 +27,8 @@ from flatmin.common import console, errors
 from flatmin.common.errors import InputError
 from flatmin.common.params_errors import InconsistentError, explain, read_yaml
 from flatmin.models.registry import BACKBONES
+from flatmin.sam.methods import METHODS, MethodSetting, method_settings
+from flatmin.sam.settings import Settings
 
 ROLES = ("train", "val", "test", "predict")
 
@@ -125,9 +128,10 @@ class Splits(Section):
     """The split expression of the source, such as `train[:90%]`, for each role."""
 
     train: Text = Field(description="Examples to train on.")
-    test: Text = Field(description="Examples that evaluate alone scores.")
+    test: Text = Field(description="Examples on which evaluate scores the models; nothing is decided by them.")
     val: Text | None = Field(
-        None, description="Examples that decide epochs, backbone and settings. Null: see `val_fraction`."
+        None,
+        description="Examples that decide epochs, backbone and settings. Null: taken out of train, see `val_fraction`.",
     )
     predict: Text | None = Field(None, description="Examples to predict, whose labels are ignored. Null: none.")
 
@@ -146,7 +150,7 @@ class Data(Section):
         " `splits.val`, `val_fraction` and `val_per_class` must be given.",
     )
     val_per_class: Count | None = Field(
-        None, description="Number of images of each class of train that become val. Null: see `val_fraction`."
+        None, description="Number of images of each class of train that become val; see `val_fraction`."
     )
     train_per_class: Count | None = Field(
         None, description="Number of images of each class to keep in train, after val was taken out. Null: all."
@@ -316,51 +320,71 @@ class Select(Section):
     )
 
 
-class Sam(Section):
-    """Sharpness-aware minimization, as `flatmin.sam.Settings` explains it.
+class SharedSam(Section):
+    """The settings of sharpness-aware steps that all methods share, as `flatmin.sam.Settings` explains them."""
 
-    epochs: sam-finetune's, instead of finetune's: half of them spend as many gradient evaluations. What None stands
-    for elsewhere is the method's own default. alpha is gsam's and looksam's, gamma wsam's, rho_min and rho_max are
-    gsam's, sigma and friendly_lambda friendly's.
-    """
-
-    method: Literal["sam", "gsam", "wsam", "looksam", "friendly"] = "sam"
-    rho: NonNegative = 0.05
-    adaptive: bool = False
-    every: Count = 1
-    num_batch_splits: Count = 1
-    accumulate: Count = 1
-    sync_perturbation: bool = False
-    epochs: Count | None = None
-    alpha: NonNegative | None = None
-    gamma: Annotated[Float, Field(ge=0, lt=1)] | None = None
-    rho_min: NonNegative | None = None
-    rho_max: NonNegative | None = None
-    sigma: NonNegative | None = None
-    friendly_lambda: Annotated[Float, Field(ge=0, lt=1)] | None = None
+    method: str = Field(Settings.method, description="A method of the table in docs/sam.md.")
+    rho: NonNegative = Field(Settings.rho, description="Distance to the perturbed weights; 0 takes plain steps.")
+    adaptive: bool = Field(
+        Settings.adaptive,
+        description="Measure rho relative to the size of each weight (ASAM). It is about ten times as large then.",
+    )
+    every: Count = Field(
+        Settings.every, description="Take a perturbed step in the first and every `every`-th step after it."
+    )
+    num_batch_splits: Count = Field(1, description="Number of parts of a batch, each with its own perturbation.")
+    accumulate: Count = Field(Settings.accumulate, description="Number of batches whose gradients make one update.")
+    sync_perturbation: bool = Field(
+        Settings.sync_perturbation,
+        description="One perturbation from all replicas' gradient, in place of each replica's own.",
+    )
+    epochs: Count | None = Field(
+        None,
+        description="Number of epochs, in place of finetune's. Half of them take as many gradient evaluations.",
+    )
 
     def settings(self) -> dict[str, Any]:
-        """What `flatmin.sam.Settings` takes."""
+        """The arguments of `flatmin.sam.Settings`."""
         return self.model_dump(exclude={"epochs"})
 
     @model_validator(mode="after")
-    def _of_its_method(self) -> Self:
-        own = {
-            "gsam": {"alpha", "rho_min", "rho_max"},
-            "wsam": {"gamma"},
-            "looksam": {"alpha"},
-            "friendly": {"sigma", "friendly_lambda"},
-        }
-        for key in ("alpha", "gamma", "rho_min", "rho_max", "sigma", "friendly_lambda"):
+    def _settings_fit_together(self) -> Self:
+        method = METHODS[self.method]
+        for key in method_settings():
             value = getattr(self, key)
-            if value is not None and key not in own.get(self.method, set()):
+            if value is not None and key not in method.settings:
                 raise InconsistentError(key, f"no value with method {self.method}, received {value:g}")
-        low, high = (self.rho if value is None else value for value in (self.rho_min, self.rho_max))
-        if low > high:
-            raise InconsistentError("rho_min", f"at most rho_max, which is {high:g}, received {low:g}")
+        if method.rho_range:
+            low, high = (self.rho if getattr(self, key) is None else getattr(self, key) for key in method.rho_range)
+            if low > high:
+                key, other = method.rho_range
+                raise InconsistentError(key, f"at most {other}, which is {high:g}, received {low:g}")
         if self.sync_perturbation and self.num_batch_splits > 1:
             raise InconsistentError("sync_perturbation", "false with num_batch_splits, received true")
         return self
+
+
+def _own_setting(users: dict[str, MethodSetting]) -> Any:
+    """Type and default of a setting that not all methods have; None means the method's default."""
+    bound = next(iter(users.values())).below
+    number = Annotated[Float, Field(ge=0) if bound is None else Field(ge=0, lt=bound)]
+    meanings = (f"{method}: {setting.meaning} (default {setting.default})" for method, setting in users.items())
+    return number | None, Field(None, description=f"{'; '.join(meanings)}.")
+
+
+if TYPE_CHECKING:
+
+    class Sam(SharedSam):
+        model_config = ConfigDict(extra="allow")  # mypy cannot see the fields that the table of methods adds
+else:
+    Sam = create_model(
+        "Sam",
+        __base__=SharedSam,
+        __module__=__name__,
+        __doc__="Sharpness-aware steps of sam-finetune. `null` means the method's default.",
+        method=(Literal[tuple(METHODS)], SharedSam.model_fields["method"]),
+        **{key: _own_setting(users) for key, users in method_settings().items()},
+    )
 
 
 class Sharpness(Section):

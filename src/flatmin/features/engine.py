@@ -1,4 +1,4 @@
-"""Engines that run the frozen layers on batches of pixels: LiteRT on a CPU if it agrees with TensorFlow, else TensorFlow.
+"""Engines that run the frozen layers on pixels: LiteRT on a CPU if it agrees with TensorFlow, else TensorFlow.
 
 LiteRT (XNNPACK) takes about half of TensorFlow's time on a CPU; bench/results.json has the ratio.
 """
@@ -26,8 +26,8 @@ from flatmin.features import cache
 from flatmin.runtime import has_bfloat16, has_float16, machine
 
 EXTRACTOR_BATCH = 32  # images that an engine gets at a time
-# Largest difference of LiteRT from TensorFlow, relative to the norm of the activations. They are cached in float16, which
-# rounds by 1e-3. In half precision TensorFlow rounds its factors by 4e-3 (bfloat16), which adds up over layers.
+# Largest difference of LiteRT from TensorFlow, relative to the norm of the activations. They are cached in float16,
+# which rounds by 1e-3. In half precision TensorFlow rounds factors by 4e-3 (bfloat16), which adds up over layers.
 TOLERANCE = {"float32": 1e-3, "half": 0.1}
 FORCE_FP16 = 4  # XNNPACK's flag: everything between the float32 tensors at both ends is float16
 MODEL, REASON = "frozen.tflite", "reason.txt"
@@ -88,9 +88,7 @@ def choose(
             is_half = runtime.matmul != "float32" and (has_float16() or has_bfloat16())
             _compare(received, in_tensorflow(pixels), TOLERANCE["half" if is_half else "float32"])
         except Exception as error:  # an unknown network makes the converter raise anything
-            if isinstance(error, InputError) or getattr(
-                error, "errno", None
-            ):  # such as a full disk: no reason to refuse
+            if isinstance(error, InputError) or getattr(error, "errno", None):  # such as a full disk: no refusal
                 raise
             (folder / REASON).write_text(" ".join(str(error).split())[:200], encoding="utf-8")
         else:

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from flatmin.common.params import Augment
 
-CHUNK = 32
+AUGMENT_CHUNK = 32
 
 
 def augment(images: list[np.ndarray], settings: Augment, seed: int, epoch: int, chunk: int) -> list[np.ndarray]:
@@ -210,7 +210,7 @@ def _read(file: int, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
 
 def _cut(images: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
     iterator = iter(images)
-    while chunk := list(itertools.islice(iterator, CHUNK)):
+    while chunk := list(itertools.islice(iterator, AUGMENT_CHUNK)):
         yield chunk
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from flatmin.common import files
 from flatmin.common.params import Augment
-from flatmin.inputs.augment import CHUNK, augment
+from flatmin.inputs.augment import AUGMENT_CHUNK, augment
 from flatmin.inputs.records import Records
 
 ROWS = 8
@@ -18,7 +18,7 @@ VERSIONS = 7
 
 def draw(records: Records, settings: Augment, seed: int, path: Path | str) -> None:
     """Write a PNG: a row for each of the first images of different classes, as stored and in epochs 1 to 7."""
-    images = [image for image, _ in records.images("train").take(CHUNK).as_numpy_iterator()]
+    images = [image for image, _ in records.images("train").take(AUGMENT_CHUNK).as_numpy_iterator()]
     labels = records.labels("train")[: len(images)]
     _, first_of_class = np.unique(labels, return_index=True)
     shown = sorted(first_of_class)[:ROWS]

@@ -16,7 +16,7 @@ import tensorflow as tf
 from flatmin.common import console, files
 from flatmin.common.errors import InputError
 from flatmin.models import build, registry
-from flatmin.models.split import cut, layer_index, nodes
+from flatmin.models.split import layer_index, nodes, split_model
 from flatmin.models.weights_files import weights_digest
 
 WEIGHTS = "classifier.weights.h5"
@@ -48,20 +48,20 @@ class Description:
     hidden_units: int = 0
 
 
-class Tail(keras.Model):
+class TrainedLayers(keras.Model):
     """The trained layers: boundary tensors -> logits, float32 [batch, classes].
 
     The backbone's part always runs in inference mode: BatchNorm keeps ImageNet's statistics while its gamma and beta
     are trained, and the backbone's own dropout is off. The head's dropout follows `training`.
     """
 
-    def __init__(self, body: keras.Model | None, head: keras.Model) -> None:
+    def __init__(self, backbone_layers: keras.Model | None, head: keras.Model) -> None:
         super().__init__(name="tail")
-        self.body = body
+        self.backbone_layers = backbone_layers
         self.head = head
 
     def call(self, boundary: Any, training: bool = False) -> tf.Tensor:
-        features = boundary if self.body is None else self.body(boundary, training=False)
+        features = boundary if self.backbone_layers is None else self.backbone_layers(boundary, training=False)
         return self.head(features, training=training)
 
 
@@ -79,7 +79,7 @@ class Classifier:
     head: keras.Model
     network: keras.Model = field(repr=False)
 
-    def cut(self, at: str | int | None) -> tuple[keras.Model, Tail]:
+    def split(self, at: str | int | None) -> tuple[keras.Model, TrainedLayers]:
         """Trunk and tail, sharing this classifier's weights.
 
         Args:
@@ -91,13 +91,13 @@ class Classifier:
         pixels = keras.Input(self.network.input.shape[1:], name="pixels")
         prepared = registry.preprocess(self.description.backbone, pixels)
         if at is None:
-            return keras.Model(pixels, self.features(prepared), name="trunk"), Tail(None, self.head)
-        frozen, body = cut(self.features, self.base.layers, layer_index(self.base, at))
-        return keras.Model(pixels, frozen(prepared), name="trunk"), Tail(body, self.head)
+            return keras.Model(pixels, self.features(prepared), name="trunk"), TrainedLayers(None, self.head)
+        frozen, body = split_model(self.features, self.base.layers, layer_index(self.base, at))
+        return keras.Model(pixels, frozen(prepared), name="trunk"), TrainedLayers(body, self.head)
 
-    def trunk_identity(self, at: str | int | None) -> dict[str, Any]:
-        """What the trunk of `cut(at)` makes of pixels depends on: what JSON can hold."""
-        trunk, _ = self.cut(at)
+    def frozen_identity(self, at: str | int | None) -> dict[str, Any]:
+        """What the trunk of `split(at)` makes of pixels depends on: what JSON can hold."""
+        trunk, _ = self.split(at)
         return {
             "backbone": self.description.backbone,
             "image_size": self.description.image_size,
@@ -141,7 +141,7 @@ def pooled(base: keras.Model, levels: Levels) -> keras.Model:
     """A backbone with global average pooling: of its output, or of the last activations of each of its resolutions.
 
     What a network makes before its last layers serves classes that it was not trained for (Head2Toe, arXiv:2201.03529).
-    Resolutions stand one behind the other, each channel as `standardize` has it.
+    Resolutions stand one behind the other, each channel as `fit_standardization` has it.
     """
     if levels == "last":
         return keras.Model(
@@ -161,7 +161,7 @@ def pooled(base: keras.Model, levels: Levels) -> keras.Model:
     return keras.Model(base.input, scaled, name="features")
 
 
-def standardize(model: Classifier, images: tf.data.Dataset) -> None:
+def fit_standardization(model: Classifier, images: tf.data.Dataset) -> None:
     """Bring each channel that the head sees to mean 0 and variance 1 over these images; for good.
 
     Args:
@@ -203,6 +203,7 @@ def _head(description: Description, channels: int) -> keras.Model:
 def create(
     backbone: str,
     class_names: Sequence[str],
+    *,
     image_size: int | None,
     dropout: float,
     seed: int,

@@ -13,13 +13,18 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from flatmin.models.classifier import Tail
+from flatmin.models.classifier import TrainedLayers
 
 FULL = ("float32", "float64")
 Calls = dict[int, Callable[..., Any]]  # the id of an operation -> what is called in its place
 
 
-def faster(tail: Tail, fold: bool = True, depthwise: bool = True, half: bool = False) -> Tail:
+def optimize_for_cpu(
+    layers: TrainedLayers,
+    fold_batchnorm: bool = True,
+    fast_depthwise_grad: bool = True,
+    bfloat16_grad: bool = False,
+) -> TrainedLayers:
     """A tail with the same variables in the same order, outputs and gradients, but for rounding.
 
     Args:
@@ -32,10 +37,10 @@ def faster(tail: Tail, fold: bool = True, depthwise: bool = True, half: bool = F
         the tail itself where there is a GPU or nothing to gain. Layers that are of no such kind, or compute in half
         precision, are called as they are.
     """
-    if tail.body is None or tf.config.list_logical_devices("GPU"):
-        return tail
-    calls = _calls(tail.body, fold, depthwise, half)
-    return Tail(_Rewritten(tail.body, calls), tail.head) if calls else tail
+    if layers.backbone_layers is None or tf.config.list_logical_devices("GPU"):
+        return layers
+    calls = _calls(layers.backbone_layers, fold_batchnorm, fast_depthwise_grad, bfloat16_grad)
+    return TrainedLayers(_Rewritten(layers.backbone_layers, calls), layers.head) if calls else layers
 
 
 class _Rewritten(keras.Model):

@@ -32,7 +32,7 @@ def nodes(model: keras.Model) -> list[Any]:
     return [node for depth in sorted(model._nodes_by_depth, reverse=True) for node in model._nodes_by_depth[depth]]
 
 
-def cut(model: keras.Model, layers: Sequence[keras.Layer], index: int) -> tuple[keras.Model, keras.Model]:
+def split_model(model: keras.Model, layers: Sequence[keras.Layer], index: int) -> tuple[keras.Model, keras.Model]:
     """Cut a functional model before `layers[index]` into two that make the same of an image in a row.
 
     The tensors that frozen layers make and trained ones use are the boundary; a cut inside a residual block has

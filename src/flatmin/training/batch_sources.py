@@ -1,4 +1,4 @@
-"""Where a training's batches come from: images augmented afresh in every epoch, or cached activations of a few views."""
+"""Sources of a training's batches: images augmented again in every epoch, or cached activations of a few views."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BatchSource(Protocol):
 
 
 class AugmentedImages:
-    """Images, augmented afresh in every epoch; the frozen layers run within the training step."""
+    """Images, augmented again in every epoch; the frozen layers run within the training step."""
 
     engine = "tensorflow"
 

@@ -36,8 +36,8 @@ def stops(history: Sequence[Epoch], early_stopping: EarlyStopping | None) -> boo
 def plateau(history: Sequence[Epoch], schedule: Plateau, rate: float) -> float:
     """The learning rate for the epoch after `history`, by the rule of Keras' `ReduceLROnPlateau`.
 
-    Keras starts waiting again after it lowered the rate, so every `patience` epochs in a row without a better loss lower
-    it once.
+    Keras starts waiting again after it lowered the rate, so every `patience` epochs in a row without a better loss
+    lower it once.
     """
     for waited in _epochs_without_improvement([epoch["val_loss"] for epoch in history], schedule.min_delta):
         if waited and waited % schedule.patience == 0:

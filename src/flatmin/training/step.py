@@ -23,14 +23,19 @@ Forward = Callable[[Any], tuple[tf.Tensor, Any]]
 class UpdateRule(Protocol):
     """Turns a batch into one update of a model's trainable weights; `flatmin.sam.Step` is another one."""
 
-    variables: Sequence[Any]  # the state between steps
+    @property
+    def variables(self) -> Sequence[Any]:
+        """The state between steps."""
 
     @property
     def gradient_evaluations(self) -> int:
         """The number of images that went forward and backward so far, counted once for each pass."""
 
     def __call__(self, forward: Forward, batch: Any, count: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        """Update the weights; return the first pass's loss and logits. count: float32, the real examples of the batch."""
+        """Update the weights; return the first pass's loss and logits.
+
+        count: float32, the number of real examples in the batch.
+        """
 
 
 @dataclass(frozen=True)

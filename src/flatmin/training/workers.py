@@ -55,7 +55,7 @@ class Workers:
 
     @contextmanager
     def explain_lost_worker(self, name: str) -> Iterator[None]:
-        """Turn TensorFlow's errors of a lost worker, which it raises within a minute, into an `InputError` of one line."""
+        """Turn TensorFlow's errors of a lost worker, raised within a minute, into an `InputError` of one line."""
         try:
             yield
         except LOST_WORKER as error:

@@ -1,4 +1,4 @@
-"""The schema takes what it should and says in one line what is wrong with the rest."""
+"""The schema: what it accepts, its defaults, and the one line that it says about anything else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from repository import ROOT, TINY
 from flatmin.common import params
 from flatmin.common.errors import InputError
 
-NAMED = sorted((ROOT / "studies").glob("*/params.yaml"))
+STUDIES = sorted((ROOT / "studies").glob("*/params.yaml"))
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
@@ -33,8 +33,118 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("path", NAMED, ids=lambda path: path.parent.name)
-def test_every_study_is_good(path: Path) -> None:
+# The required keys alone, each schedule once, and early stopping.
+RECIPE = {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 8, "epochs": 3}
+REQUIRED: dict[str, Any] = {
+    "seed": 0,
+    "runtime": {},
+    "data": {"source": "folder", "name": "x", "splits": {"train": "train", "test": "test"}, "val_per_class": 1},
+    "augment": {},
+    "backbones": ["ResNet50"],
+    "extract": {**RECIPE, "schedule": {"name": "plateau"}, "early_stopping": {}},
+    "select": {},
+    "finetune": {**RECIPE, "schedule": {"name": "cosine"}},
+    "sam": {},
+    "evaluate": {},
+}
+# All other keys. A changed default changes the results of every params.yaml that leaves the key out.
+DEFAULTS: dict[str, Any] = {
+    "runtime": {
+        "precision": "float32",
+        "matmul": "float32",
+        "deterministic": True,
+        "strategy": "auto",
+        "engine": "auto",
+    },
+    "data": {
+        "splits": {"val": None, "predict": None},
+        "val_fraction": None,
+        "train_per_class": None,
+        "image_size": None,
+        "skip_broken": 0,
+        "label_noise": 0.0,
+        "class_names": None,
+    },
+    "augment": {"engine": "imgaug", "n": 3, "m": 7, "p": 1.0, "flip": False, "crop": 0},
+    "extract": {
+        "schedule": {"factor": 0.2, "patience": 3, "min_delta": 0.001, "minimum": 1e-06},
+        "weight_decay": 0.0,
+        "label_smoothing": 0.0,
+        "ema": None,
+        "dropout": 0.2,
+        "views": 0,
+        "early_stopping": {"patience": 5, "min_delta": 0.001},
+        "image_size": None,
+        "weights": {},
+        "levels": "last",
+        "hidden_units": 0,
+        "augment": True,
+    },
+    "select": {"tolerance": 0.0},
+    "finetune": {
+        "schedule": {"warmup_epochs": 0.0},
+        "weight_decay": 0.0,
+        "label_smoothing": 0.0,
+        "ema": None,
+        "dropout": 0.2,
+        "views": 0,
+        "early_stopping": None,
+        "image_size": None,
+        "fine_tune_at": None,
+    },
+    "sam": {
+        "method": "sam",
+        "rho": 0.05,
+        "adaptive": False,
+        "every": 1,
+        "num_batch_splits": 1,
+        "accumulate": 1,
+        "sync_perturbation": False,
+        "epochs": None,
+        "alpha": None,
+        "gamma": None,
+        "rho_min": None,
+        "rho_max": None,
+        "sigma": None,
+        "friendly_lambda": None,
+    },
+    "evaluate": {
+        "batch_size": 128,
+        "mirrored": False,
+        "ece_bins": 15,
+        "resamples": 10000,
+        "sharpness": {"images": 64, "rho": 0.05, "adaptive_rho": 0.5, "steps": 15, "probes": 6},
+    },
+}
+
+
+def without(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Remove the given keys that are no sections, at any depth."""
+    return {
+        key: without(value, given[key]) if key in given else value
+        for key, value in values.items()
+        if isinstance(given.get(key, {}), dict)
+    }
+
+
+def test_params_defaults_are_unchanged() -> None:
+    assert without(params.parse(REQUIRED).model_dump(), REQUIRED) == DEFAULTS
+
+
+def test_params_keys_all_have_a_description() -> None:
+    sections = [section for section in params.Section.__subclasses__() if section is not params.Sam]
+    sections += [section for training in sections for section in training.__subclasses__()]
+    undescribed = [
+        f"{section.__name__}.{name}"
+        for section in sections
+        for name, field in section.model_fields.items()
+        if not field.description and not isinstance(field.annotation, type(params.Section))
+    ]
+    assert undescribed == []
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
+def test_load_of_each_study_is_valid(path: Path) -> None:
     params.load(path)
 
 
@@ -83,16 +193,16 @@ def test_every_study_is_good(path: Path) -> None:
         ("augment.m", 31, "augment.m: expected less than or equal to 30, received 31"),
         ("augment.n", 15, "augment.n: expected less than or equal to 14, received 15"),
         ("augment.crop", -1, "augment.crop: expected greater than or equal to 0, received -1"),
-        ("data.splits.train", "", "data.splits.train: expected text that isn't empty, received ''"),
+        ("data.splits.train", "", "data.splits.train: expected non-empty text, received ''"),
         ("data.splits.valid", "val", "data.splits.valid: expected no such key, received 'val'"),
         ("data.splits", "train", "data.splits: expected a mapping, received 'train'"),
         ("data.splits", {"train": "train"}, "data.splits.test: expected a value, found none"),
         ("data.class_names", ["a"], "data.class_names: expected a list of at least 2, received ['a']"),
         ("data.class_names", ["a", 3], "data.class_names.1: expected a valid string, received 3"),
-        ("data.class_names", ["a", "b", "a"], "data.class_names: expected names that differ, received 'a' twice"),
+        ("data.class_names", ["a", "b", "a"], "data.class_names: expected distinct names, received 'a' twice"),
         ("sam", None, "sam: expected a mapping, received None"),
         ("sam", [0.05], "sam: expected a mapping, received [0.05]"),
-        ("sam", {7: 1}, "sam.7: expected a key that is text, received 7"),
+        ("sam", {7: 1}, "sam.7: expected a text key, received 7"),
         ("sam.a\nb", 1, "sam.'a\\nb': expected no such key, received 1"),
         ("sam.rho", "a\nb", "sam.rho: expected a valid number, received 'a\\nb'"),
         ("extract.optimizer", "lion", "extract.optimizer: expected 'adam', 'adamw' or 'sgd', received 'lion'"),
@@ -100,7 +210,7 @@ def test_every_study_is_good(path: Path) -> None:
         ("backbones", ["ResNet51"], "backbones.0: expected one of ResNet50, "),
         ("backbones", "ResNet50", "backbones: expected a valid list, received 'ResNet50'"),
         ("backbones", ["ResNet50", 3], "backbones.1: expected a valid string, received 3"),
-        ("backbones", ["ResNet50", "ResNet50"], "backbones: expected names that differ, received 'ResNet50' twice"),
+        ("backbones", ["ResNet50", "ResNet50"], "backbones: expected distinct names, received 'ResNet50' twice"),
         ("data.val_fraction", 0.1, "data: expected exactly one of splits.val, val_fraction and val_per_class"),
         (
             "finetune.schedule",
@@ -137,7 +247,7 @@ def test_every_study_is_good(path: Path) -> None:
         ("finetune.image_size", {"ResNet51": 32}, "finetune.image_size.ResNet51: expected one of ResNet50"),
         ("finetune.image_size", {3: 32}, "finetune.image_size.3: expected a valid string, received 3"),
         ("finetune.fine_tune_at", -1, "finetune.fine_tune_at: expected greater than or equal to 0, received -1"),
-        ("finetune.fine_tune_at", "", "finetune.fine_tune_at: expected text that isn't empty, received ''"),
+        ("finetune.fine_tune_at", "", "finetune.fine_tune_at: expected non-empty text, received ''"),
         *(
             (
                 "finetune.fine_tune_at",
@@ -157,7 +267,7 @@ def test_every_study_is_good(path: Path) -> None:
         ("extract.weights", {"ResNet51": "none"}, "extract.weights.ResNet51: expected one of ResNet50"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(path: str, value: Any, message: str) -> None:
+def test_parse_of_wrong_value_says_key_expected_and_received(path: str, value: Any, message: str) -> None:
     with pytest.raises(InputError) as caught:
         params.parse(changed(path, value))
     assert str(caught.value).startswith(f"params.yaml: {message}")
@@ -165,32 +275,32 @@ def test_what_is_wrong_is_said_in_one_line(path: str, value: Any, message: str) 
 
 
 @pytest.mark.parametrize("section", sorted(TINY))
-def test_every_section_is_required(section: str) -> None:
+def test_parse_without_section_is_refused(section: str) -> None:
     values = {name: value for name, value in TINY.items() if name != section}
     with pytest.raises(InputError, match=f"{section}: expected a value, found none"):
         params.parse(values)
 
 
 @pytest.mark.parametrize("text", ["1e-05", "1E-5", "+1e-05", "0.00001", ".00001", "1.e-5"])
-def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path: Path, text: str) -> None:
+def test_parse_of_number_that_yaml_reads_as_text_is_a_number(tmp_path: Path, text: str) -> None:
     assert params.parse(changed("sam.rho", text)).sam.rho == 1e-5
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(TINY).replace("rho: 0.05", f"rho: {text}"))
     assert params.load(tmp_path / "params.yaml").sam.rho == 1e-5
 
 
 @pytest.mark.parametrize("text", ["", "e-5", "1e", "1_0", "0x10", "nan", "inf", "\u0661", "1 ", "1\n"])
-def test_text_that_is_no_number_is_refused(text: str) -> None:
+def test_parse_of_other_text_for_number_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"sam\.rho: expected a valid number, received '"):
         params.parse(changed("sam.rho", text))
 
 
 @pytest.mark.parametrize("value", [32, {"ResNet50": 32}, {}, None])
-def test_image_sizes_are_for_all_or_each(value: Any) -> None:
+def test_parse_of_image_size_takes_one_or_one_per_backbone(value: Any) -> None:
     assert params.parse(changed("finetune.image_size", value)).finetune.image_size == value
 
 
 @pytest.mark.parametrize("value", [0, "top", {"ResNet50": "top", "MobileNet": 3}, {}, None])
-def test_cuts_are_for_all_or_each(value: Any) -> None:
+def test_parse_of_fine_tune_at_takes_one_or_one_per_backbone(value: Any) -> None:
     assert params.parse(changed("finetune.fine_tune_at", value)).finetune.fine_tune_at == value
 
 
@@ -208,14 +318,14 @@ def test_cuts_are_for_all_or_each(value: Any) -> None:
         ("seed: !!bool x\n", "expected YAML"),
         pytest.param("seed: " + "1" * 5000, "expected YAML", id="long"),
         ("seed: !!python/object:os.system x\n", "expected YAML"),
-        pytest.param("[" * 5000, "expected YAML", id="deep"),
+        pytest.param("[" * 5000, "expected YAML", id="deep", marks=pytest.mark.slow),
         ("seed: &a {seed: *a}\n", "expected "),
         ("? [a]\n: 1\n", "expected YAML"),
         ("seed: \0\n", "expected YAML"),
         ("seed: 1\n---\nseed: 2\n", "expected YAML"),
     ],
 )
-def test_files_that_are_no_params(tmp_path: Path, text: str, message: str) -> None:
+def test_load_of_wrong_file_says_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(InputError, match=message) as caught:
         params.load(tmp_path / "params.yaml")
@@ -223,17 +333,17 @@ def test_files_that_are_no_params(tmp_path: Path, text: str, message: str) -> No
     assert str(caught.value).startswith(f"{tmp_path / 'params.yaml'}: ")
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_load_of_unreadable_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing\.yaml: expected a file, found none"):
         params.load(tmp_path / "nothing.yaml")
-    with pytest.raises(InputError, match="expected a file that can be read, received: Is a directory"):
+    with pytest.raises(InputError, match="expected a readable file, received: Is a directory"):
         params.load(tmp_path)
     (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="expected YAML"):
         params.load(tmp_path / "params.yaml")
 
 
-def test_a_value_that_aliases_blow_up_is_refused_at_once(tmp_path: Path) -> None:
+def test_load_of_exponentially_nested_aliases_is_refused_quickly(tmp_path: Path) -> None:
     lines = ["a0: &a0 [1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
     text = yaml.safe_dump(TINY).replace("rho: 0.05", "rho: *a29") + "\n"
     (tmp_path / "params.yaml").write_text("\n".join(lines) + "\n" + text)
@@ -241,7 +351,7 @@ def test_a_value_that_aliases_blow_up_is_refused_at_once(tmp_path: Path) -> None
         params.load(tmp_path / "params.yaml")
 
 
-def test_a_section_can_be_merged_into_another(tmp_path: Path) -> None:
+def test_load_with_yaml_merge_key_merges_sections(tmp_path: Path) -> None:
     recipe = yaml.safe_dump({"select": TINY["select"]}).replace("select:", "select: &one")
     rest = yaml.safe_dump({**{key: value for key, value in TINY.items() if key != "select"}, "sam": None})
     text = recipe + rest.replace("sam: null", "sam: {<<: *one, rho: 0.1}")
@@ -252,28 +362,28 @@ def test_a_section_can_be_merged_into_another(tmp_path: Path) -> None:
     assert params.load(tmp_path / "params.yaml").sam.rho == 1e-5
 
 
-def test_the_command_says_one_line(tmp_path: Path) -> None:
+def test_params_command_prints_one_line(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed("sam.rho", -1)))
     command = [sys.executable, "-m", "flatmin.common.params"]
     environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": ""}
-    bad = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (bad.returncode, bad.stdout) == (1, "")
-    assert bad.stderr == "error: params.yaml: sam.rho: expected greater than or equal to 0, received -1\n"
+    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == "error: params.yaml: sam.rho: expected greater than or equal to 0, received -1\n"
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(TINY))
-    good = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (good.returncode, good.stdout, good.stderr) == (0, "params.yaml: good, seed 7\n", "")
+    accepted = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (accepted.returncode, accepted.stdout, accepted.stderr) == (0, "params.yaml: valid, seed 7\n", "")
 
 
 def paths(values: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
+    keys = []
     for key, value in values.items():
-        found.append(prefix + key)
+        keys.append(prefix + key)
         if isinstance(value, dict):
-            found += paths(value, f"{prefix}{key}.")
-    return found
+            keys += paths(value, f"{prefix}{key}.")
+    return keys
 
 
-MORE = [
+OTHER_KEYS = [
     "data.class_names",
     "data.val_fraction",
     "data.skip_broken",
@@ -307,19 +417,20 @@ VALUES = st.recursive(
 )
 
 
-def shown(path: str) -> str:
+def printable(path: str) -> str:
     return ".".join(part if part.isprintable() else repr(part) for part in path.split("."))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=500)
-@given(st.sampled_from(paths(TINY) + MORE), VALUES)
-def test_any_value_anywhere_is_taken_or_refused_in_one_line(path: str, value: Any) -> None:
+@given(st.sampled_from(paths(TINY) + OTHER_KEYS), VALUES)
+def test_parse_of_any_value_for_any_key_is_accepted_or_says_one_line(path: str, value: Any) -> None:
     try:
         assert isinstance(params.parse(changed(path, value)), params.Params)
     except InputError as error:
         message = str(error)
         assert len(message.splitlines()) == 1
-        at_key = message.startswith((f"params.yaml: {shown(path)}: ", f"params.yaml: {shown(path)}."))
+        at_key = message.startswith((f"params.yaml: {printable(path)}: ", f"params.yaml: {printable(path)}."))
         at_both = path.startswith("data.") and message.startswith("params.yaml: data: expected exactly one of")
         assert at_key or at_both
         assert ": expected " in message
@@ -329,7 +440,7 @@ def test_any_value_anywhere_is_taken_or_refused_in_one_line(path: str, value: An
 
 @settings(deadline=None)
 @given(VALUES)
-def test_any_value_instead_of_all_is_refused_in_one_line(value: Any) -> None:
+def test_parse_of_any_other_value_says_one_line(value: Any) -> None:
     with pytest.raises(InputError) as caught:
         params.parse(value)
     assert str(caught.value).startswith("params.yaml: ")
@@ -338,7 +449,7 @@ def test_any_value_instead_of_all_is_refused_in_one_line(value: Any) -> None:
 
 @settings(deadline=None)
 @given(st.text(alphabet="ab:-[]{},&*<!?|>'\"#%@` \n\t019.", max_size=30) | st.text(max_size=20))
-def test_any_text_as_a_file_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_load_of_any_text_says_one_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError) as caught:
@@ -346,7 +457,7 @@ def test_any_text_as_a_file_is_refused_in_one_line(tmp_path_factory: pytest.Temp
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_sam_epochs_are_longer_than_the_warm_up() -> None:
+def test_parse_of_sam_epochs_within_warmup_is_refused() -> None:
     values = copy.deepcopy(TINY)
     values["finetune"] |= {"epochs": 9, "schedule": {"name": "cosine", "warmup_epochs": 2}}
     values["sam"] = {"epochs": 2}
@@ -357,7 +468,7 @@ def test_sam_epochs_are_longer_than_the_warm_up() -> None:
 
 
 @pytest.mark.parametrize("section", ["extract", "finetune"])
-def test_views_that_are_all_the_same_are_refused(section: str) -> None:
+def test_parse_of_several_views_without_augmentation_is_refused(section: str) -> None:
     values = copy.deepcopy(TINY)
     values["augment"] = {"engine": "none"}
     values["extract"]["views"] = values["finetune"]["views"] = 1

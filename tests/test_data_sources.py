@@ -1,0 +1,358 @@
+"""Sources: the examples they hold, in which order, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import CIFAR, decode_with_tensorflow, needs_cifar, write_picture
+
+from flatmin.common.errors import InputError
+from flatmin.common.params import Data
+from flatmin.data.sources import open_source
+from flatmin.data.sources.base import Source, balanced_order
+
+
+def opened(source: str, name: str | Path, seed: int = 0) -> Source:
+    values = {"source": source, "name": str(name), "splits": {"train": "train", "test": "test"}, "val_fraction": 0.1}
+    return open_source(Data.model_validate(values), seed)
+
+
+# The order of examples
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    seed=st.integers(0, 2**31 - 1),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_balanced_order_any_slice_is_stratified(sizes: list[int], seed: int, ends: tuple[float, float]) -> None:
+    labels = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    order = balanced_order(labels, seed)
+    assert sorted(order) == list(range(len(labels)))
+    start, stop = sorted(round(end * len(labels)) for end in ends)
+    counts = np.bincount(labels[order][start:stop], minlength=len(sizes))
+    fractions = np.array(sizes) / len(labels)
+    # At each end a class is off by up to half an example, and by its fraction of what all classes are off.
+    assert (np.abs(counts - fractions * (stop - start)) <= 1 + fractions * len(sizes) + 1e-9).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(classes=st.integers(1, 8), size=st.integers(1, 30), seed=st.integers(0, 2**31 - 1), data=st.data())
+def test_balanced_order_with_equal_classes_counts_differ_by_one_at_most(
+    classes: int, size: int, seed: int, data: st.DataObject
+) -> None:
+    labels = np.repeat(np.arange(classes, dtype=np.int32), size)
+    stop = data.draw(st.integers(0, len(labels)))
+    counts = np.bincount(labels[balanced_order(labels, seed)][:stop], minlength=classes)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_balanced_order_depends_on_seed_alone() -> None:
+    labels = np.repeat(np.arange(3, dtype=np.int32), 20)
+    np.testing.assert_array_equal(balanced_order(labels, 1), balanced_order(labels, 1))
+    assert (balanced_order(labels, 1) != balanced_order(labels, 2)).any()
+
+
+def test_balanced_order_without_labels_keeps_order() -> None:
+    assert balanced_order(np.full(5, -1, np.int32), 3).tolist() == [0, 1, 2, 3, 4]
+    assert balanced_order(np.empty(0, np.int32), 3).tolist() == []
+
+
+# Bundled
+
+
+def test_digits_are_scikit_learns_scans() -> None:
+    from sklearn.datasets import load_digits
+
+    source = opened("bundled", "digits")
+    assert source.class_names == [str(digit) for digit in range(10)]
+    examples = list(source.examples("train"))
+    assert len(examples) == 1797
+    digits = load_digits()
+    for example in examples[:50]:
+        index = int(example.name.removeprefix("digits/"))
+        assert example.label == digits.target[index]
+        pixels = decode_with_tensorflow(example.image)
+        assert pixels.shape == (8, 8, 3)
+        np.testing.assert_array_equal(pixels[..., 1], np.rint(digits.images[index] * 255 / 16))
+    assert source.labels("train").tolist() == [example.label for example in examples]
+
+
+def test_bundled_with_unknown_name_is_refused() -> None:
+    with pytest.raises(InputError, match=r"data\.name: expected digits.*'letters'"):
+        opened("bundled", "letters")
+
+
+def test_examples_of_split_expressions_are_the_slices_of_tfds() -> None:
+    source = opened("bundled", "digits")
+    names = [example.name for example in source.examples("train")]
+    for expression, expected in {
+        "train[:10]": names[:10],
+        "train[-5:]": names[-5:],
+        "train[:1%]": names[:18],
+        "train[10:12]+train[2:4]": names[10:12] + names[2:4],
+    }.items():
+        assert [example.name for example in source.examples(expression)] == expected
+        assert len(source.labels(expression)) == len(expected)
+
+
+def test_examples_are_read_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened("bundled", "digits")
+    read: list[str] = []
+
+    def record(name: str) -> bytes:
+        read.append(name)
+        return b""
+
+    monkeypatch.setattr(source, "_read", record)
+    examples = source.examples("train")
+    next(examples)
+    next(examples)
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize("expression", ["test", "train[:1x]", "train[:5000]", "", "train["])
+def test_locate_of_wrong_expression_lists_the_splits(expression: str) -> None:
+    source = opened("bundled", "digits")
+    with pytest.raises(InputError, match=r"data\.splits\.val: expected slices of train \(1797\)") as error:
+        source.locate(expression, "data.splits.val")
+    assert "\n" not in str(error.value)
+
+
+# Folder
+
+
+def test_folder_of_classes_has_one_split(tmp_path: Path) -> None:
+    for index in range(4):
+        write_picture(tmp_path / "dog" / f"{index}.png", index)
+        write_picture(tmp_path / "cat" / f"{index}.JPG", index)
+    for noise in ("dog/Thumbs.db", "dog/.hidden.png", "cat/notes.txt", ".git/x.png", "readme.md"):
+        (tmp_path / noise).parent.mkdir(exist_ok=True)
+        (tmp_path / noise).write_bytes(b"noise")
+    source = opened("folder", tmp_path)
+    assert source.class_names == ["cat", "dog"]
+    assert list(source.splits) == ["train"]
+    examples = list(source.examples("train"))
+    assert {example.name for example in examples} == {f"cat/{i}.JPG" for i in range(4)} | {
+        f"dog/{i}.png" for i in range(4)
+    }
+    assert all(source.class_names[example.label] == example.name.split("/")[0] for example in examples)
+    assert sorted(source.labels("train[:50%]")) == [0, 0, 1, 1]
+
+
+def test_folder_version_depends_on_the_files_alone(tmp_path: Path) -> None:
+    write_picture(tmp_path / "dog" / "1.png")
+    write_picture(tmp_path / "cat" / "1.png")
+    version = opened("folder", tmp_path, seed=0).version
+    assert version == opened("folder", tmp_path, seed=1).version
+    write_picture(tmp_path / "cat" / "2.png")
+    assert version != opened("folder", tmp_path).version
+
+
+def test_folder_of_splits_may_have_unlabelled_ones(tmp_path: Path) -> None:
+    for file in ("train/cat/1.png", "train/dog/deep/er/2.png", "test/dog/3.png", "new/2.png", "new/1.png", "new/3.png"):
+        write_picture(tmp_path / file)
+    source = opened("folder", tmp_path)
+    assert source.class_names == ["cat", "dog"]
+    assert set(source.splits) == {"train", "test", "new"}
+    assert [(example.name, example.label) for example in source.examples("test")] == [("test/dog/3.png", 1)]
+    assert {example.label for example in source.examples("train")} == {0, 1}
+    unlabelled = [(example.name, example.label) for example in source.examples("new")]
+    assert unlabelled == [("new/1.png", -1), ("new/2.png", -1), ("new/3.png", -1)]
+
+
+def test_folder_with_dangling_link_gives_an_empty_image(tmp_path: Path) -> None:
+    write_picture(tmp_path / "cat" / "1.png")
+    write_picture(tmp_path / "dog" / "1.png")
+    (tmp_path / "dog" / "2.png").symlink_to("nowhere.png")
+    assert {example.name: len(example.image) > 0 for example in opened("folder", tmp_path).examples("train")} == {
+        "cat/1.png": True,
+        "dog/1.png": True,
+        "dog/2.png": False,
+    }
+
+
+def test_folder_with_link_within_it_is_followed(tmp_path: Path) -> None:
+    write_picture(tmp_path / "cat" / "1.png")
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "1.png").symlink_to(tmp_path / "cat" / "1.png")
+    assert len(list(opened("folder", tmp_path).examples("train"))) == 2
+
+
+@pytest.mark.parametrize(("link", "target"), [("cat/2.png", "out/1.png"), ("dog", "out")])
+def test_folder_with_link_out_of_it_is_refused(link: str, target: str, tmp_path: Path) -> None:
+    write_picture(tmp_path / "in" / "cat" / "1.png")
+    write_picture(tmp_path / "out" / "1.png")
+    (tmp_path / "in" / link).symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match=rf"data\.name: expected .*link.*, received .*/{link}$"):
+        opened("folder", tmp_path / "in")
+
+
+def test_folder_with_pipe_ignores_it(tmp_path: Path) -> None:
+    write_picture(tmp_path / "cat" / "1.png")
+    write_picture(tmp_path / "dog" / "1.png")
+    os.mkfifo(tmp_path / "dog" / "2.png")
+    assert len(opened("folder", tmp_path).labels("train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "expected a folder of images for each class, received no images in"),
+        (["1.png"], "expected a folder of images for each class, received '1.png' outside any class folder"),
+        (
+            ["train/cat/1.png", "train/2.png"],
+            "expected all or none of the images of 'train' in class folders, received 'train/2.png' outside one",
+        ),
+    ],
+)
+def test_folder_without_classes_is_refused(files: list[str], message: str, tmp_path: Path) -> None:
+    for file in files:
+        write_picture(tmp_path / file)
+    with pytest.raises(InputError, match=rf"data\.name: {message}"):
+        opened("folder", tmp_path)
+
+
+def test_folder_that_is_missing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"data\.name: expected a folder, received 'no/such'"):
+        opened("folder", "no/such")
+
+
+# TensorFlow Datasets
+
+
+@needs_cifar
+@pytest.mark.slow
+def test_tfds_with_prepared_builder_reads_it(caplog: pytest.LogCaptureFixture) -> None:
+    source = opened("tfds", CIFAR)
+    assert len(source.class_names) == 100
+    assert source.version == "1.2.0"
+    examples = list(source.examples("train[:200]"))
+    assert len(examples) == 200
+    assert examples[0].image.startswith(b"\xff\xd8")
+    assert examples[0].name.startswith("cifar100/train/")
+    assert source.labels("train[:200]").tolist() == [example.label for example in examples]
+    assert set(source.labels("test[:20]")) == {-1}
+    assert [example.name for example in source.examples("validation[3:5]")] == [
+        example.name for example in source.examples("validation[:50]")
+    ][3:5]
+    with pytest.raises(InputError, match=r"data\.splits: .*train \(40000\).*'valid'"):
+        source.locate("valid")
+    assert not caplog.records
+
+
+def builder(features: dict[str, Any], **info: Any) -> Any:
+    """Make a builder like those of `tfds.builder`, with ten examples and no download."""
+    specification = tfds.features.FeaturesDict(features)
+
+    def value(key: str, feature: Any, index: int) -> Any:
+        if isinstance(feature, tfds.features.ClassLabel):
+            return index % 2
+        if isinstance(feature, tfds.features.Text):
+            return f"{key}-{index}"
+        return np.zeros((4, 4, 3), np.uint8)
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = Path(__file__).parent
+
+        def _info(self) -> Any:
+            return tfds.core.DatasetInfo(builder=self, features=specification, **info)
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Any:
+            for index in range(10):
+                yield index, {key: value(key, feature, index) for key, feature in features.items()}
+
+    return Tiny
+
+
+def install(monkeypatch: pytest.MonkeyPatch, folder: Path, tiny: Any) -> None:
+    """Let `tfds.builder` give this builder, whose data are in `folder`."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    monkeypatch.setattr(tfds, "builder", lambda name, data_dir: tiny(data_dir=data_dir))
+
+
+IMAGE = {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png")}
+LABEL = {"label": tfds.features.ClassLabel(names=["cat", "dog"])}
+
+
+def test_tfds_without_prepared_data_prepares_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path, builder({**IMAGE, **LABEL}))
+    source = opened("tfds", "tiny")
+    assert source.class_names == ["cat", "dog"]
+    names = [example.name for example in source.examples("train")]
+    assert len(set(names)) == 10
+    assert all(name.startswith("tiny-train.tfrecord") for name in names)  # TFDS's own ids
+    assert source.labels("train").dtype == np.int32
+
+
+def test_tfds_with_damaged_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path, builder({**IMAGE, **LABEL}))
+    source = opened("tfds", "tiny")
+    (shard,) = tmp_path.rglob("*.tfrecord*")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    message = rf"data\.name: expected complete files in {tmp_path}.*, received: "
+    with pytest.raises(InputError, match=message + ".*truncated"):
+        list(source.examples("train"))
+    shard.unlink()
+    with pytest.raises(InputError, match=message + ".*No such file"):
+        source.labels("train")
+
+
+def test_tfds_with_supervised_pair_and_id_uses_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    coarse = {"coarse_label": tfds.features.ClassLabel(num_classes=5)}
+    features = {**IMAGE, **coarse, **LABEL, "id": tfds.features.Text()}
+    install(monkeypatch, tmp_path, builder(features, supervised_keys=("image", "label")))
+    source = opened("tfds", "tiny")
+    assert source.class_names == ["cat", "dog"]
+    assert {example.name for example in source.examples("train")} == {f"id-{index}" for index in range(10)}
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        IMAGE,
+        LABEL,
+        {**IMAGE, **LABEL, "coarse": tfds.features.ClassLabel(num_classes=2)},
+        {**IMAGE, **LABEL, "mask": tfds.features.Image(shape=(None, None, 3))},
+    ],
+    ids=lambda features: "+".join(features),
+)
+def test_tfds_without_one_image_and_one_label_is_refused(
+    features: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch, tmp_path, builder(features))
+    with pytest.raises(InputError, match=r"data\.name: expected one Image and one ClassLabel, received tiny with"):
+        opened("tfds", "tiny")
+
+
+def test_tfds_with_unknown_builder_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(InputError, match=r"data\.name: expected a TFDS builder, received 'nonesuch'") as error:
+        opened("tfds", "nonesuch")
+    assert "\n" not in str(error.value)
+
+
+def test_tfds_without_network_says_where_the_data_would_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(self: Any) -> None:
+        raise ConnectionError("no network\nat all")
+
+    tiny = builder({**IMAGE, **LABEL})
+    monkeypatch.setattr(tiny, "download_and_prepare", offline)
+    install(monkeypatch, tmp_path, tiny)
+    with pytest.raises(InputError, match=r"data\.name: .*TFDS_DATA_DIR") as error:
+        opened("tfds", "tiny")
+    assert str(tmp_path) in str(error.value)
+    assert "no network" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,354 @@
+"""`write`: which examples get which role, what dataset.json and the metrics say, and what is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pictures import (
+    CIFAR,
+    DIGITS,
+    FEW_DIGITS,
+    cats_and_dogs,
+    decode_with_pillow,
+    folder_data,
+    needs_cifar,
+    with_orientation,
+    write_picture,
+)
+
+from flatmin.common.errors import InputError
+from flatmin.common.params import Data
+from flatmin.data import images, writer
+from flatmin.data.sources.base import Example
+from flatmin.data.sources.bundled import DigitsSource
+from flatmin.inputs.records import Records
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def written(data: Data, folder: Path, seed: int = 0) -> Records:
+    writer.write(data, seed, folder)
+    return Records(folder)
+
+
+def refused(data: Data, tmp_path: Path) -> str:
+    """Return the message of the error, after which no file may be left."""
+    with pytest.raises(InputError) as error:
+        writer.write(data, 0, tmp_path / "out" / "records")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    return str(error.value)
+
+
+def values(nested: dict[str, Any]) -> Iterator[Any]:
+    for value in nested.values():
+        yield from values(value) if isinstance(value, dict) else [value]
+
+
+# Files
+
+
+def test_write_of_digits_assigns_each_scan_to_one_role(tmp_path: Path) -> None:
+    metrics = writer.write(Data.model_validate({**DIGITS, "image_size": 16}), 0, tmp_path / "records")
+    records = Records(tmp_path / "records")
+    assert records.roles == ["train", "val", "test"]
+    assert records.class_names == [str(digit) for digit in range(10)]
+    assert metrics["roles"]["test"]["count"] == records.count("test") == 899
+    assert metrics["digest"] == records.digest
+    assert all(isinstance(value, int | str) for value in values(metrics))
+    names = [name for role in records.roles for name in records.names(role)]
+    assert len(names) == len(set(names)) == 1797
+    for role in records.roles:
+        assert records.mean_pixels(role) == 256
+        counts = np.bincount(records.labels(role), minlength=10)
+        assert list(records.info["roles"][role]["classes"].values()) == counts.tolist()
+
+
+def test_write_keeps_image_name_and_label_together(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, test=2)
+    records = written(folder_data(source, predict="test[:1]", test="test[1:]"), tmp_path / "records")
+    for role in records.roles:
+        for (image, label), name in zip(records.images(role).as_numpy_iterator(), records.names(role), strict=True):
+            np.testing.assert_array_equal(image, decode_with_pillow((source / name).read_bytes()))
+            assert label == (-1 if role == "predict" else ["cat", "dog"].index(name.split("/")[1]))
+
+
+def test_write_of_rotated_jpeg_stores_it_upright(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3)
+    for class_name in ("cat", "dog"):
+        write_picture(source / "test" / class_name / "rotated.jpg", 50, exif=with_orientation(6))
+    records = written(folder_data(source), tmp_path / "records")
+    stored = decode_with_pillow((source / "test" / "cat" / "rotated.jpg").read_bytes())
+    for image, _ in records.images("test").as_numpy_iterator():
+        np.testing.assert_array_equal(image, np.rot90(stored, -1))
+    assert records.info["roles"]["test"]["height"] == {"min": 12, "max": 12}
+
+
+def test_write_with_equal_seeds_gives_equal_bytes(tmp_path: Path) -> None:
+    data = Data.model_validate({**FEW_DIGITS, "train_per_class": 20})
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        writer.write(data, seed, tmp_path / name)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert Records(tmp_path / "a").digest != Records(tmp_path / "c").digest
+
+
+def test_write_to_existing_folder_replaces_it(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "old").touch()
+    writer.write(Data.model_validate(FEW_DIGITS), 0, tmp_path / "records")
+    assert not (tmp_path / "records" / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["records"]
+
+
+@pytest.mark.parametrize(("examples", "size", "per_shard"), [(33, 2**27, 33), (4096, 1, 1)])
+def test_write_starts_a_shard_when_one_is_full(
+    examples: int, size: int, per_shard: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SHARD_EXAMPLES", examples)
+    monkeypatch.setattr(writer, "SHARD_BYTES", size)
+    data = Data.model_validate({**FEW_DIGITS, "train_per_class": 12})
+    records = written(data, tmp_path / "records")
+    shards = sorted(path.name for path in (tmp_path / "records").glob("train-*"))
+    number = -(-120 // per_shard)
+    assert shards == [f"train-{index:05d}-of-{number:05d}.tfrecord" for index in range(number)]
+    labels = [label for _, label in records.images("train").as_numpy_iterator()]
+    assert labels == records.labels("train").tolist()
+
+
+def test_write_holds_one_image_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unread = most_unread = 0
+    examples_of, read_picture = DigitsSource.examples, images.read_picture
+
+    def examples(self: Any, expression: str) -> Iterator[Example]:
+        nonlocal unread, most_unread
+        for example in examples_of(self, expression):
+            unread += 1
+            most_unread = max(most_unread, unread)
+            yield example
+
+    def read(image: bytes, size: int | None = None) -> images.Picture:
+        nonlocal unread
+        unread -= 1
+        return read_picture(image, size)
+
+    monkeypatch.setattr(DigitsSource, "examples", examples)
+    monkeypatch.setattr(images, "read_picture", read)
+    writer.write(Data.model_validate(FEW_DIGITS), 0, tmp_path / "records")
+    assert (unread, most_unread) == (0, 1)
+
+
+# Roles
+
+
+def test_write_with_train_per_class_leaves_val_alone(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=10, test=1)
+    train: dict[int, set[str]] = {}
+    val = []
+    for size in (3, 5):
+        records = written(folder_data(source, val_per_class=2, train_per_class=size), tmp_path / "records")
+        assert Counter(records.labels("val").tolist()) == {0: 2, 1: 2}
+        assert Counter(records.labels("train").tolist()) == {0: size, 1: size}
+        train[size] = set(records.names("train"))
+        val.append(records.names("val"))
+    assert train[3] < train[5]
+    assert val[0] == val[1]
+
+
+def test_write_with_val_fraction_is_stratified(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=10, test=1)
+    records = written(folder_data(source, val_fraction=0.3), tmp_path / "records")
+    assert Counter(records.labels("val").tolist()) == {0: 3, 1: 3}
+    assert Counter(records.labels("train").tolist()) == {0: 7, 1: 7}
+
+
+def test_write_with_val_split_takes_all_of_it(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=4, val=2, test=1)
+    records = written(folder_data(source, val="val", train_per_class=3), tmp_path / "records")
+    assert [records.count(role) for role in records.roles] == [6, 4, 2]
+
+
+def test_write_with_label_noise_changes_that_fraction_of_train_alone(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=50, test=5)
+    labels = []
+    for name, noise in (("clean", 0.0), ("noisy", 0.2), ("again", 0.2)):
+        metrics = writer.write(folder_data(source, val_per_class=10, label_noise=noise), 3, tmp_path / name)
+        records = Records(tmp_path / name)
+        assert metrics["wrong_labels"] == records.info["wrong_labels"] == noise * 80
+        labels.append(
+            {role: dict(zip(records.names(role), records.labels(role).tolist(), strict=True)) for role in records.roles}
+        )
+    clean, noisy, again = labels
+    changed = [name for name, label in clean["train"].items() if noisy["train"][name] != label]
+    assert len(changed) == 16
+    assert len({clean["train"][name] for name in changed}) == 2
+    assert (clean["val"], clean["test"]) == (noisy["val"], noisy["test"])
+    assert noisy == again
+    other_seed = written(folder_data(source, val_fraction=0.2, label_noise=0.2), tmp_path / "seed", seed=4)
+    assert other_seed.labels("train").tolist() != Records(tmp_path / "noisy").labels("train").tolist()
+
+
+def test_write_with_label_noise_and_val_split_counts_all_of_train(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=5, val=1, test=1)
+    metrics = writer.write(folder_data(source, val="val", label_noise=0.5), 0, tmp_path / "records")
+    assert metrics["wrong_labels"] == 5
+
+
+def test_write_with_broken_images_skipped_keeps_the_requested_counts(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=10, test=1)
+    for index in range(4):
+        (source / "train" / "cat" / f"{index:02d}.png").write_bytes(b"broken")
+    metrics = writer.write(folder_data(source, val_per_class=3, skip_broken=4), 0, tmp_path / "records")
+    records = Records(tmp_path / "records")
+    assert Counter(records.labels("val").tolist()) == {0: 3, 1: 3}
+    assert Counter(records.labels("train").tolist()) == {0: 3, 1: 7}
+    assert metrics["broken"] == len(records.info["broken"]) == 4
+
+
+@needs_cifar
+@pytest.mark.slow
+def test_write_of_tfds_reads_its_splits(tmp_path: Path) -> None:
+    splits = {"train": "train[:2000]", "test": "validation[:50]", "predict": "test[:20]"}
+    data = Data.model_validate({"source": "tfds", "name": CIFAR, "splits": splits, "val_per_class": 1})
+    records = written(data, tmp_path / "records")
+    assert [records.count(role) for role in records.roles] == [1900, 100, 50, 20]
+    assert records.info["version"] == "1.2.0"
+    assert set(records.labels("predict")) == {-1}
+    image, _ = next(records.images("predict").as_numpy_iterator())
+    assert image.shape == (72, 72, 3)
+
+
+# Duplicates and classes
+
+
+def test_write_with_equal_pictures_in_two_roles_names_them(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=4, val=2, test=2)
+    write_picture(source / "test" / "dog" / "copy.png", 1)
+    write_picture(source / "test" / "dog" / "copy.bmp", 1)
+    write_picture(source / "train" / "cat" / "within.png", 1)
+    metrics = writer.write(folder_data(source, val="val"), 0, tmp_path / "records")
+    assert metrics["duplicates"] == {"train_val": 0, "train_test": 2, "val_test": 0}
+    listed = Records(tmp_path / "records").info["duplicates"]["train_test"]["names"]
+    assert {name for _, name in listed} == {"test/dog/copy.png", "test/dog/copy.bmp"}
+    assert {name for name, _ in listed} <= {"train/cat/00.png", "train/cat/within.png"}
+
+
+def test_write_with_class_names_uses_them(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, test=1)
+    assert written(folder_data(source, class_names=["Kätzchen", "Hund"]), tmp_path / "records").class_names == [
+        "Kätzchen",
+        "Hund",
+    ]
+    assert refused(folder_data(source, class_names=["a", "b", "c"]), tmp_path).startswith(
+        "data.class_names: expected 2 names, received 3"
+    )
+
+
+def test_write_with_unlabelled_test_counts_no_classes(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3)
+    write_picture(source / "test" / "1.png", 90)
+    metrics = writer.write(folder_data(source), 0, tmp_path / "records")
+    assert metrics["roles"]["test"] == {"count": 1}
+    assert Records(tmp_path / "records").labels("test").tolist() == [-1]
+
+
+# Errors
+
+
+def test_write_with_too_many_broken_images_names_three(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=6, test=2)
+    for index in range(4):
+        (source / "train" / "cat" / f"{index:02d}.png").write_bytes(b"broken")
+    message = refused(folder_data(source, skip_broken=3), tmp_path)
+    assert message.startswith("data.skip_broken: expected at most 3 broken images, received 4: train/cat/")
+    assert message.count("train/cat/") == 3
+    assert message.endswith(", ...")
+
+
+def test_write_with_a_broken_image_is_refused_by_default(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, test=2)
+    path = source / "test" / "cat" / "00.png"
+    path.write_bytes(path.read_bytes()[:100])
+    message = refused(folder_data(source), tmp_path)
+    assert message.startswith("data.skip_broken: expected at most 0 broken images, received 1: test/cat/00.png (")
+    assert written(folder_data(source, skip_broken=1), tmp_path / "records").count("test") == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"test": "train[:3]"},
+            "data.splits.test: expected each example only once, received train[0:3], which data.splits.train also",
+        ),
+        (
+            {"train": "train[:4]+train[2:]"},
+            "data.splits.train: expected each example only once, received train[2:4], which data.splits.train also",
+        ),
+        ({"val": "nope"}, "data.splits.val: expected slices of test (2), train (6)"),
+        ({"predict": "test[:0]"}, "data.splits.predict: expected at least one example, received none with 'test[:0]'"),
+        (
+            {"val_per_class": 3},
+            "data.val_per_class: expected to leave images of class 'cat' for training, received 3 for val out of 3",
+        ),
+        ({"val_fraction": 0.99}, "data.val_fraction: expected to leave images of class 'cat' for training"),
+        (
+            {"train_per_class": 3},
+            "data.train_per_class: expected at most 2, the number of images left in class 'cat', received 3",
+        ),
+        (
+            {"train": "train[:1]", "val": "train[1:]"},
+            "data.splits.train: expected images of each class, received none",
+        ),
+    ],
+)
+def test_write_with_impossible_splits_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", test=1, train=3)
+    assert refused(folder_data(source, **settings), tmp_path).startswith(message)
+
+
+def test_write_with_unknown_labels_outside_predict_is_refused(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, test=1)
+    write_picture(source / "new" / "1.png", 90)
+    for splits, message in (
+        ({"train": "train+new"}, "data.splits.train: expected labels from 0 to 1, received -1"),
+        ({"val": "new"}, "data.splits.val: expected labels from 0 to 1, received -1"),
+        ({"test": "test+new"}, "data.splits.test: expected labels from 0 to 1, received -1 in 1 of 3"),
+    ):
+        assert message in refused(folder_data(source, **splits), tmp_path)
+
+
+def test_write_with_one_class_is_refused(tmp_path: Path) -> None:
+    write_picture(tmp_path / "source" / "cat" / "1.png", 1)
+    data = folder_data(tmp_path / "source", train="train[:50%]", test="train[50%:]")
+    assert refused(data, tmp_path).startswith("data.name: expected at least two classes, received 1")
+
+
+def test_write_with_class_missing_from_train_is_refused(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, val=1, test=1)
+    write_picture(source / "test" / "eel" / "1.png", 90)
+    assert refused(folder_data(source, val="val"), tmp_path).startswith(
+        "data.splits.train: expected images of each class, received none of 'eel' (1 of 3"
+    )
+
+
+def test_write_with_carriage_return_in_name_is_refused(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, test=1)
+    write_picture(source / "train" / "cat" / "a\rb.png", 1)
+    message = refused(folder_data(source), tmp_path)
+    assert message.startswith("data.name: expected names without carriage returns, received")
+
+
+def test_write_with_all_images_of_a_role_broken_is_refused(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, test=1)
+    for class_name in ("cat", "dog"):
+        (source / "test" / class_name / "00.png").write_bytes(b"")
+    assert refused(folder_data(source, skip_broken=2), tmp_path).startswith(
+        "data.splits.test: expected readable images, received none"
+    )
