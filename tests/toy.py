@@ -11,19 +11,20 @@ from typing import Any
 import yaml
 from repository import TINY, Repository
 
+VERSION = {"src/flatmin/common/identity.py": ["RESULTS_VERSION"]}
 DVC: dict[str, Any] = {
     "stages": {
         "count": {
             "cmd": "PYTHONPATH=src python stages/count.py",
             "deps": ["images.txt", "stages/count.py", "src/flatmin/common"],
-            "params": ["seed"],
+            "params": ["seed", VERSION],
             "outs": ["models/count"],
             "metrics": [{"metrics/count.json": {"cache": False}}],
         },
         "train": {
             "cmd": "PYTHONPATH=src python stages/train.py",
             "deps": ["models/count", "stages/train.py", "src/flatmin/common", "src/flatmin/inputs"],
-            "params": ["seed", "sam"],
+            "params": ["seed", "sam", VERSION],
             "outs": ["models/train"],
         },
     }
