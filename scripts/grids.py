@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -9,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -78,7 +79,7 @@ def read_grid(path: Path) -> tuple[list[Run], tuple[str, str] | None]:
     lists = grid.get("runs")
     if not isinstance(lists, list) or not lists:
         raise InputError(f"{path}: runs: expected a list of grids, received {lists!r}")
-    pipeline = read_pipeline()
+    pipeline, params_yaml = read_pipeline(), _yaml(Path("params.yaml"))
     runs: dict[str, Run] = {}
     for index, values in enumerate(lists):
         where = f"{path}: runs.{index}"
@@ -93,7 +94,8 @@ def read_grid(path: Path) -> tuple[list[Run], tuple[str, str] | None]:
                 raise InputError(f"{where}.{key}: expected a list of at least one value, received {choices!r}")
         varying = [key for key, choices in values.items() if len(choices) > 1] or list(values)
         for chosen in itertools.product(*values.values()):
-            run = make_run(dict(zip(values, chosen, strict=True)), varying, targets, pipeline, where)
+            settings = copy.deepcopy(params_yaml)
+            run = make_run(dict(zip(values, chosen, strict=True)), varying, targets, settings, pipeline, where)
             runs.setdefault(run.name, run)
     listed = list(runs.values())
     return listed, _picture(grid["picture"], listed, path) if "picture" in grid else None
@@ -140,13 +142,19 @@ def _picture(picture: Any, runs: Sequence[Run], path: Path) -> tuple[str, str]:
 
 
 def make_run(
-    values: Mapping[str, Any], varying: Sequence[str], targets: Sequence[str], pipeline: Pipeline, where: str
+    values: Mapping[str, Any],
+    varying: Sequence[str],
+    targets: Sequence[str],
+    settings: dict[str, Any],
+    pipeline: Pipeline,
+    where: str,
 ) -> Run:
     """A run with its settings, checked by the schema.
 
-    varying: the keys that go into its name. where: begins an error's message.
+    varying: the keys that go into its name. settings: params.yaml's, which this changes. where: begins an error's
+    message.
     """
-    settings, overrides = _yaml(Path("params.yaml")), []
+    overrides: list[str] = []
     for key, value in values.items():
         if "${" in str(value):
             raise InputError(
@@ -208,14 +216,14 @@ def used_sections(stages: Iterable[str], pipeline: Pipeline) -> set[str]:
     return used
 
 
-def _paths(stage: Mapping[str, Any], *kinds: str) -> list[PurePosixPath]:
+def _paths(stage: Mapping[str, Any], *kinds: str) -> list[str]:
     entries = [entry for kind in kinds for entry in stage.get(kind, [])]  # each a path, or a path with its settings
-    return [PurePosixPath(path) for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]
+    return [f"{path}/" for entry in entries for path in ([entry] if isinstance(entry, str) else entry)]
 
 
-def _overlap(one: PurePosixPath, other: PurePosixPath) -> bool:
+def _overlap(one: str, other: str) -> bool:
     """Whether one path is the other, or lies within it."""
-    return one.is_relative_to(other) or other.is_relative_to(one)
+    return one.startswith(other) or other.startswith(one)
 
 
 def _hydra(value: Any) -> str:
