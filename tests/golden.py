@@ -125,7 +125,14 @@ def compute_activations(folder: Path) -> Numbers:
     """Activations at the default split point, and logits, of a pretrained network with a random head."""
     records = _records(folder)
     model = classifier.create(
-        BACKBONE, records.class_names, image_size=64, dropout=0.2, seed=3, weights="imagenet", levels="last", hidden_units=0
+        BACKBONE,
+        records.class_names,
+        image_size=64,
+        dropout=0.2,
+        seed=3,
+        weights="imagenet",
+        levels="last",
+        hidden_units=0,
     )
     pixels = next(iter(batches.plain(records, "val", 64, 8)))[0]
     frozen, layers = model.split(registry.find(BACKBONE).fine_tune_at)
@@ -333,7 +340,8 @@ def compute_defaults(folder: Path) -> Numbers:
 
 
 PARTS: dict[str, Callable[[Path], Numbers]] = {
-    name: globals()[f"compute_{name}"] for name in TOLERANCES  # in the order above
+    name: globals()[f"compute_{name}"]
+    for name in TOLERANCES  # in the order above
 }
 
 
@@ -344,7 +352,8 @@ def compute(parts: Sequence[str] = tuple(PARTS)) -> dict[str, Numbers]:
         for part in parts:
             runtime.configure(params.Runtime(), 3)
             numbers[part] = {
-                key: value if isinstance(value, str) else float(value) for key, value in PARTS[part](Path(folder)).items()
+                key: value if isinstance(value, str) else float(value)
+                for key, value in PARTS[part](Path(folder)).items()
             }
     return numbers
 

@@ -78,7 +78,9 @@ def break_sam_sign(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = sam_step.perturbation
     monkeypatch.setattr(
-        sam_step, "perturbation", lambda *args, **options: [None if e is None else -e for e in original(*args, **options)]
+        sam_step,
+        "perturbation",
+        lambda *args, **options: [None if e is None else -e for e in original(*args, **options)],
     )
     _only(monkeypatch, "sam")
 
@@ -118,9 +120,7 @@ def break_resize(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_label_smoothing(monkeypatch: pytest.MonkeyPatch) -> None:
     original = keras.losses.CategoricalCrossentropy
-    monkeypatch.setattr(
-        keras.losses, "CategoricalCrossentropy", lambda label_smoothing, **options: original(**options)
-    )
+    monkeypatch.setattr(keras.losses, "CategoricalCrossentropy", lambda label_smoothing, **options: original(**options))
     _only(monkeypatch, "plain")
 
 
@@ -141,9 +141,7 @@ def break_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_ece_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     original = metrics.calibration_error
-    monkeypatch.setattr(
-        metrics, "calibration_error", lambda logits, labels, bins: original(logits, labels, bins + 1)
-    )
+    monkeypatch.setattr(metrics, "calibration_error", lambda logits, labels, bins: original(logits, labels, bins + 1))
 
 
 def break_interval(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,5 +175,3 @@ def test_golden_deliberate_break_moves_a_number_tenfold(name: str, monkeypatch: 
     _, by, line = moved[0]
     print(f"{name}: {line}")
     assert by >= 10 * golden.TOLERANCES[part], line
-
-

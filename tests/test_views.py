@@ -211,7 +211,9 @@ def test_a_broken_record_is_one_line(augmenting: bool, tmp_path: Path, capsys: p
     with pytest.raises(SystemExit):
         errors.run(read)
     written = capsys.readouterr().err
-    assert written.startswith("error: data/records: expected complete records (`dvc repro --force prepare` writes them again)")
+    assert written.startswith(
+        "error: data/records: expected complete records (`dvc repro --force prepare` writes them again)"
+    )
     assert "corrupted record" in written
     assert "function_node" not in written
     assert written.count("\n") == 1
@@ -228,7 +230,9 @@ def test_a_killed_augmenting_process_is_one_line(alike: Records, capsys: pytest.
     with pytest.raises(SystemExit):
         errors.run(killed)
     written = capsys.readouterr().err
-    assert written.startswith("error: augment: expected worker processes that run to the end (out of memory?), received: ")
+    assert written.startswith(
+        "error: augment: expected worker processes that run to the end (out of memory?), received: "
+    )
     assert written.count("\n") == 1
 
 
