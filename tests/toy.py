@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import subprocess
 from pathlib import Path
@@ -97,10 +96,8 @@ def repository(folder: Path) -> Repository:
 
 def duplicate(toy: Repository, folder: Path) -> Repository:
     """Another checkout in the same state, to be changed at will."""
-    other = copy.copy(toy)
-    other.folder, other.cache, other.variables = folder / "checkout", folder / "cache", {}
-    shutil.copytree(toy.folder, other.folder, symlinks=True)
-    return other
+    shutil.copytree(toy.folder.parent, folder, symlinks=True, dirs_exist_ok=True)
+    return Repository.existing(folder)
 
 
 def start_training(toy: Repository, rho: float) -> subprocess.Popen[str]:
