@@ -211,7 +211,7 @@ def used_sections(stages: Iterable[str], pipeline: Pipeline) -> set[str]:
     """The sections of params.yaml that stages read, or that dvc.yaml itself fills in (`${backbones}`)."""
     used = set[str]()
     for stage in stages:
-        used |= {key.partition(".")[0] for key in pipeline[stage].get("params", [])}
+        used |= {key.partition(".")[0] for key in pipeline[stage].get("params", ()) if isinstance(key, str)}
         used |= set(re.findall(r"\$\{(\w+)", json.dumps(pipeline[stage])))
     return used
 

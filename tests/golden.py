@@ -387,6 +387,12 @@ def read() -> dict[str, Numbers]:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
+def new_numbers(received: dict[str, Numbers]) -> set[str]:
+    """The numbers that the committed file does not have yet."""
+    expected = read()
+    return {f"{part}: {key}" for part in received for key in received[part] if key not in expected.get(part, {})}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the numbers and accept the source")
@@ -399,6 +405,12 @@ def main() -> None:
     elif arguments.write:
         from flatmin.common import identity
 
+        moved = differences(numbers, read()) if FILE.exists() else []
+        moved = [each for each in moved if each[0] not in new_numbers(numbers)]
+        if moved and identity.read_accepted()[0] == identity.RESULTS_VERSION:
+            sys.exit(
+                f"error: {moved[0][2]}; {len(moved)} numbers moved: raise RESULTS_VERSION first, then `make golden`"
+            )
         files.write_json(FILE, numbers)
         identity.write_accepted()
         console.log(f"golden: {sum(map(len, numbers.values()))} numbers written")
