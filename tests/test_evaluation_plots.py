@@ -6,16 +6,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from flatmin import evaluation_plots
+from flatmin.evaluation import plots
 
 
 def test_draw_sharpness_with_equal_losses_writes_equal_bytes(tmp_path: Path) -> None:
     along = {
-        name: (evaluation_plots.EIGENVECTOR_POSITIONS**2 * height, evaluation_plots.RANDOM_POSITIONS**2)
+        name: (plots.EIGENVECTOR_POSITIONS**2 * height, plots.RANDOM_POSITIONS**2)
         for name, height in (("finetune", 3), ("sam", 1))
     }
     for name in ("one", "two"):
-        evaluation_plots.draw_sharpness(along, tmp_path / f"{name}.png")
+        plots.draw_sharpness(tmp_path / f"{name}.png", along)
     one, two = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "two"))
     assert one == two
     with Image.open(tmp_path / "one.png") as picture:
@@ -24,5 +24,5 @@ def test_draw_sharpness_with_equal_losses_writes_equal_bytes(tmp_path: Path) -> 
         colors = {color for _, color in picture.convert("RGB").getcolors(2**20) or []}
     assert {(31, 119, 180), (255, 127, 14)} <= colors
     # Another curve is another picture.
-    evaluation_plots.draw_sharpness({"sam": along["sam"]}, tmp_path / "two.png")
+    plots.draw_sharpness(tmp_path / "two.png", {"sam": along["sam"]})
     assert (tmp_path / "two.png").read_bytes() != one

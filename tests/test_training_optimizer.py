@@ -16,9 +16,7 @@ from flatmin.training.optimizer import averaged_weights, make_optimizer, updates
 
 
 def recipe(**changes: Any) -> Finetune:
-    return Finetune.model_validate(
-        {"optimizer": "sgd", "learning_rate": 0.4, "batch_size": 25, "epochs": 2} | changes
-    )
+    return Finetune.model_validate({"optimizer": "sgd", "learning_rate": 0.4, "batch_size": 25, "epochs": 2} | changes)
 
 
 def built(recipe: Finetune, steps: float, value: float = 1.0) -> tuple[keras.optimizers.Optimizer, keras.Variable]:
