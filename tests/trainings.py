@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ HEADS: dict[str, dict[str, Any]] = {"linear": {}, "levels": {"levels": "all", "h
 
 
 def small(**changes: Any) -> Params:
-    """The params of a small study; changes of the sections `runtime`, `augment` and `extract`, the others of finetune."""
+    """The params of a small study. changes: of the sections `runtime`, `augment` and `extract`, else of `finetune`."""
     recipe = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 4, "epochs": 2, "image_size": 32}
     values: dict[str, Any] = {
         "seed": 3,
@@ -202,6 +203,13 @@ def written(name: str, folder: Path | str = ".") -> dict[str, bytes]:
     root = Path(folder)
     paths = [*(root / "models" / name).iterdir(), root / f"metrics/{name}.json", root / f"plots/{name}.csv"]
     return {path.name: path.read_bytes() for path in paths}
+
+
+def rename(name: str, new_name: str) -> None:
+    """Move what a training stage wrote out of the next one's way; nothing where this process is not to write."""
+    for path in (f"models/{name}", f"metrics/{name}.json", f"plots/{name}.csv"):
+        if Path(path).exists():
+            shutil.move(path, path.replace(name, new_name))
 
 
 def metrics(name: str, folder: Path | str = ".") -> dict[str, Any]:
