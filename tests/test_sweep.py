@@ -641,7 +641,7 @@ def test_clear_ends_recorded_processes_only(repository: Repository, tmp_path: Pa
 
 def test_output_failing_command_is_one_line() -> None:
     with pytest.raises(InputError, match=r"^git nonsense: expected it to succeed, received: git: 'nonsense' is not"):
-        runs_table.output("git", "nonsense")
+        provenance.output("git", "nonsense")
 
 
 def test_study_broken_clone_leaves_checkout_alone(tmp_path: Path) -> None:
