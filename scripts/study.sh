@@ -68,8 +68,10 @@ case "${TFDS_DATA_DIR:-/}" in /* | "~"* | *://*) ;; *) export TFDS_DATA_DIR="$ro
 cd "$clone"
 rm -rf metrics plots
 dvc config --local cache.dir "$cache"
-PYTHONPATH=src python -m flatmin.common.params
-PYTHONPATH=src python -m flatmin.prune
+if [ -f src/flatmin/prune.py ]; then  # a commit before it has other commands for this; its stages check params too
+    PYTHONPATH=src python -m flatmin.common.params
+    PYTHONPATH=src python -m flatmin.prune
+fi
 if [ -f "$root/studies/$name/dvc.lock" ]; then cp "$root/studies/$name/dvc.lock" dvc.lock; else rm -f dvc.lock; fi
 if [ "${2:-}" = sweep ]; then
     shift 2

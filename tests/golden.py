@@ -60,8 +60,8 @@ RECIPE = {
     "views": 2,
     "image_size": 64,
 }
-# Relative to the number, or to 1e-3 where the number is smaller. `tests/test_golden.py` shows that these hold with other
-# instruction sets, threads and engines, and that each is at most a tenth of what a deliberate break moves.
+# Relative to the number, or to 1e-3 where the number is smaller. `tests/test_golden.py` shows that these hold with
+# other instruction sets, threads and engines, and that each is at most a tenth of what a deliberate break moves.
 TOLERANCES = {
     "records": 0.0,
     "augmentation": 1e-3,
@@ -147,7 +147,7 @@ def compute_activations(folder: Path) -> Numbers:
 
 
 def compute_training(folder: Path) -> Numbers:
-    """Each epoch's metrics of extract-train and of finetune with plain and sharpness-aware steps, as the stages run them."""
+    """The losses of each epoch of extract-train, finetune and sam-finetune, as the stages run them."""
     _records(folder)
     shared: dict[str, Any] = {
         "seed": 3,
@@ -158,8 +158,8 @@ def compute_training(folder: Path) -> Numbers:
     before = os.environ.get("FLATMIN_CACHE")
     os.environ["FLATMIN_CACHE"] = str(folder / "cache")
     try:
-        recipe = params.Extract.model_validate(RECIPE | {"learning_rate": 0.01})
-        stages.extract(BACKBONE, recipe=recipe, outputs=_outputs(folder, "extract"), **shared).remove()
+        head = params.Extract.model_validate(RECIPE | {"learning_rate": 0.01})
+        stages.extract(BACKBONE, recipe=head, outputs=_outputs(folder, "extract"), **shared).remove()
         recipe = params.Finetune.model_validate(RECIPE | {"fine_tune_at": "block7a_expand_conv"})
         tuned = {"finetune": PLAIN, "sam": _sam_settings(rho=0.1)}
         for name, step in tuned.items():
@@ -228,7 +228,7 @@ def _small_network() -> keras.Model:
 def _train_step(settings: StepSettings, **changes: Any) -> TrainStep:
     recipe = params.Finetune.model_validate(RECIPE | {"batch_size": 10, "learning_rate": 0.02} | changes)
     strategy = tf.distribute.get_strategy()
-    return TrainStep(strategy, _Points(), _small_network(), recipe, settings, steps=5, classes=4)  # type: ignore[arg-type]
+    return TrainStep(strategy, _Points(), _small_network(), recipe, settings, steps=5, classes=4)
 
 
 def _losses(step: TrainStep) -> Iterator[float]:
@@ -364,7 +364,7 @@ def deviation(received: float, expected: float) -> float:
 
 
 def differences(received: dict[str, Numbers], expected: dict[str, Numbers]) -> list[tuple[str, float, str]]:
-    """The numbers that moved by more than their part's tolerance: (name, deviation, line), the largest deviation first."""
+    """The numbers that moved by more than their tolerance: (name, deviation, line), the largest deviation first."""
     moved = []
     for part, numbers in received.items():
         for key in dict.fromkeys((*expected.get(part, {}), *numbers)):

@@ -1,28 +1,57 @@
-"""The plots of evaluate."""
+"""The plots of evaluate: rows of the CSVs, and a picture that is the same every time."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from flatmin import evaluation_plots
+from flatmin.evaluation import plots
+
+NAMES = ("blue", "green", "red")
+LABELS = np.array([0, 0, 2, 2, 2])
 
 
-def test_draw_sharpness_with_equal_losses_writes_equal_bytes(tmp_path: Path) -> None:
-    along = {
-        name: (evaluation_plots.EIGENVECTOR_POSITIONS**2 * height, evaluation_plots.RANDOM_POSITIONS**2)
-        for name, height in (("finetune", 3), ("sam", 1))
-    }
-    for name in ("one", "two"):
-        evaluation_plots.draw_sharpness(along, tmp_path / f"{name}.png")
-    one, two = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "two"))
-    assert one == two
-    with Image.open(tmp_path / "one.png") as picture:
-        assert picture.size == (900, 360)
-        assert not set(picture.info) & {"Software", "Creation Time", "date"}
-        colors = {color for _, color in picture.convert("RGB").getcolors(2**20) or []}
-    assert {(31, 119, 180), (255, 127, 14)} <= colors
-    # Another curve is another picture.
-    evaluation_plots.draw_sharpness({"sam": along["sam"]}, tmp_path / "two.png")
-    assert (tmp_path / "two.png").read_bytes() != one
+def test_write_confusion_has_a_row_for_each_image(tmp_path: Path) -> None:
+    plots.write_confusion(tmp_path / "confusion.csv", np.array([0, 1, 2, 2, 0]), LABELS, NAMES)
+    assert (tmp_path / "confusion.csv").read_text().splitlines() == [
+        "actual,predicted",
+        "blue,blue",
+        "blue,green",
+        "red,red",
+        "red,red",
+        "red,blue",
+    ]
+
+
+def test_write_class_accuracy_leaves_out_classes_without_images(tmp_path: Path) -> None:
+    predicted = {"finetune": np.array([0, 1, 2, 2, 0]), "sam": np.array([0, 0, 1, 1, 1])}
+    plots.write_class_accuracy(tmp_path / "classes.csv", predicted, LABELS, NAMES)
+    assert (tmp_path / "classes.csv").read_text().splitlines() == [
+        "class,model,accuracy",
+        "blue,finetune,0.5",
+        "blue,sam,1",
+        "red,finetune,0.666667",
+        "red,sam,0",
+    ]
+
+
+def test_write_csvs_without_labels_have_a_header_alone(tmp_path: Path) -> None:
+    none = np.array([], int)
+    plots.write_confusion(tmp_path / "confusion.csv", none, none, NAMES)
+    plots.write_class_accuracy(tmp_path / "classes.csv", {"sam": none}, none, NAMES)
+    assert (tmp_path / "confusion.csv").read_text() == "actual,predicted\n"
+    assert (tmp_path / "classes.csv").read_text() == "class,model,accuracy\n"
+
+
+def test_draw_sharpness_of_other_losses_is_another_picture(tmp_path: Path) -> None:
+    valley = plots.EIGENVECTOR_POSITIONS**2
+    for name, factor in (("one", 1.0), ("same", 1.0), ("steep", 9.0)):
+        losses = {"finetune": (valley, valley), "sam": (factor * valley, 0.5 * valley)}
+        plots.draw_sharpness(tmp_path / name, losses)
+    with Image.open(tmp_path / "one") as image:
+        assert image.format == "PNG"
+        assert image.size == (900, 360)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "same").read_bytes()
+    assert (tmp_path / "one").read_bytes() != (tmp_path / "steep").read_bytes()

@@ -153,7 +153,7 @@ def test_make_base_odd_git_settings_keeps_uncommitted_changes(
     text = Path("params.yaml").read_text().replace("seed: 7", "seed: 8")
     Path("params.yaml").write_text(text)
     sweep.make_base()
-    assert (sweep.FOLDER / "base/params.yaml").read_text() == text
+    assert (grids.FOLDER / "base/params.yaml").read_text() == text
 
 
 def write_params(**changes: Any) -> None:
@@ -443,7 +443,7 @@ def test_draw_same_values_give_same_picture(tmp_path: Path) -> None:
 
 def processes(repository: Repository) -> list[int]:
     """Processes that work in a clone of this checkout's sweep."""
-    clones = str((repository.folder / sweep.FOLDER).resolve() / "clone-")
+    clones = str((repository.folder / grids.FOLDER).resolve() / "clone-")
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -453,7 +453,7 @@ def processes(repository: Repository) -> list[int]:
 
 
 def logs(repository: Repository) -> str:
-    return "\n".join(path.read_text() for path in sorted((repository.folder / sweep.FOLDER).glob("*.log")))
+    return "\n".join(path.read_text() for path in sorted((repository.folder / grids.FOLDER).glob("*.log")))
 
 
 def stop_in_training(repository: Repository, number: int, jobs: int) -> tuple[int, str]:
@@ -519,7 +519,7 @@ def test_sweep_interrupted_and_killed_equals_undisturbed(tmp_path: Path) -> None
     assert re.search(r"^sam: \w.* after epoch \d+", logs(killed), re.M), "a training was resumed"
     assert logs(killed).count("view 1/2: ") == logs(whole).count("view 1/2: ") > 0, "cached activations are used again"
     assert processes(killed) == []
-    assert not list((killed.folder / sweep.FOLDER).glob("clone-*"))
+    assert not list((killed.folder / grids.FOLDER).glob("clone-*"))
     assert rows_of(killed) == rows_of(whole)
     assert curves(killed) == curves(whole)
     assert len(rows_of(killed)) == 3
@@ -606,8 +606,8 @@ def test_sweep_interrupted_keeps_table_of_other_params_until_a_run_succeeds(
 
 def test_clear_ends_recorded_processes_only(repository: Repository, tmp_path: Path) -> None:
     """A sweep was killed, and so was one run's first process; another file's number belongs to somebody else now."""
-    sweep.FOLDER.mkdir(parents=True)
-    orphaned, running, other = (sweep.FOLDER / f"{name}.process" for name in ("orphaned", "running", "other"))
+    grids.FOLDER.mkdir(parents=True)
+    orphaned, running, other = (grids.FOLDER / f"{name}.process" for name in ("orphaned", "running", "other"))
     child = tmp_path / "child"
     commands = {
         orphaned: ["sh", "-c", f"sleep 60 & echo $! > {child}"],
@@ -626,8 +626,8 @@ def test_clear_ends_recorded_processes_only(repository: Repository, tmp_path: Pa
     stat, boot = other.read_text().splitlines()
     fields = stat.split()
     other.write_text(f"{' '.join([*fields[:21], '1', *fields[22:]])}\n{boot}\n")
-    (sweep.FOLDER / "cut-short.process").write_text("")
-    (sweep.FOLDER / "earlier-boot.process").write_text(f"{stat}\nanother boot\n")
+    (grids.FOLDER / "cut-short.process").write_text("")
+    (grids.FOLDER / "earlier-boot.process").write_text(f"{stat}\nanother boot\n")
     sweep.clear()
     assert started[running].wait(10) == -signal.SIGKILL
     until = time.monotonic() + 10
@@ -636,12 +636,12 @@ def test_clear_ends_recorded_processes_only(repository: Repository, tmp_path: Pa
     assert started[other].poll() is None
     started[other].kill()
     started[other].wait()
-    assert not list(sweep.FOLDER.glob("*.process"))
+    assert not list(grids.FOLDER.glob("*.process"))
 
 
 def test_output_failing_command_is_one_line() -> None:
     with pytest.raises(InputError, match=r"^git nonsense: expected it to succeed, received: git: 'nonsense' is not"):
-        sweep.output("git", "nonsense")
+        provenance.output("git", "nonsense")
 
 
 def test_study_broken_clone_leaves_checkout_alone(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ class PlainStep:
             scaled = self._optimizer.scale_loss(loss)
         variables = self._model.trainable_variables
         self._optimizer.apply(tape.gradient(scaled, [variable.value for variable in variables]), variables)
-        self._evaluations.assign_add(tf.cast(count, tf.int64))
+        # Not the Keras variable's own `assign_add`: that assigns the sum, and replicas would add up their sums.
+        self._evaluations.value.assign_add(tf.cast(count, tf.int64))
         return loss, logits
 
 

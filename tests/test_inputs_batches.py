@@ -1,0 +1,269 @@
+"""Every example once an epoch, with its own label, in an order that (seed, epoch) alone chooses."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from flatmin.common import errors
+from flatmin.common.params import Augment, Data
+from flatmin.data import writer
+from flatmin.inputs import batches
+from flatmin.inputs.augment import AUGMENT_CHUNK, Augmenter
+from flatmin.inputs.batches import WorkerShard
+from flatmin.inputs.records import Records
+
+COUNT = 100
+SIZE = 16
+# These leave a picture of one colour as it is. This engine's workers are threads, which start at once.
+HARMLESS = Augment(engine="tensorflow", n=0, flip=True, crop=2)
+NONE = Augment(engine="none")
+
+
+def make(root: Path, sizes: list[tuple[int, int]]) -> Records:
+    """Pictures of one colour each: an even number for cats, an odd one for dogs."""
+    for split, count, start in (("train", COUNT, 0), ("val", 6, 200), ("test", 6, 220)):
+        for number in range(start, start + count):
+            path = root / "source" / split / ("cat", "dog")[number % 2] / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", sizes[number % len(sizes)], (number, number, number)).save(path)
+    splits = {"train": "train", "val": "val", "test": "test"}
+    data = Data.model_validate({"source": "folder", "name": str(root / "source"), "splits": splits})
+    writer.write(data, 0, root / "records")
+    return Records(root / "records")
+
+
+@pytest.fixture(scope="module")
+def same_size(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    return make(tmp_path_factory.mktemp("same-size"), [(12, 10)])
+
+
+@pytest.fixture(scope="module")
+def mixed_sizes(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    return make(tmp_path_factory.mktemp("mixed-sizes"), [(12, 10), (9, 30), (17, 17)])
+
+
+@pytest.fixture(params=["same_size", "mixed_sizes"])
+def records(request: pytest.FixtureRequest) -> Records:
+    found: Records = request.getfixturevalue(request.param)
+    return found
+
+
+Batches = list[tuple[np.ndarray, np.ndarray]]
+
+
+def read(dataset: tf.data.Dataset) -> Batches:
+    return [(images, labels) for images, labels in dataset.as_numpy_iterator()]
+
+
+def read_epoch(
+    records: Records, settings: Augment, seed: int = 0, epoch: int = 0, workers: int = 1, batch_size: int = 24
+) -> Batches:
+    with Augmenter(settings, seed, workers) as augmenter:
+        return read(batches.augmented(records, augmenter, SIZE, batch_size, seed, epoch))
+
+
+def equal(first: Batches, second: Batches) -> bool:
+    return len(first) == len(second) and all(
+        np.array_equal(one, other) for a, b in zip(first, second, strict=True) for one, other in zip(a, b, strict=True)
+    )
+
+
+def numbers(epoch: Batches) -> list[int]:
+    """The numbers of the pictures, each of which has to be of one colour."""
+    images = np.concatenate([images for images, _ in epoch])
+    received = images[:, 0, 0, 0].round().astype(int)
+    np.testing.assert_allclose(images, np.broadcast_to(received[:, None, None, None], images.shape), atol=1e-3)
+    return list(received)
+
+
+def labels(epoch: Batches) -> list[int]:
+    return [int(label) for _, labels in epoch for label in labels]
+
+
+@pytest.mark.parametrize("settings", [HARMLESS, NONE], ids=["augmented", "none"])
+def test_augmented_epoch_has_every_example_once_with_its_label(records: Records, settings: Augment) -> None:
+    epoch = read_epoch(records, settings)
+    received = numbers(epoch)
+    assert sorted(received) == list(range(COUNT))
+    assert labels(epoch) == [number % 2 for number in received]
+    assert [len(images) for images, _ in epoch] == [24, 24, 24, 24, 4]
+    assert all(images.dtype == np.float32 and images.shape[1:] == (SIZE, SIZE, 3) for images, _ in epoch)
+    assert all(batch_labels.dtype == np.int32 for _, batch_labels in epoch)
+
+
+def test_augmented_order_is_chosen_by_seed_and_epoch(same_size: Records) -> None:
+    orders = {
+        (seed, number): tuple(numbers(read_epoch(same_size, NONE, seed, number)))
+        for seed, number in ((0, 0), (0, 1), (1, 0))
+    }
+    assert len(set(orders.values())) == len(orders)
+    stored = tuple(numbers(read(batches.plain(same_size, "train", SIZE, 24))))
+    assert stored not in orders.values()
+    # Shuffled as a whole: a batch draws from all over.
+    assert max(stored.index(number) for number in orders[0, 0][:24]) > COUNT // 2
+    assert min(stored.index(number) for number in orders[0, 0][-24:]) < COUNT // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["imgaug", "tensorflow"])
+def test_augmented_again_with_other_workers_gives_equal_batches(
+    same_size: Records, mixed_sizes: Records, engine: str
+) -> None:
+    settings = Augment.model_validate({"engine": engine, "n": 2, "m": 9, "flip": True, "crop": 2})
+    with Augmenter(settings, 3, 1) as one, Augmenter(settings, 3, 2) as two, Augmenter(settings, 4, 1) as other_seed:
+        for records in (same_size, mixed_sizes):
+            first = read(batches.augmented(records, one, SIZE, 24, 3, 5))
+            assert equal(first, read(batches.augmented(records, two, SIZE, 24, 3, 5)))
+            assert not equal(first, read(batches.augmented(records, one, SIZE, 24, 3, 6)))
+            assert not equal(first, read(batches.augmented(records, other_seed, SIZE, 24, 4, 5)))
+
+
+def test_augmented_with_another_batch_size_has_the_same_pictures_in_the_same_order(same_size: Records) -> None:
+    settings = Augment(engine="tensorflow", n=2, m=9)
+    small, large = (read_epoch(same_size, settings, batch_size=size) for size in (7, 64))
+    for one, other in zip(zip(*small, strict=True), zip(*large, strict=True), strict=True):
+        np.testing.assert_array_equal(np.concatenate(one), np.concatenate(other))
+
+
+def test_augmented_read_twice_gives_equal_batches(same_size: Records) -> None:
+    with Augmenter(HARMLESS, 0, 1) as augmenter:
+        dataset = batches.augmented(same_size, augmenter, SIZE, 24, 0, 0)
+        assert equal(read(dataset), read(dataset))
+
+
+def test_augmented_with_a_small_shuffle_buffer_has_every_example_once(
+    mixed_sizes: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "SHUFFLE_BYTES", 10)
+    epoch = read_epoch(mixed_sizes, HARMLESS)
+    received = numbers(epoch)
+    assert sorted(received) == list(range(COUNT))
+    assert labels(epoch) == [number % 2 for number in received]
+    stored = numbers(read(batches.plain(mixed_sizes, "train", SIZE, 24)))
+    # The i-th is one of the first i + AUGMENT_CHUNK: no more are held.
+    assert all(stored.index(number) < place + AUGMENT_CHUNK for place, number in enumerate(received))
+    assert received != stored
+
+
+def test_augmented_pictures_are_augmented_as_stored_then_resized(same_size: Records) -> None:
+    settings = Augment(engine="tensorflow", n=1, m=9)
+    with Augmenter(settings, 0, 1) as augmenter:
+        stored = [image for image, _ in same_size.images("train").as_numpy_iterator()]
+        expected = [batches.resize(image, SIZE).numpy() for chunk in augmenter.chunks(stored, 2) for image in chunk]
+        received = read(batches.augmented(same_size, augmenter, SIZE, 24, 0, 2))
+    images = np.concatenate([images for images, _ in received])
+    assert sorted(image.tobytes() for image in expected) == sorted(image.tobytes() for image in images)
+
+
+@pytest.mark.parametrize("every", [1, 3, 500])
+def test_sample_takes_every_kth_train_image(records: Records, every: int) -> None:
+    ((whole, _),) = read(batches.plain(records, "train", SIZE, COUNT))
+    taken = read(batches.sample(records, SIZE, every, 7))
+    np.testing.assert_array_equal(np.concatenate([images for images, _ in taken]), whole[::every])
+    assert {len(images) for images, _ in taken[:-1]} <= {7}
+
+
+@pytest.mark.parametrize("role", ["train", "val", "test"])
+def test_plain_keeps_the_records_order(records: Records, role: str) -> None:
+    received = read(batches.plain(records, role, SIZE, 5))
+    assert [f"{number:03d}" for number in numbers(received)] == [Path(name).stem for name in records.names(role)]
+    assert labels(received) == records.labels(role).tolist()
+    sizes = [len(images) for images, _ in received]
+    assert sum(sizes) == records.count(role)
+    assert set(sizes[:-1]) <= {5}
+    assert equal(received, read(batches.plain(records, role, SIZE, 5)))
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 3), (40, 30, 3), (16, 16, 3), (1, 1, 3)])
+def test_resize_of_any_shape_is_tensorflows_bilinear_with_antialiasing(shape: tuple[int, int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    received = batches.resize(tf.constant(image), SIZE)
+    assert received.dtype == tf.float32
+    assert received.shape == (SIZE, SIZE, 3)
+    expected = tf.image.resize(image, (SIZE, SIZE), method="bilinear", antialias=True)
+    np.testing.assert_array_equal(received, expected)
+    if shape[:2] == (SIZE, SIZE):
+        np.testing.assert_array_equal(received, image)
+
+
+@pytest.mark.parametrize("shapes", [[(12, 10, 3)] * 2, [(40, 30, 3)] * 2, [(12, 10, 3), (9, 30, 3)]])
+def test_stack_then_resize_is_resize_of_each(shapes: list[tuple[int, int, int]]) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, shape, np.uint8) for shape in shapes]
+    stacked = batches.stack(images, SIZE)
+    assert stacked.dtype == np.float32
+    expected = np.stack([batches.resize(tf.constant(image), SIZE) for image in images])
+    np.testing.assert_allclose(batches.resize(tf.constant(stacked), SIZE), expected, rtol=1e-6)
+
+
+def test_worker_shard_of_several_workers_gives_each_example_to_one() -> None:
+    examples = np.arange(10 * AUGMENT_CHUNK + 5)
+    shards = [WorkerShard(worker, 2, 3) for worker in range(2)]
+    owned = [shard.examples(len(examples)) for shard in shards]
+    assert sorted(np.concatenate(owned)) == examples.tolist()
+    replicas = shards[0].replica_of(examples)
+    assert replicas[:: 2 * AUGMENT_CHUNK].tolist() == [0, 2, 4, 0, 2, 4]  # a whole chunk to one replica, in turn
+    for shard, positions in zip(shards, owned, strict=True):
+        assert set(replicas[positions]) == set(range(3 * shard.worker, 3 * shard.worker + 3))
+
+
+def test_augmented_chunks_of_shards_are_together_those_of_one(same_size: Records) -> None:
+    def chunks(shard: WorkerShard) -> list[tuple[bytes, tuple[int, ...]]]:
+        with Augmenter(Augment(engine="tensorflow", n=1, m=9), 0, 1) as augmenter:
+            received = batches.augmented_chunks(same_size, augmenter, 1, shard)
+            return [(np.stack(images).tobytes(), tuple(labels)) for images, labels in received]
+
+    whole = chunks(WorkerShard())
+    assert len(whole) == 4
+    assert [chunks(WorkerShard(worker, 2, 1)) for worker in range(2)] == [whole[::2], whole[1::2]]
+
+
+@pytest.mark.parametrize("augmenting", [False, True])
+def test_broken_record_is_an_error_of_one_line(
+    augmenting: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = make(tmp_path, [(12, 10)])
+    (shard,) = (tmp_path / "records").glob("train-*.tfrecord")
+    stored = bytearray(shard.read_bytes())
+    stored[len(stored) // 2] ^= 1
+    shard.write_bytes(stored)
+
+    def read_all() -> None:
+        if augmenting:
+            read_epoch(records, HARMLESS)
+        else:
+            read(batches.plain(records, "train", SIZE, 24))
+
+    written = error_of(read_all, capsys)
+    assert written.startswith("error: data/records: expected complete records (`dvc repro --force prepare` writes")
+    assert "corrupted record" in written
+    assert "function_node" not in written
+    assert written.count("\n") == 1
+
+
+def error_of(stage: Any, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        errors.run(stage)
+    return capsys.readouterr().err
+
+
+def test_killed_augmenting_process_is_an_error_of_one_line(
+    same_size: Records, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed() -> None:
+        with Augmenter(Augment(n=1), 0, 1) as augmenter:
+            augmenter.start()
+            for child in multiprocessing.active_children():
+                child.kill()
+            list(batches.augmented(same_size, augmenter, SIZE, 24, 0, 0))
+
+    written = error_of(killed, capsys)
+    assert written.startswith("error: augment: expected worker processes that run to the end (out of memory?)")
+    assert written.count("\n") == 1

@@ -1,0 +1,151 @@
+"""The training loop on points: it resumes where it was interrupted, keeps the best epoch, and refuses to diverge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from trainings import interrupted_after, point_recipe, point_trainer
+
+from flatmin import runtime
+from flatmin.common.errors import InputError
+from flatmin.common.params import Finetune, Sam
+from flatmin.training.optimizer import updates
+from flatmin.training.resume import State
+from flatmin.training.schedule import best_epoch
+from flatmin.training.step import TrainStep
+
+METHODS = {
+    "plain": (None, "float32"),
+    "sam": (Sam(), "float32"),
+    # Two epochs are eight batches: interrupted with gradients waiting, and with one left for the next step.
+    "friendly": (Sam(method="friendly", accumulate=3, num_batch_splits=2), "float32"),
+    "looksam": (Sam(method="looksam", every=3), "float32"),
+    "every": (Sam(every=2), "mixed_float16"),
+}
+
+
+def arrays(step: TrainStep) -> list[np.ndarray]:
+    return [np.array(variable) for variable in step.variables]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sam", "precision"), METHODS.values(), ids=METHODS)
+def test_trainer_interrupted_and_resumed_ends_as_an_uninterrupted_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sam: Sam | None, precision: str
+) -> None:
+    plateau = {"name": "plateau", "factor": 0.5, "patience": 1, "min_delta": 0.0, "minimum": 0.0}
+    recipe = point_recipe(ema=0.9, schedule=plateau)
+    with runtime.dtype_policy(precision):
+        trainer, whole, points = point_trainer(recipe, sam)
+        history = trainer.train(State(tmp_path / "whole"))
+        assert points.epochs == [0, 1, 2, 3]
+        assert best_epoch(history) >= 2, "the best weights are of an epoch after the interruption"
+        state = State(tmp_path / "state")
+        trainer, _, points = point_trainer(recipe, sam)
+        with interrupted_after(2), pytest.raises(KeyboardInterrupt):
+            trainer.train(state)
+        capsys.readouterr()
+        trainer, resumed, points = point_trainer(recipe, sam)
+        assert trainer.train(state) == history
+    assert "points: resuming after epoch 2\n" in capsys.readouterr().out
+    assert points.epochs == [2, 3]
+    for one, other in zip(arrays(whole), arrays(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert resumed.rule.gradient_evaluations == whole.rule.gradient_evaluations > 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_trainer_with_ema_keeps_and_scores_the_averages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    updated: list[list[np.ndarray]] = []  # the weights after each update
+    call = TrainStep.__call__
+
+    def noted(self: TrainStep, batches: Any) -> np.ndarray:
+        before = updates(self.optimizer)
+        sums = call(self, batches)
+        if updates(self.optimizer) > before:  # under mixed_float16 the first gradients may overflow
+            updated.append([np.array(variable) for variable in self.layers.trainable_variables])
+        return sums
+
+    monkeypatch.setattr(TrainStep, "__call__", noted)
+    with runtime.dtype_policy(precision):
+        trainer, step, points = point_trainer(point_recipe(epochs=1, ema=0.7, learning_rate=0.005))
+        (epoch,) = trainer.train(State(tmp_path))
+    averages = updated[0]
+    for weights in updated[1:]:
+        averages = [0.7 * average + 0.3 * weight for average, weight in zip(averages, weights, strict=True)]
+    for kept, average in zip(step.layers.trainable_variables, averages, strict=True):
+        np.testing.assert_allclose(kept, average, rtol=1e-4, atol=1e-6)
+    assert len(updated) >= 2
+    assert any(np.any(kept != last) for kept, last in zip(averages, updated[-1], strict=True))
+    assert validation_loss(points) == pytest.approx(epoch["val_loss"], rel=1e-6)
+
+
+def validation_loss(points: Any) -> float:
+    logits = points.val_logits().astype(np.float64)
+    own = logits[np.arange(len(logits)), points.labels("val")]
+    return float(np.mean(np.log(np.exp(logits).sum(axis=1)) - own))
+
+
+def test_trainer_before_the_first_update_scores_the_start_and_not_the_averages(tmp_path: Path) -> None:
+    """Keras' averages are zeros until an update, which takes eight batches here, two epochs."""
+    trainer, _, points = point_trainer(point_recipe(epochs=3, ema=0.7), Sam(accumulate=8))
+    start = validation_loss(points)
+    losses = [epoch["val_loss"] for epoch in trainer.train(State(tmp_path))]
+    assert losses[0] == pytest.approx(start, rel=1e-5)
+    assert losses[1] != pytest.approx(start, rel=1e-4)
+
+
+def test_trainer_of_several_epochs_leaves_the_best_ones_weights(tmp_path: Path) -> None:
+    trainer, step, points = point_trainer(point_recipe(epochs=6, learning_rate=1.0))
+    history = trainer.train(State(tmp_path))
+    best = best_epoch(history)
+    assert best < 5, "the last epoch's weights would pass"
+    assert validation_loss(points) == pytest.approx(history[best]["val_loss"], rel=1e-6)
+    assert step.rule.gradient_evaluations == 6 * 13
+    assert all(0 <= epoch["accuracy"] <= 1 for epoch in history)
+
+
+def test_trainer_with_plateau_and_early_stopping_lowers_the_rate_and_ends(tmp_path: Path) -> None:
+    """No val loss falls by 100, so the first epoch stays the best."""
+    recipe = point_recipe(
+        epochs=9,
+        learning_rate=0.001,
+        schedule={"name": "plateau", "factor": 0.5, "patience": 2, "min_delta": 100.0},
+        early_stopping={"patience": 4, "min_delta": 100.0},
+    )
+    trainer, step, _ = point_trainer(recipe)
+    history = trainer.train(State(tmp_path))
+    assert [epoch["learning_rate"] for epoch in history] == pytest.approx([0.001, 0.001, 0.001, 0.0005, 0.0005])
+    assert step.rule.gradient_evaluations == 5 * 13
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sam", "message"),
+    [
+        (
+            point_recipe(learning_rate=1e30),
+            None,
+            r"^points: the training diverged in epoch \d: expected finite losses and gradients, received \S+ and val "
+            r"\S+; try a lower learning_rate than 1e\+30$",
+        ),
+        (
+            point_recipe(),
+            Sam(rho=1e30),
+            r"^points: .*received gradients that were not, in each of 4 batches; try a lower learning_rate than 0.02, "
+            r"or a lower rho than 1e\+30$",
+        ),
+    ],
+    ids=["learning rate", "rho"],
+)
+def test_trainer_that_diverges_is_an_error_of_one_line(
+    tmp_path: Path, recipe: Finetune, sam: Sam | None, message: str
+) -> None:
+    trainer, _, _ = point_trainer(recipe, sam)
+    state = State(tmp_path)
+    with pytest.raises(InputError, match=message):
+        trainer.train(state)

@@ -1,0 +1,251 @@
+"""Trainings in seconds: points through two dense layers, and what the stage scripts run, on a quarter of MobileNet."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from networks import spread
+from PIL import Image
+from repository import ROOT
+
+from flatmin import sam
+from flatmin.common import params
+from flatmin.common.params import Finetune, Params, Sam
+from flatmin.data import writer
+from flatmin.inputs import batches
+from flatmin.inputs.records import Records
+from flatmin.models import classifier, scores
+from flatmin.models.classifier import TrainedLayers
+from flatmin.training.step import PLAIN, StepSettings, TrainStep
+from flatmin.training.trainer import Trainer
+from flatmin.training.validation import Validator
+from flatmin.training.workers import Workers
+
+
+def sam_settings(step: Sam | None) -> StepSettings:
+    """The update rule of a `sam` section; None is finetune's."""
+    if step is None:
+        return PLAIN
+    settings = sam.Settings(**step.settings())
+    hint = f"a lower rho than {settings.rho:g}"
+    return StepSettings(partial(sam.Step, settings), accumulate=settings.accumulate, hint=hint)
+
+
+# Points of three classes
+
+
+class Points:
+    """A source of batches of points in space, with as many in val; dropout and a penalty on weights in its layers.
+
+    Attributes:
+        epochs: the numbers of the epochs that were asked for.
+    """
+
+    engine = "none"
+
+    def __init__(self, count: int, batch_size: int) -> None:
+        random = np.random.default_rng(7)
+        self._labels = random.integers(0, 3, 2 * count).astype(np.int32)
+        centers = random.normal(size=(3, 4))
+        self._inputs = (random.normal(size=(2 * count, 4)) + centers[self._labels]).astype(np.float32)
+        self._count, self._batch_size = count, batch_size
+        self.layers = _layers()
+        self.epochs: list[int] = []
+
+    def epoch(self, number: int, strategy: tf.distribute.Strategy) -> Any:
+        self.epochs.append(number)
+        order = np.random.default_rng(number).permutation(self._count)
+        points = tf.data.Dataset.from_tensor_slices((self._inputs[order], self._labels[order]))
+        return points.batch(self._batch_size)
+
+    def activations(self, inputs: Any) -> Any:
+        return inputs
+
+    def val_logits(self) -> np.ndarray:
+        return self.layers(self._inputs[self._count :], training=False).numpy()
+
+    def labels(self, role: str) -> np.ndarray:
+        """The labels of val, as records have them."""
+        return self._labels[self._count :]
+
+
+def _layers() -> TrainedLayers:
+    layers = keras.layers
+    head = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(8, "relu", kernel_regularizer=keras.regularizers.L2(0.01)),
+            layers.Dropout(0.3, seed=3),
+            layers.Dense(3, dtype="float32"),
+        ]
+    )
+    random = np.random.default_rng(5)
+    for variable in head.trainable_variables:
+        variable.assign(random.normal(0, 0.5, variable.shape))
+    trained = TrainedLayers(None, head)
+    trained(tf.zeros((1, 4)))  # it has its variables only then
+    return trained
+
+
+def point_recipe(**changes: Any) -> Finetune:
+    return Finetune.model_validate(
+        {"optimizer": "adam", "learning_rate": 0.02, "batch_size": 4, "epochs": 4, "schedule": None} | changes
+    )
+
+
+def point_step(recipe: Finetune, sam: Sam | None = None, count: int = 13) -> tuple[TrainStep, Points]:
+    points = Points(count, recipe.batch_size)
+    steps = math.ceil(count / recipe.batch_size)
+    strategy = tf.distribute.get_strategy()
+    step = TrainStep(strategy, points, points.layers, recipe, sam_settings(sam), steps=steps, classes=3)
+    return step, points
+
+
+def point_trainer(recipe: Finetune, sam: Sam | None = None) -> tuple[Trainer, TrainStep, Points]:
+    step, points = point_step(recipe, sam)
+    validator = Validator(points, points, points, recipe.batch_size)  # type: ignore[arg-type]
+    return Trainer("points", recipe, step, validator, Workers(step.strategy)), step, points
+
+
+# The stages, of a network that random weights leave something to see
+
+NAMES = ("blue", "green", "red")
+BACKBONE, SPLIT_POINT = "MobileNet025", "conv_dw_12"
+TRAIN, VAL = 13, 9  # leaves a batch of one
+VARIED = {"engine": "tensorflow", "n": 0, "flip": True, "crop": 4}
+SELECTED = "models/select"
+HEADS: dict[str, dict[str, Any]] = {"linear": {}, "levels": {"levels": "all", "hidden_units": 8}}
+
+
+def small(**changes: Any) -> Params:
+    """The params of a small study. changes: of the sections `runtime`, `augment` and `extract`, else of `finetune`."""
+    recipe = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 4, "epochs": 2, "image_size": 32}
+    values: dict[str, Any] = {
+        "seed": 3,
+        "runtime": changes.pop("runtime", {}),
+        "data": {"source": "folder", "name": "images", "splits": {"train": "train", "val": "val", "test": "test"}},
+        "augment": changes.pop("augment", {"engine": "none"}),
+        "backbones": [BACKBONE],
+        "extract": recipe | {"weights": {BACKBONE: "base.weights.h5"}} | changes.pop("extract", {}),
+        "select": {},
+        "finetune": recipe | {"fine_tune_at": {BACKBONE: SPLIT_POINT}} | changes,
+        "sam": {"rho": 0.05},
+        "evaluate": {},
+    }
+    return params.parse(values)
+
+
+def write_images(folder: Path, train: int) -> None:
+    """Write images of coloured noise, and their records to the working directory."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", VAL), ("test", 3)):
+        for index in range(count):
+            pixels = random.integers(0, 180, (32, 32, 3), np.uint8)
+            pixels[..., 2 - index % 3] += 60
+            path = folder / f"images/{split}/{NAMES[index % 3]}/{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    writer.write(small().data, 3, "data/records")
+
+
+def write_classifier(head: str = "linear", folder: str = SELECTED) -> classifier.Classifier:
+    """Write a classifier of random weights as select-best does, and the backbone's weights for extract-train."""
+    options: dict[str, Any] = {"levels": "last", "hidden_units": 0} | HEADS[head]
+    model = classifier.create(BACKBONE, NAMES, image_size=32, dropout=0.0, seed=1, weights="none", **options)
+    spread(model.base)
+    classifier.fit_standardization(model, batches.sample(Records("data/records"), 32, 1, 8))
+    model.base.save_weights("base.weights.h5")
+    model.save(folder)
+    return model
+
+
+@dataclass(frozen=True)
+class Given:
+    """The params that a stage script gets, all of them and unguarded."""
+
+    params: Params
+
+    def check_unchanged(self) -> None:
+        """Nothing is edited while a test runs."""
+
+
+def run_stage(script: str, settings: Params, *items: str) -> None:
+    """Run a script of stages/ in the working directory, within this process."""
+    runpy.run_path(str(ROOT / "stages" / f"{script}.py"))["main"](Given(settings), *items)
+
+
+def extract(settings: Params) -> None:
+    run_stage("extract_train", settings, BACKBONE)
+
+
+def finetune(settings: Params, step: Sam | None = None) -> None:
+    """finetune; given a `sam` section, sam-finetune."""
+    if step is None:
+        run_stage("finetune", settings)
+    else:
+        run_stage("sam_finetune", settings.model_copy(update={"sam": step}))
+
+
+def written(name: str, folder: Path | str = ".") -> dict[str, bytes]:
+    """The bytes of what a training stage wrote, by the file's name."""
+    root = Path(folder)
+    paths = [*(root / "models" / name).iterdir(), root / f"metrics/{name}.json", root / f"plots/{name}.csv"]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def rename(name: str, new_name: str) -> None:
+    """Move what a training stage wrote out of the next one's way; nothing where this process is not to write."""
+    for path in (f"models/{name}", f"metrics/{name}.json", f"plots/{name}.csv"):
+        if Path(path).exists():
+            shutil.move(path, path.replace(name, new_name))
+
+
+def metrics(name: str, folder: Path | str = ".") -> dict[str, Any]:
+    return json.loads((Path(folder) / f"metrics/{name}.json").read_text())
+
+
+def trained_weights(folder: str) -> list[np.ndarray]:
+    model = classifier.load(folder)
+    return [np.array(variable) for variable in model.split(model.description.fine_tune_at)[1].trainable_variables]
+
+
+def scores_on_val(folder: str) -> dict[str, float]:
+    records = Records("data/records")
+    logits = classifier.load(folder).logits(batches.plain(records, "val", 32, 4))
+    return scores.score(logits, records.labels("val"))
+
+
+def view_files(folder: Path | str = "cache") -> dict[str, bytes]:
+    """The cached activations, by their paths."""
+    return {str(path): path.read_bytes() for path in sorted(Path(folder).glob("views/*/activations_*.npy"))}
+
+
+@contextmanager
+def interrupted_after(epochs: int) -> Iterator[None]:
+    """Within the block a training ends with KeyboardInterrupt once its state after this number of epochs is saved."""
+    from flatmin.training.resume import State
+
+    save = State.save
+
+    def save_and_stop(self: State, history: Any, variables: Any, best: Any) -> None:
+        save(self, history, variables, best)
+        if len(history) == epochs:
+            raise KeyboardInterrupt
+
+    State.save = save_and_stop  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        State.save = save  # type: ignore[method-assign]
