@@ -147,7 +147,7 @@ def compute_activations(folder: Path) -> Numbers:
 
 
 def compute_training(folder: Path) -> Numbers:
-    """The losses of each epoch of extract-train, finetune and sam-finetune, as the stages run them."""
+    """The losses of each epoch of extract-train and sam-finetune, as the stages run them."""
     _records(folder)
     shared: dict[str, Any] = {
         "seed": 3,
@@ -161,14 +161,14 @@ def compute_training(folder: Path) -> Numbers:
         head = params.Extract.model_validate(RECIPE | {"learning_rate": 0.01})
         stages.extract(BACKBONE, recipe=head, outputs=_outputs(folder, "extract"), **shared).remove()
         recipe = params.Finetune.model_validate(RECIPE | {"fine_tune_at": "block7a_expand_conv"})
-        tuned = {"finetune": PLAIN, "sam": _sam_settings(rho=0.1)}
-        for name, step in tuned.items():
-            selected, outputs = str(folder / "models/extract"), _outputs(folder, name)
-            stages.finetune(name, recipe=recipe, selected=selected, outputs=outputs, step=step, **shared).remove()
+        outputs = _outputs(folder, "sam")
+        start = str(folder / "models/extract")
+        step = _sam_settings(rho=0.1)
+        stages.finetune("sam", recipe=recipe, selected=start, outputs=outputs, step=step, **shared).remove()
     finally:
         os.environ.pop("FLATMIN_CACHE") if before is None else os.environ.update(FLATMIN_CACHE=before)
     numbers: Numbers = {}
-    for name in ("extract", *tuned):
+    for name in ("extract", "sam"):
         header, *rows = (line.split(",") for line in (folder / f"{name}.csv").read_text().splitlines())
         for row in rows:
             values = dict(zip(header, row, strict=True))
@@ -217,7 +217,8 @@ def _small_network() -> keras.Model:
             layers.GlobalAveragePooling2D(name="pool"),
             layers.Dropout(0.2, seed=11, name="dropout"),
             layers.Dense(4, name="logits", kernel_regularizer="l2"),
-        ]
+        ],
+        name="small",
     )
     random = np.random.default_rng(5)
     for variable in model.trainable_variables:
@@ -242,10 +243,9 @@ def _losses(step: TrainStep) -> Iterator[float]:
 
 def steps_to_compute() -> dict[str, StepSettings]:
     """The update rules whose losses are pinned: plain, every method of SAM, and SAM's other settings."""
+    own: dict[str, dict[str, Any]] = {"gsam": {"rho_min": 0.02, "rho_max": 0.2}, "looksam": {"every": 3}}
     rules = {"plain": PLAIN}
-    rules |= {method: _sam_settings(method=method, rho=0.1) for method in sam.METHODS}
-    rules["gsam, rho range"] = _sam_settings(method="gsam", rho_min=0.02, rho_max=0.2)
-    rules["looksam, every"] = _sam_settings(method="looksam", rho=0.1, every=3)
+    rules |= {method: _sam_settings(method=method, rho=0.1, **own.get(method, {})) for method in sam.METHODS}
     for name, value in (("adaptive", True), ("every", 2), ("num_batch_splits", 2), ("accumulate", 2)):
         rules[name] = _sam_settings(rho=1.0 if name == "adaptive" else 0.1, **{name: value})
     return rules
