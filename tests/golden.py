@@ -66,12 +66,12 @@ TOLERANCES = {
     "records": 0.0,
     "augmentation": 1e-3,
     "inputs": 1e-4,
-    "activations": 1e-2,
-    "training": 2e-2,
+    "activations": 1e-4,
+    "training": 2e-4,
     "steps": 1e-4,
     "schedules": 1e-5,
     "averages": 1e-4,
-    "sharpness": 1e-3,
+    "sharpness": 1e-4,
     "scores": 1e-6,
     "comparison": 1e-6,
     "defaults": 0.0,
@@ -158,9 +158,11 @@ def compute_training(folder: Path) -> Numbers:
     before = os.environ.get("FLATMIN_CACHE")
     os.environ["FLATMIN_CACHE"] = str(folder / "cache")
     try:
-        head = params.Extract.model_validate(RECIPE | {"learning_rate": 0.01})
+        # By SGD, whose steps are smooth in the gradients: Adam's first ones follow the signs of rounding errors.
+        head = params.Extract.model_validate(RECIPE | {"optimizer": "sgd", "learning_rate": 0.002})
         stages.extract(BACKBONE, recipe=head, outputs=_outputs(folder, "extract"), **shared).remove()
-        recipe = params.Finetune.model_validate(RECIPE | {"fine_tune_at": "block7a_expand_conv"})
+        changes = {"optimizer": "sgd", "learning_rate": 0.002, "fine_tune_at": "block7a_expand_conv"}
+        recipe = params.Finetune.model_validate(RECIPE | changes)
         outputs = _outputs(folder, "sam")
         start = str(folder / "models/extract")
         step = _sam_settings(rho=0.1)
