@@ -52,12 +52,12 @@ $(VENV)/%.done: requirements/%.txt
 study: setup  ## run studies/NAME/params.yaml: make study NAME=digits
 	@$(RUN) sh scripts/study.sh "$(NAME)"
 
-# JOBS: the number of runs at a time. GRID: the name of another grid of the study. See docs/sweeps.md.
+# JOBS: the number of runs at a time. GRID: another grid of the study. MIX_VERSIONS=1: results versions in one table.
 sweep: setup check-params  ## run the grid of the default study: table and picture in studies/digits
-	@$(RUN) python scripts/sweep.py studies/digits/sweep.yaml $(if $(JOBS),--jobs $(JOBS))
+	@$(RUN) python scripts/sweep.py studies/digits/sweep.yaml $(if $(JOBS),--jobs $(JOBS)) $(if $(MIX_VERSIONS),--mix-versions)
 
 study-sweep: setup  ## run the grid of a study in its clone: make study-sweep NAME=digits
-	@$(RUN) sh scripts/study.sh "$(NAME)" sweep $(if $(JOBS),--jobs $(JOBS))
+	@$(RUN) sh scripts/study.sh "$(NAME)" sweep $(if $(JOBS),--jobs $(JOBS)) $(if $(MIX_VERSIONS),--mix-versions)
 
 COMPILE := uv pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 lock:  ## compile the locks again (needs uv)

@@ -1,7 +1,7 @@
 """How each stage's time, memory and disk grow, measured on small studies; and what that means for large ones.
 
 `python bench/scaling.py` measures what bench/scaling.json lacks, point by point, and fits the lines; `--again` measures
-all of it again and keeps the quicker, since what else runs on a machine only ever slows a stage. `--table` prints the
+all of it again and keeps the faster, since what else runs on a machine only ever slows a stage. `--table` prints the
 tables of docs/sizing.md. The stages are the real ones, each in a process of its own, in a temporary folder.
 """
 
@@ -197,7 +197,7 @@ def train(study: Study) -> Iterator[tuple[str, Point]]:
 
 
 def copy_code(folder: Path) -> None:
-    """The code as it is now: what changed between two stages would have the views computed anew."""
+    """The code as it is now: what changed between two stages would have the views computed again."""
     for name in ("src", "stages"):
         shutil.copytree(ROOT / name, folder / name)
 
@@ -445,11 +445,11 @@ def gpus(boundaries: Mapping[str, Any], fitted: Mapping[str, Line]) -> str:
         scoring = step * (LATER - 1) / 3
         columns[number] = {
             f"augment, {CORES_OF_GPU} cores a GPU": duration(LARGE * views * augment / (CORES_OF_GPU * number)),
-            "trunk over the views": duration(kept * trunk / (3 * rate)),
-            "finetune's tail": duration(step + scoring),
-            "sam-finetune's tail": duration(2 * step + scoring),
+            "frozen layers over the views": duration(kept * trunk / (3 * rate)),
+            "finetune's trained layers": duration(step + scoring),
+            "sam-finetune's trained layers": duration(2 * step + scoring),
             "disk for views": amount(kept * boundary["bytes"]),
-            "read while the tail trains": f"{amount(rate / (1 - trunk) * boundary['bytes'])}/s",
+            "read while the trained layers train": f"{amount(rate / (1 - trunk) * boundary['bytes'])}/s",
         }
     rows = [[name, *(column[name] for column in columns.values())] for name in columns[1]]
     rates = [f"{number} GPU{'s' * (number > 1)}, R = {rate:,.0f}" for number, rate in GPU_RATES.items()]
@@ -604,7 +604,7 @@ PARTS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--again", action="store_true", help="measure all again, keep the quicker")
+    parser.add_argument("--again", action="store_true", help="measure all again, keep the faster")
     parser.add_argument("--table", action="store_true", help="print the tables of docs/sizing.md, measure nothing")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -17,7 +17,8 @@ def main(stage: str, *backbone: str) -> None:
         from flatmin.training.stages import Outputs, extract, finetune
 
     settings = params.load()
-    shared = {"seed": settings.seed, "runtime": settings.runtime, "augment": settings.augment, "records": "data/records"}
+    shared = {"seed": settings.seed, "runtime": settings.runtime, "augment": settings.augment}
+    shared["records"] = "data/records"
     name = "/".join([stage, *backbone])
     outputs = Outputs(f"models/{name}", f"metrics/{name}.json", f"plots/{name}.csv")
     print("ready", flush=True)

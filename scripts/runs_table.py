@@ -4,56 +4,95 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import provenance
 from grids import METRICS, Run
 from matplotlib.figure import Figure
+from provenance import output
 
-from flatmin import reporting
-from flatmin.reporting import InputError
+from flatmin.common import console, files
+from flatmin.common.errors import InputError
 
 Row = Mapping[str, Any]
-# What every row says beside the seed, set by the grid or not: what tells one study's data and training from another's.
+# Params that every row has besides the seed, set by the grid or not: they tell one study's data and training from
+# another's.
 DATA = ("data.name", "data.train_per_class", "data.label_noise", "finetune.ema")
 
 
 def find(run: Run) -> str | None:
-    """The git ref of a run that has succeeded, whatever commit it started from."""
+    """The git ref of a run's experiment if it has succeeded in this checkout, whatever commit it started from."""
     refs = output("git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{run.name}").split()
     return refs[0] if refs else None
 
 
-def read_kept(path: Path) -> dict[str, Row]:
-    """Name -> row of the runs that an earlier table has as succeeded, on this machine or another.
+def read_table(path: Path) -> dict[str, Row]:
+    """Name -> row of the runs that a table has as succeeded, on this machine or another; nothing without the file.
 
     Raises:
-        InputError: a row has not a cell for each column.
+        InputError: a row does not have one cell for each column, or a name is there twice.
     """
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    succeeded: dict[str, Row] = {}
     for row in rows:
+        name = row.get("name")
         if None in row or None in row.values():
-            raise InputError(f"{path}: {row.get('name')}: expected a cell for each column, received more or fewer")
-    return {row["name"]: row for row in rows if row.get("name") and row.get("status") == "succeeded"}
+            raise InputError(f"{path}: {name}: expected a cell for each column, received more or fewer")
+        if name and row.get("status") == "succeeded":
+            if name in succeeded:
+                raise InputError(f"{path}: {name}: expected one row, received two")
+            succeeded[name] = row
+    return succeeded
+
+
+def check_versions(path: Path, runs: Sequence[Run], previous: Mapping[str, Row], mix_versions: bool) -> None:
+    """Refuse to continue a table with another results version than it has, unless `mix_versions`.
+
+    Raises:
+        InputError: the table would mix versions, or a row and the experiment of its name disagree.
+    """
+    places: dict[str, str] = {}  # version -> where it is
+    complete = True
+    for run in runs:
+        ref = find(run)
+        rows = {str(path): previous[run.name]} if run.name in previous else {}
+        if ref:
+            rows["its experiment"] = provenance.read(run, ref)
+        provenance.refuse_contradiction(run.name, rows)
+        for place, row in rows.items():
+            places.setdefault(str(row.get("results_version") or provenance.UNKNOWN), f"{run.name}: {place}")
+        complete &= bool(rows)
+    current = str(provenance.RESULTS_VERSION)
+    if not complete:
+        places.setdefault(current, "this code")
+    if len(places) > 1 and not mix_versions:
+        received = " and ".join(f"{version} ({place})" for version, place in places.items())
+        raise InputError(
+            f"{path}: expected one results version, received {received}: to run those of another version again, delete "
+            "their rows and their experiments (`dvc exp remove`); to keep them, give --mix-versions"
+        )
+    if places and current not in places:
+        console.log(f"note: {path}: all runs are of results version {', '.join(places)}, this code is of {current}")
 
 
 def table(
-    runs: Sequence[Run], kept: Mapping[str, Row], failed: Sequence[Run]
+    runs: Sequence[Run], previous: Mapping[str, Row], failed: Sequence[Run]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns, and a row for each run: name, status, targets, seed, DATA, what runs set, figures, commit, seconds.
+    """Columns, and a row for each run.
 
-    Figures are those of the stages that the run brought about: an experiment's commit holds the others' old ones.
+    They are name, status, targets, seed, DATA, the grid's keys, metrics, provenance and seconds. Metrics are those of
+    the stages that the run needs: an experiment's commit also holds old ones of other stages.
     """
     keys = list(dict.fromkeys(["seed", *DATA, *(key for run in runs for key in run.values)]))
     rows: list[dict[str, Any]] = []
-    figures: dict[str, None] = {}
+    metrics: dict[str, None] = {}
     for run in runs:
-        ref, before = find(run), kept.get(run.name, {})
+        ref, before = find(run), previous.get(run.name, {})
         status = "succeeded" if ref or before else "failed" if run in failed else "not run"
         row = {"name": run.name, "status": status, "targets": " ".join(run.targets)}
         row |= {key: _cell(_value(run.settings, key)) for key in keys}
@@ -63,11 +102,15 @@ def table(
                 row |= {f"{file}/{key}": value for key, value in leaves(values)}
         if not ref:
             row |= {key: value for key, value in before.items() if "/" in key and value != ""}
-        figures |= {key: None for key in row if "/" in key}
+        metrics |= {key: None for key in row if "/" in key}
+        if status == "succeeded":
+            known = {key: before[key] for key in provenance.COLUMNS if before.get(key)}
+            made = provenance.read(run, ref) if ref else {}
+            known |= {key: value for key, value in made.items() if value != provenance.UNKNOWN}
+            row |= {key: str(_cell(known.get(key, provenance.UNKNOWN))) for key in provenance.COLUMNS}
         seconds = run.clock.read_text() if run.clock.exists() else ""
-        commit = output("git", "rev-parse", "--short=7", f"{ref}^").strip() if ref else before.get("commit", "")
-        rows.append({**row, "commit": commit, "seconds": before.get("seconds") or seconds})
-    return ["name", "status", "targets", *keys, *figures, "commit", "seconds"], rows
+        rows.append({**row, "seconds": before.get("seconds") or seconds})
+    return ["name", "status", "targets", *keys, *metrics, *provenance.COLUMNS, "seconds"], rows
 
 
 def _value(settings: Any, key: str) -> Any:
@@ -90,10 +133,10 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def spread(rows: Sequence[Row], x: str, y: str, keys: Sequence[str]) -> dict[str, dict[Any, list[float]]]:
-    """The seeds' y, for each line of a picture (the values of `keys` tell them apart) and each x in order.
+    """Each line of a picture -> each x, in order -> the seeds' y. The values of `keys` tell lines apart.
 
     Raises:
-        InputError: a y is no number.
+        InputError: a y is not a number.
     """
     others = [key for key in keys if key not in (x, "seed") and len({row[key] for row in rows}) > 1]
     lines: dict[str, dict[Any, list[float]]] = {}
@@ -112,7 +155,7 @@ def _order(value: Any) -> tuple[bool, Any]:
 
 
 def draw(lines: Mapping[str, Mapping[Any, Sequence[float]]], x: str, y: str, path: Path) -> None:
-    """Write a PNG of `spread`'s lines: every run a dot, the mean a line; neighbouring x are equally far apart."""
+    """Write a PNG of `spread`'s lines: each run is a dot, the mean a line; x values are evenly spaced."""
     ticks = sorted({value for points in lines.values() for value in points}, key=_order)
     figure = Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
     axis = figure.subplots()
@@ -121,24 +164,12 @@ def draw(lines: Mapping[str, Mapping[Any, Sequence[float]]], x: str, y: str, pat
         where = [ticks.index(value) + shift for value in points]
         means = [sum(values) / len(values) for values in points.values()]
         (line,) = axis.plot(where, means, label=label, linewidth=1.8)
-        for place, values in zip(where, points.values(), strict=True):
-            axis.plot([place] * len(values), values, "o-", color=line.get_color(), alpha=0.5, linewidth=1)
+        for position, values in zip(where, points.values(), strict=True):
+            axis.plot([position] * len(values), values, "o-", color=line.get_color(), alpha=0.5, linewidth=1)
     axis.set_xticks(range(len(ticks)), [str(value) for value in ticks])
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-    with reporting.whole(path) as aside:
-        figure.savefig(aside, format="png", metadata={"Software": None})
-
-
-def output(*command: str, cwd: Path | None = None) -> str:
-    """What a command prints.
-
-    Raises:
-        InputError: it fails.
-    """
-    done = subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"{' '.join(command)}: expected it to succeed, received: {done.stderr.strip()[:500]}")
-    return done.stdout
+    with files.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Run studies/NAME/params.yaml in a clone of this checkout's last commit and copy its figures to studies/NAME; with
-# $COMMIT that commit's code and params.yaml. As `study.sh NAME sweep [--jobs N]` run the grid in studies/NAME/sweep.yaml,
-# or $GRID.yaml, there instead.
+# Run studies/NAME/params.yaml in a clone of this checkout's last commit and copy its results to studies/NAME. As
+# `study.sh NAME sweep [--jobs N] [--mix-versions]` run the grid studies/NAME/sweep.yaml, or $GRID.yaml, there instead.
+# With $COMMIT the code, scripts and params.yaml are that commit's; the grid is always this checkout's.
 set -eu
 name=$1
 root=$(pwd -P)
@@ -54,6 +54,11 @@ if [ ! -f "$params" ]; then
     echo "error: COMMIT: expected one with studies/$name/params.yaml, received '$COMMIT'" >&2
     exit 1
 fi
+if [ "${2:-}" = sweep ] && [ ! -f "$clone/scripts/provenance.py" ]; then
+    echo "error: COMMIT: expected one whose sweeps record where results come from, received '$COMMIT': its own scripts" \
+        "in a clone of that commit still run its grids" >&2
+    exit 1
+fi
 cp "$params" "$clone/params.yaml"
 cache=$(dvc cache dir)
 # What is relative is so to the checkout. TFDS takes ~ and addresses such as gs:// too.
@@ -63,29 +68,25 @@ case "${TFDS_DATA_DIR:-/}" in /* | "~"* | *://*) ;; *) export TFDS_DATA_DIR="$ro
 cd "$clone"
 rm -rf metrics plots
 dvc config --local cache.dir "$cache"
-PYTHONPATH=src python -m flatmin.params
-PYTHONPATH=src python -m flatmin.selection
+if [ -f src/flatmin/prune.py ]; then  # a commit before it has other commands for this; its stages check params too
+    PYTHONPATH=src python -m flatmin.common.params
+    PYTHONPATH=src python -m flatmin.prune
+fi
 if [ -f "$root/studies/$name/dvc.lock" ]; then cp "$root/studies/$name/dvc.lock" dvc.lock; else rm -f dvc.lock; fi
 if [ "${2:-}" = sweep ]; then
     shift 2
-    exec python "$root/scripts/sweep.py" "$root/studies/$name/$grid.yaml" "$@"
+    exec python scripts/sweep.py "$root/studies/$name/$grid.yaml" "$@"
 fi
 dvc repro
-rm -rf figures  # whole here first: renamed, they are there at once
+rm -rf figures  # complete here first: renamed, all of it appears at once
 mkdir figures
 cp -R metrics plots dvc.lock figures/
-if [ -f predictions/predict.csv ]; then  # of images whose labels nobody knows here
-    PYTHONPATH=src python - figures/test_predictions.csv <<'END'
-import csv, sys
-from flatmin import reporting
-columns = ("name", "finetune", "sam")
-with open("predictions/predict.csv", encoding="utf-8", newline="") as file:
-    reporting.write_csv(sys.argv[1], columns, [[row[column] for column in columns] for row in csv.DictReader(file)])
-END
+if [ -f predictions/predict.csv ]; then  # of images whose labels are not known here
+    python "$root/scripts/columns.py" name finetune sam < predictions/predict.csv > figures/test_predictions.csv
 fi
 cd figures
 for file in metrics plots dvc.lock test_predictions.csv; do
     rm -rf "$root/studies/$name/$file"
     if [ -e "$file" ]; then mv "$file" "$root/studies/$name/"; fi
 done
-echo "study $name: figures in studies/$name"
+echo "study $name: results in studies/$name"

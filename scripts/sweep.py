@@ -1,10 +1,10 @@
-"""Run a grid of DVC experiments, several at a time; write a table of all, and a picture, beside the grid's file.
+"""Run a grid of DVC experiments, several at a time; write their table, and a picture, next to the grid's file.
 
-    python scripts/sweep.py studies/digits/sweep.yaml [--jobs N]
+    python scripts/sweep.py studies/digits/sweep.yaml [--jobs N] [--mix-versions]
 
-Each experiment runs in a clone of the checkout (last commit and changes to tracked files) on cores of its own, and
-comes back as a DVC experiment. Its name has a digest of all it depends on, so that the same command, given again after
-a kill, runs what has not succeeded and nothing else. docs/sweeps.md tells more.
+Each experiment runs in a clone of the checkout (the last commit with the changes to tracked files) on cores of its own,
+and is stored as a DVC experiment. Its name has a digest of its targets and params, so the same command, given again
+after a kill, runs what has not succeeded yet and nothing else. docs/sweeps.md has the details.
 """
 
 from __future__ import annotations
@@ -23,21 +23,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import provenance
 from grids import FOLDER, Run, read_grid
-from runs_table import Row, draw, find, output, read_kept, spread, table
+from provenance import output
+from runs_table import Row, check_versions, draw, find, read_table, spread, table
 from tqdm import tqdm
 
-from flatmin import reporting
-from flatmin.reporting import InputError
+from flatmin.common import console, errors, files
+from flatmin.common.errors import InputError
 
-# What `git apply` reads, whatever the user's settings make of a diff.
+# A diff that `git apply` can read, whatever the user's git settings are.
 DIFF = ["git", "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--unified=3"]
 DIFF += ["--src-prefix=a/", "--dst-prefix=b/", "HEAD"]
+# The process writes its own number before it becomes the run, so a sweep killed at any moment has left it.
+RECORDED = ["sh", "-c", 'cat /proc/$$/stat /proc/sys/kernel/random/boot_id > "$0" && exec "$@"']
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A run's process in a clone, in a process group of its own, begun at `began` (s) less the attempts before."""
+    """A run's process in a clone, in a process group of its own.
+
+    began: the start, on the monotonic clock in seconds, minus the time of earlier attempts.
+    """
 
     run: Run
     slot: int
@@ -45,37 +52,40 @@ class Worker:
     process: subprocess.Popen[bytes]
     began: float
 
-    def ended(self) -> bool:
-        """Whether the process has ended; notes the seconds, since this one may be killed."""
-        with reporting.whole(self.run.clock) as aside:
-            aside.write_text(f"{time.monotonic() - self.began:.1f}")
+    def has_ended(self) -> bool:
+        """Whether the process has ended. Also stores the run's seconds so far, since the sweep itself may be killed."""
+        with files.atomic_write(self.run.clock) as temporary:
+            temporary.write_text(f"{time.monotonic() - self.began:.1f}")
         return self.process.poll() is not None
 
 
-def run_all(runs: Sequence[Run], jobs: int, kept: Mapping[str, Row], failed: list[Run]) -> None:
-    """Run what has not succeeded, so many at a time on a share of the cores each; put what fails into `failed`."""
-    here = {run.name for run in runs if find(run)}  # what the table alone has may be another machine's
-    pending = [run for run in runs if run.name not in kept.keys() | here]
-    reporting.log(f"{len(runs)} experiments: {len(runs) - len(pending)} have succeeded, {len(pending)} to run")
-    shares = share(sorted(os.sched_getaffinity(0)), jobs, len(runs))
+def run_all(runs: Sequence[Run], jobs: int, previous: Mapping[str, Row], failed: list[Run]) -> None:
+    """Run what has not succeeded, `jobs` at a time on equally many cores each; append what fails to `failed`."""
+    here = {run.name for run in runs if find(run)}  # only the table has the others, maybe from another machine
+    pending = [run for run in runs if run.name not in previous.keys() | here]
+    console.log(f"{len(runs)} experiments: {len(runs) - len(pending)} have succeeded, {len(pending)} to run")
+    clear()
+    if not pending:
+        return
+    slots = divide_cores(sorted(os.sched_getaffinity(0)), jobs, len(runs))
     workers: list[Worker] = []
-    made = {shared for run in runs if run.name in here for shared in run.shared()}
+    available = {shared for run in runs if run.name in here for shared in run.shared}
     try:
-        clear()
         make_base()
+        origin = provenance.describe(FOLDER / "base", slots[0])
         with tqdm(total=len(pending), desc="sweep", disable=None) as bar:
             while pending or workers:
-                busy = {shared for worker in workers for shared in worker.run.shared()} - made
-                run = next((run for run in pending if not run.shared() & busy), None)
-                if run and len(workers) < len(shares):
+                busy = {shared for worker in workers for shared in worker.run.shared} - available
+                run = next((run for run in pending if not run.shared & busy), None)
+                if run and len(workers) < len(slots):
                     pending.remove(run)
-                    slot = min(set(range(len(shares))) - {worker.slot for worker in workers})
-                    workers.append(start(run, slot, shares[slot]))
+                    slot = min(set(range(len(slots))) - {worker.slot for worker in workers})
+                    workers.append(start(run, slot, slots[slot], origin))
                     continue
                 time.sleep(1)
-                for worker in [worker for worker in workers if worker.ended()]:
+                for worker in [worker for worker in workers if worker.has_ended()]:
                     if finish(worker):
-                        made |= worker.run.shared()
+                        available |= worker.run.shared
                     else:
                         failed.append(worker.run)
                     workers.remove(worker)
@@ -86,10 +96,10 @@ def run_all(runs: Sequence[Run], jobs: int, kept: Mapping[str, Row], failed: lis
         clear()
 
 
-def share(cores: Sequence[int], jobs: int, runs: int) -> list[Sequence[int]]:
-    """Part cores among so many jobs, half as many as cores where that is 0, at most one for each of the grid's runs.
+def divide_cores(cores: Sequence[int], jobs: int, runs: int) -> list[Sequence[int]]:
+    """The cores of each job. jobs 0 means half as many as cores; there are never more than runs in the grid.
 
-    Equally, and whatever is still to run: how many cores a training has moves its figures.
+    Every job has equally many, however few runs are left: the number of cores changes a training's numbers.
     """
     jobs = max(1, min(jobs or len(cores) // 2, len(cores), runs))
     each = len(cores) // jobs
@@ -97,7 +107,7 @@ def share(cores: Sequence[int], jobs: int, runs: int) -> list[Sequence[int]]:
 
 
 def make_base() -> None:
-    """Clone this checkout as it is now: changes to tracked files, git's identity, DVC's settings and its cache."""
+    """Clone this checkout as it is now: with changes to tracked files, git's identity, DVC's settings and cache."""
     base = FOLDER / "base"
     output("git", "clone", "--quiet", ".", str(base))
     output("git", "checkout", "--quiet", "--detach", output("git", "rev-parse", "HEAD").strip(), cwd=base)
@@ -113,25 +123,27 @@ def make_base() -> None:
     output("dvc", "config", "--local", "cache.dir", output("dvc", "cache", "dir").strip(), cwd=base)
 
 
-def start(run: Run, slot: int, cores: Sequence[int]) -> Worker:
-    """Start a run in a copy of the base, on these cores."""
+def start(run: Run, slot: int, cores: Sequence[int], origin: Mapping[str, Any]) -> Worker:
+    """Start a run in a copy of the base, on these cores; `origin` is its provenance."""
     clone = FOLDER / f"clone-{slot}"
     shutil.rmtree(clone, ignore_errors=True)
     shutil.copytree(FOLDER / "base", clone, symlinks=True)
-    environment = {**os.environ, "FLATMIN_SWEEP": str(FOLDER.resolve())}
+    environment = dict(os.environ)
     for name in ("FLATMIN_CACHE", "FLATMIN_WEIGHTS", "TFDS_DATA_DIR"):
-        given = environment.get(name)
-        # TFDS takes ~ and addresses such as gs:// too.
-        if given and not (name == "TFDS_DATA_DIR" and re.match(r"~|\w+://", given)):
-            environment[name] = os.path.abspath(given)
+        value = environment.get(name)
+        # TFDS also takes ~ and addresses such as gs://.
+        if value and not (name == "TFDS_DATA_DIR" and re.match(r"~|\w+://", value)):
+            environment[name] = os.path.abspath(value)
+    files.write_json(run.provenance, origin)
     began = time.monotonic() - (float(run.clock.read_text()) if run.clock.exists() else 0)
-    reporting.log(f"{run.name}: started")
+    console.log(f"{run.name}: started")
+    command = [*RECORDED, str(run.process.resolve()), *run.command]
     everything = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)  # the run inherits it; TensorFlow and Augmenter count the cores that they may use
     try:
         with run.log.open("ab") as log:
             process = subprocess.Popen(
-                run.command, cwd=clone, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=clone, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
     finally:
         os.sched_setaffinity(0, everything)
@@ -139,45 +151,67 @@ def start(run: Run, slot: int, cores: Sequence[int]) -> Worker:
 
 
 def finish(worker: Worker) -> bool:
-    """Take an ended run's experiment into this checkout; whether it succeeded."""
+    """Fetch an ended run's experiment into this checkout; whether it succeeded."""
     run = worker.run
-    end(worker)  # where DVC was killed, what it had started goes on
+    end(worker)  # if DVC was killed, the stage that it had started still runs
     if worker.process.returncode == 0:
         head = output("git", "rev-parse", "HEAD", cwd=worker.clone).strip()
         ref = f"refs/exps/{head[:2]}/{head[2:]}/{run.name}"
         subprocess.run(["git", "fetch", "--quiet", str(worker.clone), f"+{ref}:{ref}"], check=False)
     succeeded = find(run) is not None
-    reporting.log(f"{run.name}: {'succeeded' if succeeded else f'failed, see {run.log}'} ({run.clock.read_text()} s)")
+    console.log(f"{run.name}: {'succeeded' if succeeded else f'failed, see {run.log}'} ({run.clock.read_text()} s)")
     return succeeded
 
 
 def end(worker: Worker) -> None:
-    """End all that a run's process started; a training's state is whole at any time."""
+    """End everything that a run's process started; a training's saved state is complete at any time."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(timeout=10)
         os.killpg(worker.process.pid, signal.SIGKILL)
     worker.process.wait()
+    worker.run.process.unlink(missing_ok=True)
 
 
 def clear() -> None:
-    """End and delete what a killed sweep of this checkout left: processes, which have its mark, and clones."""
-    mark = f"FLATMIN_SWEEP={FOLDER.resolve()}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
+    """End and delete what a killed sweep of this checkout left: processes by their recorded numbers, and clones."""
+    for path in FOLDER.glob("*.process"):
+        group = recorded_group(path)
+        if group:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
+        path.unlink()
     for clone in [FOLDER / "base", *FOLDER.glob("clone-*")]:
         shutil.rmtree(clone, ignore_errors=True)
+
+
+def recorded_group(path: Path) -> int | None:
+    """The process group in a run's file, unless its number belongs to a later process now."""
+    try:
+        stat, boot = path.read_text().splitlines()
+        if boot != Path("/proc/sys/kernel/random/boot_id").read_text().strip():
+            return None
+        group = int(stat.split()[0])
+        with contextlib.suppress(FileNotFoundError):  # the first process has ended, what it started may still run
+            if _start_time(Path(f"/proc/{group}/stat").read_text()) != _start_time(stat):
+                return None
+    except (ValueError, IndexError):  # cut short by a kill
+        return None
+    return group
+
+
+def _start_time(stat: str) -> str:
+    """In clock ticks since boot: field 22 of /proc/PID/stat, of which field 2, the name, may hold spaces."""
+    return stat.rpartition(")")[2].split()[19]
 
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def sweep(path: Path, jobs: int) -> None:
-    """Run a grid's experiments; write the table beside its file, when stopped as well, and the picture."""
+def sweep(path: Path, jobs: int, mix_versions: bool = False) -> None:
+    """Run a grid's experiments; write the table next to its file (also when stopped), and the picture."""
     runs, picture = read_grid(path)
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
@@ -187,37 +221,40 @@ def sweep(path: Path, jobs: int) -> None:
             raise InputError(f"{FOLDER}: expected no other sweep of this checkout, found one running") from None
         signal.signal(signal.SIGTERM, _interrupt)
         written = path.with_suffix(".csv")
-        kept, failed = read_kept(written), list[Run]()
-        if kept and not kept.keys() & {run.name for run in runs}:
-            commits = ", ".join(sorted({row.get("commit") or "?" for row in kept.values()}))
-            reporting.log(f"note: {written}: the {len(kept)} runs there are of other code or params (commit {commits})")
+        previous, failed = read_table(written), list[Run]()
+        check_versions(written, runs, previous, mix_versions)
+        others = previous.keys() - {run.name for run in runs}
+        if others:
+            console.log(f"note: {written}: {len(others)} runs there are not in the grid with these params")
         try:
-            run_all(runs, jobs, kept, failed)
+            run_all(runs, jobs, previous, failed)
         finally:
-            columns, rows = table(runs, kept, failed)
-            if not kept or any(row["status"] == "succeeded" for row in rows):  # else of other code: stays until then
-                reporting.write_csv(written, columns, [[row.get(column, "") for column in columns] for row in rows])
+            columns, rows = table(runs, previous, failed)
+            # A table of other params stays until one of these runs has succeeded.
+            if not previous or any(row["status"] == "succeeded" for row in rows):
+                files.write_csv(written, columns, [[row.get(column, "") for column in columns] for row in rows])
     if failed:
         logs = ", ".join(str(run.log) for run in failed)
         raise InputError(f"{len(failed)} of {len(runs)} experiments: expected success, failed: {logs}")
-    files = [written]
+    outputs = [written]
     if picture:
         x, y = picture
         if y not in columns:
             raise InputError(f"{path}: picture.y: expected a column of {written}, received {y!r}")
-        files.append(path.with_suffix(".png"))
-        keys = [column for column in columns[2:-2] if "/" not in column]
-        draw(spread([row for row in rows if y in row], x, y, keys), x, y, files[-1])
-    reporting.log(f"{len(runs)} experiments: {' and '.join(map(str, files))}")
+        outputs.append(path.with_suffix(".png"))
+        keys = [column for column in columns[2:-1] if "/" not in column and column not in provenance.COLUMNS]
+        draw(spread([row for row in rows if y in row], x, y, [*keys, "results_version"]), x, y, outputs[-1])
+    console.log(f"{len(runs)} experiments: {' and '.join(map(str, outputs))}")
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description="run a grid of experiments")
     parser.add_argument("grid", type=Path)
-    parser.add_argument("--jobs", type=int, default=0, help="so many at a time (default: half as many as cores)")
+    parser.add_argument("--jobs", type=int, default=0, help="how many run at a time (default: half as many as cores)")
+    parser.add_argument("--mix-versions", action="store_true", help="allow several results versions in the table")
     arguments = parser.parse_args()
-    sweep(arguments.grid, arguments.jobs)
+    sweep(arguments.grid, arguments.jobs, arguments.mix_versions)
 
 
 if __name__ == "__main__":
-    reporting.run(_main)
+    errors.run(_main)

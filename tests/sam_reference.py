@@ -12,7 +12,7 @@ Batch = tuple[np.ndarray, np.ndarray]  # float [n, features] and int [n]
 
 
 def gradient(weights: Weights, batch: Batch) -> Weights:
-    """Of the mean cross-entropy."""
+    """The gradient of the mean cross-entropy."""
     inputs, labels = batch
     logits = inputs @ weights[0] + weights[1]
     probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -40,7 +40,7 @@ def mix(*terms: tuple[float, Weights]) -> Weights:
     ]
 
 
-def worst_point(weights: Weights, direction: Weights, rho: float, adaptive: bool, eta: float) -> Weights:
+def perturbed_weights(weights: Weights, direction: Weights, rho: float, adaptive: bool, eta: float) -> Weights:
     scales = [np.abs(weights[0]) + eta if adaptive else np.ones_like(weights[0]), np.ones_like(weights[1])]
     scaled = [scale * part for scale, part in zip(scales, direction, strict=True)]
     norm = np.sqrt(inner(scaled, scaled))
@@ -74,44 +74,46 @@ def train(
     synchronised: bool = False,
     clip: float | None = None,
 ) -> Weights:
-    """The weights after a step on each batch.
+    """Train with one step on each batch, and return the weights.
 
-    rates: the learning rates of the steps; gsam ties rho to them, between 0 and the highest.
-    replicas: equal ones, or where a batch is cut.
+    rates: the learning rates of the steps. gsam's rho follows them between 0 and the highest.
+    replicas: their number, each with an equal part of a batch; or the positions where a batch is split.
     clip: the final gradient's largest norm.
     """
     average: Weights = [np.zeros_like(w) for w in weights]
-    kept: Any = None
+    orthogonal: Any = None
     for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
         radius = rho
         if method == "gsam":
             low, high = (rho if value is None else value for value in (rho_min, rho_max))
             radius = low + (high - low) * rate / max(rates)
         whole = gradient(weights, batch)
-        clean, perturbed = mix((0.0, whole)), mix((0.0, whole))
-        for share, part in parts(batch, splits * replicas):
-            of_part = gradient(weights, part)
-            direction = whole if synchronised else of_part
+        first, perturbed = mix((0.0, whole)), mix((0.0, whole))
+        for weight, part in parts(batch, splits * replicas):
+            part_gradient = gradient(weights, part)
+            direction = whole if synchronised else part_gradient
             if method == "friendly":
                 direction = mix((1.0, direction), (-sigma, mix((decay, average), (1 - decay, direction))))
-            moved = worst_point(weights, direction, radius, adaptive, eta)
-            clean = mix((1.0, clean), (share, of_part))
-            perturbed = mix((1.0, perturbed), (share, gradient(moved, part)))
-        average = mix((decay, average), (1 - decay, clean))
+            moved = perturbed_weights(weights, direction, radius, adaptive, eta)
+            first = mix((1.0, first), (weight, part_gradient))
+            perturbed = mix((1.0, perturbed), (weight, gradient(moved, part)))
+        average = mix((decay, average), (1 - decay, first))
         final = perturbed
         if method == "gsam":
-            along = inner(clean, perturbed) / inner(perturbed, perturbed)
-            final = mix((1.0, perturbed), (-alpha, mix((1.0, clean), (-along, perturbed))))
+            along = inner(first, perturbed) / inner(perturbed, perturbed)
+            final = mix((1.0, perturbed), (-alpha, mix((1.0, first), (-along, perturbed))))
         elif method == "wsam":
-            final = mix(((1 - 2 * gamma) / (1 - gamma), clean), (gamma / (1 - gamma), perturbed))
+            final = mix(((1 - 2 * gamma) / (1 - gamma), first), (gamma / (1 - gamma), perturbed))
         elif step % every:
-            final = clean
+            final = first
             if method == "looksam":
-                final = mix((1.0, clean), (alpha * np.sqrt(inner(clean, clean) / inner(kept, kept)), kept))
+                final = mix(
+                    (1.0, first), (alpha * np.sqrt(inner(first, first) / inner(orthogonal, orthogonal)), orthogonal)
+                )
         elif method == "looksam":
-            cosine = inner(clean, perturbed) / np.sqrt(inner(clean, clean) * inner(perturbed, perturbed))
-            unit = mix((1 / np.sqrt(inner(clean, clean)), clean))
-            kept = mix((1.0, perturbed), (-np.sqrt(inner(perturbed, perturbed)) * cosine, unit))
+            cosine = inner(first, perturbed) / np.sqrt(inner(first, first) * inner(perturbed, perturbed))
+            unit = mix((1 / np.sqrt(inner(first, first)), first))
+            orthogonal = mix((1.0, perturbed), (-np.sqrt(inner(perturbed, perturbed)) * cosine, unit))
         shrink = 1.0 if clip is None else min(1.0, clip / np.sqrt(inner(final, final)))
         weights = mix((1.0, weights), (-rate * shrink, final))
     return weights

@@ -35,10 +35,16 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+def add_comment(path: Path) -> None:
+    with path.open("a") as file:
+        file.write("# A comment\n")
+
+
 def test_accept_of_renamed_and_commented_code_leaves_nothing_to_run(checkout: Repository) -> None:
-    before, outputs = toy.lock(checkout), checkout.figures()
+    model = checkout.folder / "models/train"
+    before, output = toy.lock(checkout), model.read_bytes()
     replace(checkout.folder / "stages/train.py", "count * rho", "rho * count  # a comment")
-    replace(checkout.folder / "src/flatmin/common/console.py", "def log(", "# A comment\ndef log(")
+    add_comment(checkout.folder / "src/flatmin/common/console.py")
     inputs = checkout.folder / "src/flatmin/inputs"
     (inputs / "preview.py").rename(inputs / "renamed.py")
     dvc = yaml.safe_load((checkout.folder / "dvc.yaml").read_text())
@@ -51,7 +57,7 @@ def test_accept_of_renamed_and_commented_code_leaves_nothing_to_run(checkout: Re
     accept(checkout)
     assert json.loads(checkout.run("dvc", "status", "--json")) == {}
     assert stages_run(checkout.run("dvc", "repro")) == []
-    assert checkout.figures() == outputs
+    assert model.read_bytes() == output
     assert toy.lock(checkout) != before
     accepted = json.loads((checkout.folder / "accepted.json").read_text())
     digests = (
@@ -98,6 +104,11 @@ def raise_the_version(checkout: Repository) -> None:
     replace(checkout.folder / "src/flatmin/common/identity.py", "RESULTS_VERSION = 1\n", "RESULTS_VERSION = 2\n")
 
 
+def raise_the_version_and_write_golden(checkout: Repository) -> None:
+    raise_the_version(checkout)
+    checkout.run("python", "-m", "flatmin.common.identity")
+
+
 def move_a_number(checkout: Repository) -> None:
     replace(checkout.folder / "stages/train.py", "count * rho", "count + rho")
 
@@ -127,6 +138,13 @@ def remove_the_golden_test(checkout: Repository) -> None:
         (add_a_stage, [r"export: never ran: run `dvc repro` first"]),
         (forget_all_runs, [r"count: never ran: run .*", r"train: never ran: run .*"]),
         (raise_the_version, [r"RESULTS_VERSION: expected 1, as accepted\.json has it, received 2: .*"]),
+        (
+            raise_the_version_and_write_golden,
+            [
+                rf"{stage}: src/flatmin/common/identity\.py: RESULTS_VERSION: modified since the stage ran: run .*"
+                for stage in ("count", "train")
+            ],
+        ),
         (move_a_number, ["loss: expected 5, received 10.5", r"tests/golden\.py: failed, so nothing is accepted"]),
         (remove_the_golden_test, [r"tests/golden\.py: expected the golden test, found none"]),
     ],
@@ -135,7 +153,7 @@ def test_accept_refuses_all_but_code_and_changes_nothing(
     checkout: Repository, change: Callable[[Repository], None], errors: list[str]
 ) -> None:
     # Alongside an edit that alone would be accepted.
-    replace(checkout.folder / "src/flatmin/inputs/batches.py", "import", "# A comment\nimport")
+    add_comment(checkout.folder / "src/flatmin/inputs/batches.py")
     change(checkout)
     files = [checkout.folder / "dvc.lock", checkout.folder / "accepted.json"]
     before = [path.read_bytes() for path in files]

@@ -87,6 +87,7 @@ def interrupted() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_folder_run_that_fails_prints_its_output(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("seed: 1\n")
     with pytest.raises(RuntimeError, match=r"exited 1:\n(ready\n)?error: params.yaml: .*"):

@@ -244,11 +244,16 @@ def test_entry_made_while_its_source_was_edited_is_not_cached(source: Path, fold
 
 
 def imported_rooms(module: Path) -> set[str]:
-    """The rooms of the package that a module imports, directly or not, its own included."""
+    """The rooms of the package that a module imports, directly or not, its own included.
+
+    What the schema imports is left out: it can refuse params, and cannot change what is computed with them.
+    """
     modules, pending = set(), [module]
     while pending:
         path = pending.pop()
         modules.add(path)
+        if path == identity.PACKAGE / "common/params.py":
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.ImportFrom):

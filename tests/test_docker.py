@@ -62,6 +62,7 @@ def test_image_runs_as_a_user_without_root() -> None:
     assert "0" not in users[-1]
 
 
+@pytest.mark.slow
 def test_image_test_that_fails_leaves_no_stage_running(tmp_path: Path) -> None:
     repository = Repository(tmp_path)
     for name in ("metrics/a", "plots/a", "dvc.lock"):
@@ -304,6 +305,7 @@ def test_scripts_pass_shellcheck() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_check_cuda_asks_tensorflow_for_the_libraries() -> None:
     """In an environment of the cpu lock they are missing, which it says; in one of the gpu lock none is."""
     done = subprocess.run([sys.executable, ROOT / "scripts/check_cuda.py"], capture_output=True, text=True, check=False)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import golden
 import keras
@@ -18,11 +17,10 @@ import pytest
 import tensorflow as tf
 
 from flatmin import sam
-from flatmin.common import params
 from flatmin.evaluation import metrics
-from flatmin.inputs import batches
-from flatmin.models import classifier
-from flatmin.training import optimizer, step
+from flatmin.inputs import augment, batches
+from flatmin.models import split
+from flatmin.training import optimizer
 
 pytestmark = pytest.mark.slow
 
@@ -74,11 +72,10 @@ def _only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def break_sam_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatmin.sam import step as sam_step
-
-    original = sam_step.perturbation
+    original = sam.perturbation
     monkeypatch.setattr(
-        sam_step, "perturbation", lambda *args, **options: [None if e is None else -e for e in original(*args, **options)]
+        "flatmin.sam.step.perturbation",
+        lambda *args, **options: [None if e is None else -e for e in original(*args, **options)],
     )
     _only(monkeypatch, "sam")
 
@@ -96,17 +93,15 @@ def break_ema(monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimizer gets a momentum that is 0.05 too large."""
     original = optimizer.make_optimizer
     monkeypatch.setattr(
-        step,
-        "make_optimizer",
+        "flatmin.training.step.make_optimizer",
         lambda recipe, steps: original(recipe.model_copy(update={"ema": recipe.ema + 0.05}), steps),
     )
 
 
 def break_magnitude(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = golden.augment
+    original = augment.augment
     monkeypatch.setattr(
-        golden,
-        "augment",
+        "golden.augment",
         lambda images, settings, *seeds: original(images, settings.model_copy(update={"m": settings.m + 1}), *seeds),
     )
 
@@ -118,15 +113,13 @@ def break_resize(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_label_smoothing(monkeypatch: pytest.MonkeyPatch) -> None:
     original = keras.losses.CategoricalCrossentropy
-    monkeypatch.setattr(
-        keras.losses, "CategoricalCrossentropy", lambda label_smoothing, **options: original(**options)
-    )
+    monkeypatch.setattr(keras.losses, "CategoricalCrossentropy", lambda label_smoothing, **options: original(**options))
     _only(monkeypatch, "plain")
 
 
 def break_split_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = classifier.layer_index
-    monkeypatch.setattr(classifier, "layer_index", lambda base, at: original(base, at) + 1)
+    original = split.layer_index
+    monkeypatch.setattr("flatmin.models.classifier.layer_index", lambda base, at: original(base, at) + 1)
 
 
 def break_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +134,7 @@ def break_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_ece_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     original = metrics.calibration_error
-    monkeypatch.setattr(
-        metrics, "calibration_error", lambda logits, labels, bins: original(logits, labels, bins + 1)
-    )
+    monkeypatch.setattr(metrics, "calibration_error", lambda logits, labels, bins: original(logits, labels, bins + 1))
 
 
 def break_interval(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,5 +168,3 @@ def test_golden_deliberate_break_moves_a_number_tenfold(name: str, monkeypatch: 
     _, by, line = moved[0]
     print(f"{name}: {line}")
     assert by >= 10 * golden.TOLERANCES[part], line
-
-

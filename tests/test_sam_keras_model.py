@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("float32_policy")
 
 def test_fit_reports_loss_and_metrics_of_first_pass() -> None:
     plain = fit(network(), keras.optimizers.SGD(0.0))
-    found = fit(SharpnessAwareMinimization(network(), rho=50.0), keras.optimizers.SGD(0.0))
-    assert found["loss"] == pytest.approx(plain["loss"], rel=1e-6)
-    assert found["accuracy"] == plain["accuracy"]
+    history = fit(SharpnessAwareMinimization(network(), rho=50.0), keras.optimizers.SGD(0.0))
+    assert history["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert history["accuracy"] == plain["accuracy"]
 
 
 def test_compile_with_mixed_float16_scales_the_loss() -> None:

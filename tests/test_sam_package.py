@@ -98,7 +98,8 @@ METHODS["made-up"] = Method(
 USES_OF_NEW_METHOD = """
 import inspect
 import keras, numpy as np
-from flatmin import params, sam
+from flatmin import sam
+from flatmin.common import params
 
 assert "| `made-up` | Nobody 2000 | `strength` (0.5) | never |" in sam.methods_table()
 assert sam.Settings(method="made-up").strength == 0.5

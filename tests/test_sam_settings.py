@@ -9,7 +9,8 @@ import pydantic
 import pytest
 from sam_networks import network
 
-from flatmin import params, sam
+from flatmin import sam
+from flatmin.common import params
 from flatmin.sam import Settings, SharpnessAwareMinimization
 
 

@@ -43,12 +43,12 @@ def test_step_with_rho_zero_equals_base_optimizer_bit_for_bit(optimizer: str, po
 
 @pytest.mark.parametrize("method", sam.METHODS)
 def test_methods_with_tiny_rho_equal_base_optimizer_up_to_rounding(method: str) -> None:
-    # The two-pass path itself: other masks, other statistics or dropped regularisation would show.
+    # Tests the two passes: other masks, other statistics or missing regularisation would show.
     settings = {"alpha": 0.0} if method == "gsam" else {"sigma": 0.0} if method == "friendly" else {}
-    found = fitted(wrapping(rho=1e-12, method=method, **settings))
-    assert_equal(found, fitted(lambda model: model), atol=1e-6)
+    received = fitted(wrapping(rho=1e-12, method=method, **settings))
+    assert_equal(received, fitted(lambda model: model), atol=1e-6)
     if method == "sam":
-        assert max(np.abs(a - b).max() for a, b in zip(fitted(wrapping(rho=0.05)), found, strict=True)) > 1e-3
+        assert max(np.abs(a - b).max() for a, b in zip(fitted(wrapping(rho=0.05)), received, strict=True)) > 1e-3
 
 
 @pytest.mark.parametrize("method", sam.METHODS)
@@ -72,7 +72,7 @@ def test_passes_draw_the_same_dropout_masks() -> None:
 
 
 def test_perturbed_pass_updates_no_statistics_or_dropout_state() -> None:
-    # With a learning rate of 0 the weights stay, so that every clean pass is the plain one.
+    # With a learning rate of 0 the weights stay, so that every first pass is the plain one.
     def trained(wrap: Callable[[keras.Model], keras.Model]) -> list[np.ndarray]:
         model = network()
         fit(wrap(model), keras.optimizers.SGD(0.0))
@@ -90,7 +90,7 @@ def test_step_leaves_frozen_batch_normalisation_unchanged() -> None:
 
 
 def test_step_has_weight_regularisation_in_both_gradients() -> None:
-    # 0.1 w^2 alone: its gradient is 0.2 w, at the worst point nearby 0.2 (w + rho w / ||w||).
+    # 0.1 w^2 alone: its gradient is 0.2 w, and at the perturbed weights 0.2 (w + rho w / ||w||).
     kernel = np.array([[3.0, 0.0], [0.0, 4.0]], np.float32)
     for rho in (0.0, 0.5):
         dense = keras.layers.Dense(2, use_bias=False, kernel_regularizer=keras.regularizers.L2(0.1))
@@ -134,9 +134,9 @@ def test_perturbation_with_loss_scale_uses_unscaled_gradients(scale: float) -> N
 
     plain, expected = (step(rho, keras.optimizers.SGD(1.0), "float32") for rho in (0.0, 2.0))
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=scale)
-    found = step(2.0, scaled, "mixed_float16")
+    received = step(2.0, scaled, "mixed_float16")
     assert np.abs(expected - plain).max() > 0.03
-    assert np.abs(found - expected).max() < 0.1 * np.abs(expected - plain).max()
+    assert np.abs(received - expected).max() < 0.1 * np.abs(expected - plain).max()
 
 
 def test_step_in_mixed_bfloat16_is_close_to_float32() -> None:
@@ -201,7 +201,7 @@ def test_step_with_non_finite_perturbed_gradient_is_skipped() -> None:
 )
 def test_optimizer_options_act_once_on_the_final_gradient(options: dict[str, Any]) -> None:
     # What the optimizer makes of SAM's gradient when that is handed to it by hand.
-    expected, found = network(), network()
+    expected, model = network(), network()
     by_hand, wrapped = (
         keras.optimizers.SGD(0.5, momentum=0.9, **options),
         keras.optimizers.SGD(0.5, momentum=0.9, **options),
@@ -209,10 +209,10 @@ def test_optimizer_options_act_once_on_the_final_gradient(options: dict[str, Any
     gradient = sam_gradient(expected, 0.5)
     by_hand.build(expected.trainable_variables)
     by_hand.apply(gradient, expected.trainable_variables)
-    model = SharpnessAwareMinimization(found, 0.5)
-    model.compile(wrapped, CROSS_ENTROPY)
-    model.train_on_batch(INPUTS, LABELS)
-    assert_equal(values(found.trainable_variables), values(expected.trainable_variables), atol=1e-5)
+    wrapper = SharpnessAwareMinimization(model, 0.5)
+    wrapper.compile(wrapped, CROSS_ENTROPY)
+    wrapper.train_on_batch(INPUTS, LABELS)
+    assert_equal(values(model.trainable_variables), values(expected.trainable_variables), atol=1e-5)
     assert_equal(values(wrapped.variables), values(by_hand.variables), atol=1e-5)
 
 
@@ -323,9 +323,9 @@ def test_step_with_embedding_equals_matrix_product(settings: dict[str, Any]) -> 
 
 
 def test_parts_of_one_example_are_perturbed_separately() -> None:
-    found = train_regression(0.5, num_batch_splits=9, batches=BATCHES[:1])
+    received = train_regression(0.5, num_batch_splits=9, batches=BATCHES[:1])
     singles = [train_regression(0.5, batches=[(x[None], y[None])]) for x, y in zip(*BATCHES[0], strict=True)]
-    assert_equal(found, [np.mean(each, axis=0) for each in zip(*singles, strict=True)], atol=1e-5)
+    assert_equal(received, [np.mean(each, axis=0) for each in zip(*singles, strict=True)], atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"adaptive": True}, {"method": "gsam"}, {"method": "looksam", "every": 2}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import tensorflow as tf
-from PIL import Image
 
 from flatmin import sharpness
 from flatmin.sharpness import Derivatives, Surface
@@ -24,7 +24,7 @@ def symmetric(spectrum: Any, seed: int = 0) -> np.ndarray:
 
 
 class Quadratic(keras.Model):
-    """One output for each input: w . A w / 2, the input left aside. The Hessian is A."""
+    """One output for each input: w . A w / 2, whatever the input is. The Hessian is A."""
 
     def __init__(self, matrix: np.ndarray, start: np.ndarray) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def quadratic(matrix: np.ndarray, start: np.ndarray) -> Surface:
     return Surface(Derivatives(model, lambda _, outputs: outputs, batches[0]), model, batches)
 
 
-def test_the_rises_of_a_quadratic_are_the_closed_form() -> None:
+def test_rise_of_quadratic_equals_closed_form() -> None:
     matrix, start = symmetric([4.0, 2.0, 1.0, -0.5]), np.array([1.0, -2.0, 0.5, 3.0])
     gradient = matrix @ start
 
@@ -58,7 +58,7 @@ def test_the_rises_of_a_quadratic_are_the_closed_form() -> None:
     assert sharpness.rise(surface, 0.3, adaptive=True) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_adaptive_rise_scales_kernels_by_their_weights() -> None:
+def test_adaptive_rise_scales_kernels_by_their_weights() -> None:
     layer = keras.layers.Dense(1, use_bias=False)
     inputs, start = np.array([[1.0, -3.0, 0.5]], np.float32), np.array([[2.0], [-0.1], [0.7]], np.float32)
     layer.build((None, 3))
@@ -75,34 +75,34 @@ def test_the_adaptive_rise_scales_kernels_by_their_weights() -> None:
     assert sharpness.rise(surface, 0.2, adaptive=True) == pytest.approx(expected, rel=1e-5)
 
 
-def test_measure_of_a_quadratic() -> None:
+def test_measure_of_quadratic_finds_its_largest_eigenvalues() -> None:
     spectrum = [9.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.1, -4.0, -20.0]
-    found = sharpness.measure(
+    result = sharpness.measure(
         quadratic(symmetric(spectrum), np.arange(9.0)), rho=0.1, adaptive_rho=0.2, steps=9, probes=2, seed=1
     )
-    values = [found.metrics[f"eigenvalue_{index}"] for index in range(1, 6)]
+    values = [result.metrics[f"eigenvalue_{index}"] for index in range(1, 6)]
     assert values == pytest.approx(spectrum[:5], rel=1e-4)  # the largest, not the largest by size
-    assert set(found.metrics) == {
+    assert set(result.metrics) == {
         "gradient_rise",
         "adaptive_rise",
         "trace",
         *(f"eigenvalue_{index}" for index in range(1, 6)),
     }
-    rayleigh = found.eigenvector @ symmetric(spectrum) @ found.eigenvector
+    rayleigh = result.eigenvector @ symmetric(spectrum) @ result.eigenvector
     assert rayleigh == pytest.approx(9.0, rel=1e-4)
 
 
-def test_three_weights_have_three_eigenvalues() -> None:
-    found = sharpness.measure(
+def test_measure_of_three_weights_has_three_eigenvalues() -> None:
+    result = sharpness.measure(
         quadratic(np.diag([3.0, 1.0, 2.0]), np.ones(3)), rho=0.1, adaptive_rho=0.2, steps=15, probes=1, seed=1
     )
-    assert [found.metrics[f"eigenvalue_{index}"] for index in (1, 2, 3)] == pytest.approx([3, 2, 1], rel=1e-5)
-    assert "eigenvalue_4" not in found.metrics
-    assert found.metrics["trace"] == pytest.approx(6)
-    assert found.trace_error == 0
+    assert [result.metrics[f"eigenvalue_{index}"] for index in (1, 2, 3)] == pytest.approx([3, 2, 1], rel=1e-5)
+    assert "eigenvalue_4" not in result.metrics
+    assert result.metrics["trace"] == pytest.approx(6)
+    assert result.trace_error == 0
 
 
-def test_lanczos_finds_the_outliers_of_a_large_spectrum() -> None:
+def test_eigenpairs_of_large_spectrum_are_its_outliers() -> None:
     spectrum = np.concatenate([[80.0, 50.0, 45.0, 30.0, 20.0], np.linspace(-2, 3, 395)])
     matrix = symmetric(spectrum)
     values, vectors = sharpness.largest_eigenpairs(lambda vector: matrix @ vector, 400, 5, 25, 3)
@@ -114,8 +114,8 @@ def test_lanczos_finds_the_outliers_of_a_large_spectrum() -> None:
 
 
 @pytest.mark.parametrize("spectrum", [[0.0] * 12, [7.0, 7.0, 7.0] + [0.0] * 9, [5.0] + [-1.0] * 11, [2.0] * 12])
-def test_lanczos_of_few_different_eigenvalues(spectrum: list[float]) -> None:
-    # The Krylov space ends early, and holds each eigenvalue once.
+def test_eigenpairs_of_few_distinct_eigenvalues_repeat_them(spectrum: list[float]) -> None:
+    # The Krylov space ends early, and contains each eigenvalue once.
     matrix = symmetric(spectrum)
     values, vectors = sharpness.largest_eigenpairs(lambda vector: matrix @ vector, 12, 5, 12, 0)
     np.testing.assert_allclose(values, spectrum[:5], atol=1e-4)
@@ -123,17 +123,17 @@ def test_lanczos_of_few_different_eigenvalues(spectrum: list[float]) -> None:
 
 
 @pytest.mark.parametrize("probes", [1, 3])
-def test_the_trace_of_a_diagonal_is_exact(probes: int) -> None:
+def test_trace_of_diagonal_is_exact(probes: int) -> None:
     diagonal = np.array([3.0, -1.0, 0.25, 8.0])
     estimate, error = sharpness.trace(lambda vector: diagonal * vector, 4, probes, 5)
     assert estimate == pytest.approx(diagonal.sum())
     assert error == 0
 
 
-def test_the_trace_is_unbiased_and_its_error_is_known() -> None:
+def test_trace_is_unbiased_with_known_error() -> None:
     matrix = symmetric(np.linspace(-1, 5, 30))
-    found = [sharpness.trace(lambda vector: matrix @ vector, 30, 8, seed) for seed in range(300)]
-    estimates, errors = np.array(found).T
+    result = [sharpness.trace(lambda vector: matrix @ vector, 30, 8, seed) for seed in range(300)]
+    estimates, errors = np.array(result).T
     # Hutchinson's variance for random signs: twice the squares off the diagonal.
     deviation = np.sqrt(2 * (np.square(matrix).sum() - np.square(np.diag(matrix)).sum()) / 8)
     assert abs(estimates.mean() - np.trace(matrix)) < 4 * deviation / np.sqrt(300)
@@ -141,11 +141,8 @@ def test_the_trace_is_unbiased_and_its_error_is_known() -> None:
     assert np.sqrt(np.square(errors).mean()) == pytest.approx(deviation, rel=0.05)
 
 
-# A small network
-
-
 def network(seed: int = 1) -> keras.Model:
-    """Every kind of layer that the tails have, 200-odd weights; curved activations, so that derivatives are smooth."""
+    """Every kind of layer that is trained; about 200 weights. Curved activations, so that derivatives are smooth."""
     keras.utils.set_random_seed(seed)
     model = keras.Sequential(
         [
@@ -180,13 +177,13 @@ def sample(size: int) -> list[tuple[tf.Tensor, tf.Tensor]]:
     ]
 
 
-def surface_of(model: keras.Model, size: int = 5) -> Surface:
+def surface_around(model: keras.Model, size: int = 5) -> Surface:
     batches = sample(size)
     return Surface(Derivatives(model, cross_entropy, batches[0]), model, batches)
 
 
 def dense_hessian(model: keras.Model) -> np.ndarray:
-    """float64 [n, n] by one row after another, on the whole sample at once, through the variables themselves."""
+    """float64 [n, n], row by row, on the whole sample at once, from the variables themselves."""
     ((images, labels),) = sample(12)
     variables = [variable.value for variable in model.trainable_variables]
     with tf.GradientTape(persistent=True) as outer:
@@ -197,10 +194,10 @@ def dense_hessian(model: keras.Model) -> np.ndarray:
     return np.concatenate([row.numpy().reshape(len(gradients), -1) for row in rows], axis=1).astype(np.float64)
 
 
-def test_products_and_eigenvalues_are_the_dense_hessians() -> None:
+def test_products_and_eigenvalues_equal_dense_hessian() -> None:
     model = network()
     hessian = dense_hessian(model)
-    surface = surface_of(model)
+    surface = surface_around(model)
     size = len(surface.weights)
     assert hessian.shape == (size, size)
     vector = np.random.default_rng(0).normal(size=size)
@@ -214,49 +211,49 @@ def test_products_and_eigenvalues_are_the_dense_hessians() -> None:
     assert abs(estimate - np.trace(hessian)) < 4 * error
 
 
-def test_loss_and_gradient_are_the_models_without_dropout() -> None:
+def test_loss_and_gradient_equal_model_in_inference_mode() -> None:
     model = network()
     ((images, labels),) = sample(12)
     with tf.GradientTape() as tape:
         loss = tf.reduce_mean(cross_entropy(labels, model(images, training=False)))
     gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
-    surface = surface_of(model)
+    surface = surface_around(model)
     assert surface.loss(surface.weights) == pytest.approx(float(loss), rel=1e-6)
     expected = np.concatenate([gradient.numpy().reshape(-1) for gradient in gradients])
     np.testing.assert_allclose(surface.gradient(surface.weights), expected, atol=1e-6)
 
 
-def everything(model: keras.Model, size: int = 5) -> tuple[Any, ...]:
-    surface = surface_of(model, size)
-    found = sharpness.measure(surface, rho=0.05, adaptive_rho=0.5, steps=12, probes=3, seed=2)
-    along = sharpness.line(surface, found.eigenvector, np.linspace(-1, 1, 5))
-    return found.metrics, found.trace_error, found.eigenvector.tolist(), along.tolist()
+def measured(model: keras.Model, size: int = 5) -> tuple[Any, ...]:
+    surface = surface_around(model, size)
+    result = sharpness.measure(surface, rho=0.05, adaptive_rho=0.5, steps=12, probes=3, seed=2)
+    losses = sharpness.line(surface, result.eigenvector, np.linspace(-1, 1, 5))
+    return result.metrics, result.trace_error, result.eigenvector.tolist(), losses.tolist()
 
 
-def test_equal_seeds_give_equal_figures_and_no_variable_moves() -> None:
+def test_measure_with_equal_seeds_is_equal_and_moves_no_variable() -> None:
     tf.config.experimental.enable_op_determinism()
     model = network()
     before = [variable.numpy() for variable in model.variables]
-    assert everything(model) == everything(model)
+    assert measured(model) == measured(model)
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)
 
 
 @pytest.mark.parametrize("size", [1, 12])
-def test_batches_change_nothing(size: int) -> None:
+def test_measure_does_not_depend_on_batch_size(size: int) -> None:
     model = network()
-    figures, _, _, along = everything(model)
-    others, _, _, other_line = everything(model, size)
-    assert others == pytest.approx(figures, rel=1e-3, abs=1e-5)
-    np.testing.assert_allclose(other_line, along, rtol=1e-3)
+    metrics, _, _, losses = measured(model)
+    other_metrics, _, _, other_losses = measured(model, size)
+    assert other_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-3)
 
 
-def test_models_of_one_architecture_share_what_is_compiled() -> None:
+def test_derivatives_shared_by_two_models_compile_once() -> None:
     batches = sample(5)
     first, second = network(1), network(2)
     derivatives = Derivatives(first, cross_entropy, batches[0])
     for model in (first, second):
-        shared, own = Surface(derivatives, model, batches), surface_of(model)
+        shared, own = Surface(derivatives, model, batches), surface_around(model)
         assert shared.loss(shared.weights) == own.loss(own.weights)
         np.testing.assert_array_equal(
             shared.hessian_vector_product(shared.weights), own.hessian_vector_product(own.weights)
@@ -264,7 +261,7 @@ def test_models_of_one_architecture_share_what_is_compiled() -> None:
     assert derivatives.loss.experimental_get_tracing_count() == 1
 
 
-def test_a_model_of_several_inputs_with_weights_that_play_no_part() -> None:
+def test_product_of_model_with_several_inputs_and_unused_weights_is_exact() -> None:
     left, right = keras.Input((2,)), keras.Input((3,))
     outputs = keras.layers.Dense(3)(keras.layers.Concatenate()([left, right]))
     model = keras.Model([left, right], outputs)
@@ -276,7 +273,7 @@ def test_a_model_of_several_inputs_with_weights_that_play_no_part() -> None:
     np.testing.assert_allclose(product[15:], [12, 0, 0], rtol=1e-6)
 
 
-def test_the_random_direction_has_the_norms_of_the_filters() -> None:
+def test_filter_normalised_direction_has_the_norms_of_the_filters() -> None:
     model = network()
     direction = sharpness.filter_normalised(model.trainable_variables, 3)
     ends = np.cumsum([int(np.prod(variable.shape)) for variable in model.trainable_variables])
@@ -298,7 +295,7 @@ def test_the_random_direction_has_the_norms_of_the_filters() -> None:
     assert not np.array_equal(direction, sharpness.filter_normalised(model.trainable_variables, 4))
 
 
-def test_a_line_through_a_quadratic_is_a_parabola() -> None:
+def test_line_through_quadratic_is_a_parabola() -> None:
     matrix = symmetric([4.0, 1.0])
     surface = quadratic(matrix, np.zeros(2))
     vector = sharpness.measure(surface, rho=0.1, adaptive_rho=0.1, steps=2, probes=1, seed=0).eigenvector
@@ -306,20 +303,14 @@ def test_a_line_through_a_quadratic_is_a_parabola() -> None:
     np.testing.assert_allclose(sharpness.line(surface, vector, positions), 2 * positions**2, atol=1e-5)
 
 
-def test_the_picture_is_the_same_bytes(tmp_path: Path) -> None:
-    along = {
-        name: (sharpness.EIGENVECTOR_POSITIONS**2 * height, sharpness.RANDOM_POSITIONS**2)
-        for name, height in (("finetune", 3), ("sam", 1))
-    }
-    for name in ("one", "two"):
-        sharpness.draw(along, tmp_path / f"{name}.png")
-    one, two = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "two"))
-    assert one == two
-    with Image.open(tmp_path / "one.png") as picture:
-        assert picture.size == (900, 360)
-        assert not set(picture.info) & {"Software", "Creation Time", "date"}
-        colors = {color for _, color in picture.convert("RGB").getcolors(2**20) or []}
-    assert {(31, 119, 180), (255, 127, 14)} <= colors
-    # Another curve is another picture.
-    sharpness.draw({"sam": along["sam"]}, tmp_path / "two.png")
-    assert (tmp_path / "two.png").read_bytes() != one
+def test_package_imports_nothing_of_flatmin_but_sam() -> None:
+    package = Path(__file__).parents[1] / "src/flatmin/sharpness"
+    imported = set()
+    for path in package.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    assert {name for name in imported if name.startswith("flatmin")} == {"flatmin.sam"}
+    assert not any(name.startswith("matplotlib") for name in imported)

@@ -22,7 +22,7 @@ DVC: dict[str, dict[str, Any]] = {
         "train": {
             "cmd": "python stages/train.py",
             "deps": ["data/records", "src/toy", "stages/train.py"],
-            "params": ["seed", "sam"],
+            "params": ["seed", "sam", {"src/toy/step.py": ["VERSION"]}],
         },
         "extract": {
             "matrix": {"backbone": "${backbones}", "fold": [1, 2]},

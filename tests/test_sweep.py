@@ -1,4 +1,4 @@
-"""Grids of experiments: what a file may say, names, the table and the picture, and grids that really run."""
+"""Sweeps: what a grid's file may contain, names of runs, the table and the picture, and grids that really run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from typing import Any
 import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
-from flatmin.reporting import InputError
 from PIL import Image
 from repository import ROOT, TINY, Repository
 
-from flatmin import reporting
+from flatmin.common import files
+from flatmin.common.errors import InputError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import grids
+import provenance
 import runs_table
 import sweep
 
@@ -37,7 +38,7 @@ GRID: dict[str, Any] = {
     "picture": {"x": "sam.rho", "y": "sam/val.accuracy"},
 }
 COMMAND = ("python", "scripts/sweep.py", "grid.yaml")
-EPOCHS = 40  # of fine-tuning where a signal must come before the last
+EPOCHS = 20  # of fine-tuning, where a signal must arrive before the last one
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +55,19 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     return made
 
 
-def grid(**changes: Any) -> Path:
+def file_of(values: dict[str, Any]) -> Path:
     path = Path("grid.yaml")
-    path.write_text(yaml.safe_dump({**GRID, **changes}, sort_keys=False))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
 
+def grid(**changes: Any) -> Path:
+    return file_of({**GRID, **changes})
+
+
 def runs(**changes: Any) -> list[grids.Run]:
-    return grids.read_grid(grid(**changes))[0]
+    listed: list[grids.Run] = grids.read_grid(grid(**changes))[0]
+    return listed
 
 
 @pytest.mark.parametrize(
@@ -100,7 +106,7 @@ def runs(**changes: Any) -> list[grids.Run]:
         ),
     ],
 )
-def test_wrong_grids_are_refused(
+def test_read_grid_wrong_file_is_refused(
     changes: dict[str, Any], message: str, untouched: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(untouched.folder)
@@ -111,7 +117,7 @@ def test_wrong_grids_are_refused(
     assert str(caught.value).endswith(end)
 
 
-def test_a_wrong_grid_is_one_line_of_the_command(repository: Repository) -> None:
+def test_sweep_wrong_grid_prints_one_line(repository: Repository) -> None:
     grid(targets=["train"])
     output = repository.run(*COMMAND, expect=1)
     assert output.startswith("error: grid.yaml: targets: expected a list of prepare, ")
@@ -122,15 +128,15 @@ def test_a_wrong_grid_is_one_line_of_the_command(repository: Repository) -> None
     assert repository.run(*COMMAND, expect=1).startswith("error: grid.yaml: expected YAML, received ")
 
 
-def test_a_picture_of_text_is_refused_in_one_line(repository: Repository) -> None:
+def test_sweep_picture_of_text_prints_one_line(repository: Repository) -> None:
     cells = [[run.name, "succeeded", "A"] for run in runs(picture={"x": "seed", "y": "select/backbone"})]
-    reporting.write_csv("grid.csv", ["name", "status", "select/backbone"], cells)
+    files.write_csv("grid.csv", ["name", "status", "select/backbone"], cells)
     output = repository.run(*COMMAND, expect=1).splitlines()
     assert output[-1] == "error: picture.y: expected a metric that is a number, received select/backbone: 'A'"
     assert not [line for line in output if "Traceback" in line]
 
 
-def test_changes_reach_the_clones_whatever_git_shows_its_user(
+def test_make_base_odd_git_settings_keeps_uncommitted_changes(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", repository.environment["PATH"])
@@ -147,27 +153,71 @@ def test_changes_reach_the_clones_whatever_git_shows_its_user(
     text = Path("params.yaml").read_text().replace("seed: 7", "seed: 8")
     Path("params.yaml").write_text(text)
     sweep.make_base()
-    assert (sweep.FOLDER / "base/params.yaml").read_text() == text
+    assert (grids.FOLDER / "base/params.yaml").read_text() == text
+
+
+def write_params(**changes: Any) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
 
 
 @pytest.mark.usefixtures("repository")
-def test_a_name_tells_the_values_and_changes_with_what_the_run_depends_on() -> None:
+def test_run_name_begins_with_the_values_that_vary() -> None:
     first, *others = runs()
     assert first.name.startswith("seed-7-rho-0.02-sam-finetune-")
     assert len({first.name, *(run.name for run in others)}) == 4
-    assert [run.name for run in runs()] == [first.name, *(run.name for run in others)]
-    Path("src/flatmin/evaluation.py").write_text("# sam-finetune does not import this")
-    assert runs()[0].name == first.name
-    assert runs(targets=["finetune", "sam-finetune"])[0].name != first.name
-    Path("params.yaml").write_text(yaml.safe_dump({**TINY, "select": {"tolerance": 0.5}}))
-    assert runs()[0].name != first.name
-    Path("params.yaml").write_text(yaml.safe_dump(TINY))
-    assert runs()[0].name == first.name
-    Path("src/flatmin/sam.py").write_text("# sam-finetune imports this")
-    assert runs()[0].name != first.name
 
 
-def test_grids_that_the_page_names_are_ones_of_this_code(repository: Repository) -> None:
+@pytest.mark.usefixtures("repository")
+def test_run_name_same_params_otherwise_written_is_the_same() -> None:
+    name = runs()[0].name
+    reordered = {
+        key: dict(reversed(value.items())) if isinstance(value, dict) else value for key, value in TINY.items()
+    }
+    Path("params.yaml").write_text(yaml.safe_dump(dict(reversed(reordered.items())), sort_keys=False))
+    assert runs()[0].name == name
+    write_params(sam=TINY["sam"] | {"accumulate": 1}, finetune=TINY["finetune"] | {"learning_rate": "1e-2"})
+    assert runs()[0].name == name, "a default and a number in other digits"
+
+
+@pytest.mark.usefixtures("repository")
+def test_run_name_other_code_is_the_same() -> None:
+    name = runs()[0].name
+    for source in ("src/flatmin/sam.py", "stages/sam_finetune.py"):
+        Path(source).write_text(f"{Path(source).read_text()}# a comment\n")
+    assert runs()[0].name == name
+
+
+@pytest.mark.usefixtures("repository")
+@pytest.mark.parametrize(
+    ("targets", "section", "changed"),
+    [
+        (["sam-finetune"], {"evaluate": {"ece_bins": 3}}, False),
+        (["sam-finetune"], {"select": {"tolerance": 0.5}}, True),
+        (["sam-finetune"], {"backbones": ["EfficientNetLite0", "MobileNet025"]}, True),
+        (["finetune"], {"sam": {"rho": 0.3, "method": "gsam"}}, False),
+        (["finetune"], {"data": TINY["data"] | {"train_per_class": 5}}, True),
+        (["extract-train"], {"select": {"tolerance": 0.5}}, False),
+        (["extract-train"], {"backbones": ["MobileNet025"]}, True),
+        (["prepare"], {"augment": {"engine": "none"}}, False),
+        ([], {"evaluate": {"ece_bins": 3}}, True),
+    ],
+)
+def test_run_name_changed_section_matters_where_a_stage_uses_it(
+    targets: list[str], section: dict[str, Any], changed: bool
+) -> None:
+    values = {"targets": targets, "runs": [{"seed": [7]}]}
+    (before,) = grids.read_grid(file_of(values))[0]
+    write_params(**section)
+    (after,) = grids.read_grid(file_of(values))[0]
+    assert (after.name != before.name) == changed
+
+
+@pytest.mark.usefixtures("repository")
+def test_run_name_other_targets_is_another() -> None:
+    assert len({runs(targets=targets)[0].name for targets in (["sam-finetune"], ["finetune", "sam-finetune"], [])}) == 3
+
+
+def test_grids_named_in_docs_fit_the_schema(repository: Repository) -> None:
     named = re.findall(r"^make study-sweep NAME=(\w+)(?:.* GRID=(\w+))?", (ROOT / "docs/sweeps.md").read_text(), re.M)
     assert ("cifar100", "extract") in named
     for study, name in named:
@@ -176,14 +226,14 @@ def test_grids_that_the_page_names_are_ones_of_this_code(repository: Repository)
 
 
 @pytest.mark.usefixtures("repository")
-def test_names_are_ones_that_git_takes() -> None:
+def test_run_name_odd_values_is_a_valid_git_ref() -> None:
     odd = {"finetune.schedule": [{"name": "cosine", "warmup_epochs": 1}], "data.name": ["../a..b~^:?*[ c", "é" * 200]}
     for run in runs(runs=[odd], picture={"x": "data.name", "y": "sam/epochs"}):
         subprocess.run(["git", "check-ref-format", f"refs/exps/{run.name}"], check=True)
 
 
 @pytest.mark.usefixtures("repository")
-def test_a_run_of_two_grids_is_run_once_and_a_grid_has_its_own_targets() -> None:
+def test_read_grid_run_in_two_lists_is_listed_once() -> None:
     listed = runs(runs=[{"sam.rho": [0.1, 0.2]}, {"sam.rho": [0.2, 0.3]}, {"sam.rho": [0.2], "targets": ["evaluate"]}])
     assert [(run.values["sam.rho"], run.targets) for run in listed] == [
         *((rho, ("sam-finetune",)) for rho in (0.1, 0.2, 0.3)),
@@ -192,7 +242,7 @@ def test_a_run_of_two_grids_is_run_once_and_a_grid_has_its_own_targets() -> None
 
 
 @pytest.mark.usefixtures("repository")
-def test_dvc_sets_what_the_grid_says() -> None:
+def test_run_command_sets_params_as_listed() -> None:
     values = {
         "sam.rho": 1e-5,
         "sam.alpha": 0.3,
@@ -216,74 +266,151 @@ def test_dvc_sets_what_the_grid_says() -> None:
 
 
 @pytest.mark.usefixtures("repository")
-def test_runs_share_what_comes_before_the_sections_in_which_they_differ() -> None:
+def test_run_shared_names_stages_before_the_first_difference() -> None:
     first, other_rho, other_rate, other_seed = runs(
         targets=["finetune", "sam-finetune"],
         runs=[{"seed": [1], "sam.rho": [0.1, 0.2]}, {"finetune.learning_rate": [0.1], "seed": [1]}, {"seed": [2]}],
     )
-    assert {stage for stage, _ in first.shared() & other_rho.shared()} == {"select-best", "finetune"}
-    assert {stage for stage, _ in first.shared() & other_rate.shared()} == {"select-best"}
-    assert not first.shared() & other_seed.shared()
+    assert {shared.split()[0] for shared in first.shared & other_rho.shared} == {"select-best", "finetune"}
+    assert {shared.split()[0] for shared in first.shared & other_rate.shared} == {"select-best"}
+    assert not first.shared & other_seed.shared
 
 
-def test_jobs_part_the_cores() -> None:
-    assert sweep.share([0, 1, 2, 3, 4], 0, 9) == [[0, 1], [2, 3]]
-    assert sweep.share([0, 1], 0, 9) == [[0, 1]]
-    assert sweep.share([3, 5, 7], 9, 9) == [[3], [5], [7]]
-    assert sweep.share([0, 1, 2, 3], 4, 2) == [[0, 1], [2, 3]]
-    assert sweep.share([0], 0, 1) == [[0]]
+def test_divide_cores_gives_equal_sets() -> None:
+    assert sweep.divide_cores([0, 1, 2, 3, 4], 0, 9) == [[0, 1], [2, 3]]
+    assert sweep.divide_cores([0, 1], 0, 9) == [[0, 1]]
+    assert sweep.divide_cores([3, 5, 7], 9, 9) == [[3], [5], [7]]
+    assert sweep.divide_cores([0, 1, 2, 3], 4, 2) == [[0, 1], [2, 3]]
+    assert sweep.divide_cores([0], 0, 1) == [[0]]
 
 
-def keep(repository: Repository, run: grids.Run, metrics: dict[str, Any]) -> None:
-    """Make the experiment that a run would have left, with these metrics."""
-    for file, values in metrics.items():
+ORIGIN = {"dirty": False, "results_version": provenance.RESULTS_VERSION, "lock": "cpu-1", "machine": "M", "cores": 2}
+RECORDS = "0123456789abcdef"
+
+
+def make_experiment(
+    repository: Repository, run: grids.Run, metrics: dict[str, Any], origin: dict[str, Any] | None = ORIGIN
+) -> None:
+    """Make the experiment that a run would have left, with these metrics; origin None: made in another checkout."""
+    for file, values in ({"prepare": {"digest": RECORDS}} | metrics).items():
         Path("metrics").mkdir(exist_ok=True)
         Path(f"metrics/{file}.json").write_text(json.dumps(values))
     repository.commit(run.name)
     repository.run("git", "update-ref", f"refs/exps/ab/cdef/{run.name}", "HEAD")
+    if origin:
+        files.write_json(run.provenance, origin)
 
 
-def test_the_table_has_a_row_for_each_run_and_no_figure_that_the_run_did_not_make(repository: Repository) -> None:
+def test_table_has_a_row_per_run_with_metrics_of_its_stages_only(repository: Repository) -> None:
     trial, control, failed, pending = runs(runs=[*GRID["runs"]])
     metrics = {"select": {"backbone": "A"}, "sam": {"val": {"accuracy": 0.5}}, "evaluate": {"sam": {"accuracy": 0.4}}}
-    keep(repository, trial, metrics)
-    keep(repository, control, {"sam": {"val": {"accuracy": 0.25}, "epochs": 3}})
-    sweep.FOLDER.mkdir(parents=True)
+    make_experiment(repository, trial, metrics)
+    make_experiment(repository, control, {"sam": {"val": {"accuracy": 0.25}, "epochs": 3}}, origin=None)
     trial.clock.write_text("12.5")
     columns, rows = runs_table.table([trial, control, failed, pending], {}, [failed])
     data = ("digits", 6, "", "")
     assert columns == [
         *("name", "status", "targets", "seed", *runs_table.DATA, "sam.rho"),
-        *("select/backbone", "sam/val.accuracy", "sam/epochs", "commit", "seconds"),
+        *("select/backbone", "sam/val.accuracy", "sam/epochs", *provenance.COLUMNS, "seconds"),
     ]
+    origin = ("false", str(provenance.RESULTS_VERSION), "cpu-1", "M", "2", RECORDS[:12])
     first, second = (repository.run("git", "rev-parse", f"HEAD~{back}")[:7] for back in (2, 1))
     assert [[row.get(column) for column in columns[1:]] for row in rows] == [
-        ["succeeded", "sam-finetune", 7, *data, 0.02, "A", 0.5, None, first, "12.5"],
-        ["succeeded", "sam-finetune", 7, *data, 0.1, "A", 0.25, 3, second, ""],
-        ["failed", "sam-finetune", 8, *data, 0.02, None, None, None, "", ""],
-        ["not run", "sam-finetune", 8, *data, 0.1, None, None, None, "", ""],
+        ["succeeded", "sam-finetune", 7, *data, 0.02, "A", 0.5, None, first, *origin, "12.5"],
+        ["succeeded", "sam-finetune", 7, *data, 0.1, "A", 0.25, 3, second, *["unknown"] * 5, RECORDS[:12], ""],
+        ["failed", "sam-finetune", 8, *data, 0.02, *[None] * 10, ""],
+        ["not run", "sam-finetune", 8, *data, 0.1, *[None] * 10, ""],
     ]
     (evaluated,) = runs(targets=[], runs=[{"sam.rho": [0.02]}])
-    keep(repository, evaluated, {"finetune": {"epochs": 1}})
+    make_experiment(repository, evaluated, {"finetune": {"epochs": 1}})
     columns, rows = runs_table.table([evaluated], {}, [])
     assert rows[0]["evaluate/sam.accuracy"] == 0.4
     assert (rows[0]["seed"], rows[0]["data.name"]) == (7, "digits"), "of params.yaml, since the grid does not set them"
 
 
-def test_the_table_keeps_what_it_had_of_another_clone(repository: Repository) -> None:
+def test_table_takes_rows_of_another_clone(repository: Repository) -> None:
     one, two, *_ = runs(runs=[*GRID["runs"]])
-    keep(repository, one, {"select": {"backbone": "A"}, "sam": {"epochs": 3}})
-    figures = {"select/backbone": "A", "sam/epochs": "5", "evaluate/none": "", "commit": "abc", "seconds": "7.5"}
-    columns = ["name", "status", "seed", *figures]
-    cells = [[two.name, "succeeded", "0", *figures.values()], ["other", "failed", "0", "", "", "", "", "7.5"]]
-    reporting.write_csv("grid.csv", columns, cells)
-    kept = runs_table.read_kept(Path("grid.csv"))
-    assert list(kept) == [two.name]
-    _, rows = runs_table.table([one, two], kept, [])
+    make_experiment(repository, one, {"select": {"backbone": "A"}, "sam": {"epochs": 3}})
+    cells = {"select/backbone": "A", "sam/epochs": "5", "evaluate/none": "", "commit": "abc", "cores": "3"}
+    cells |= {"results_version": "1", "seconds": "7.5"}
+    columns = ["name", "status", "seed", *cells]
+    lines = [[two.name, "succeeded", "0", *cells.values()], ["other", "failed", "0", *[""] * len(cells)]]
+    files.write_csv("grid.csv", columns, lines)
+    previous = runs_table.read_table(Path("grid.csv"))
+    assert list(previous) == [two.name]
+    _, rows = runs_table.table([one, two], previous, [])
     assert rows[0]["sam/epochs"] == 3
     assert (rows[1]["status"], rows[1]["seed"]) == ("succeeded", two.values["seed"])
-    assert {key: rows[1].get(key, "") for key in figures} == figures
-    assert runs_table.read_kept(Path("other.csv")) == {}
+    assert {key: rows[1].get(key, "") for key in cells} == cells
+    assert rows[1]["machine"] == "unknown"
+    assert runs_table.read_table(Path("other.csv")) == {}
+    files.write_csv("grid.csv", columns, [lines[0], lines[0]])
+    with pytest.raises(InputError, match=rf"^grid.csv: {two.name}: expected one row, received two$"):
+        runs_table.read_table(Path("grid.csv"))
+
+
+def write_row(run: grids.Run, version: str, records: str = "unknown") -> None:
+    """A table that has this run alone."""
+    columns = ["name", "status", "sam/val.accuracy", "results_version", "records"]
+    files.write_csv("grid.csv", columns, [[run.name, "succeeded", "0.5", version, records]])
+
+
+def test_sweep_row_of_another_version_is_refused_unless_told(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, *_ = runs()
+    write_row(one, "0")
+    before = Path("grid.csv").read_bytes()
+    expected = f"error: grid.csv: expected one results version, received 0 ({one.name}: grid.csv) and "
+    expected += f"{provenance.RESULTS_VERSION} (this code): to run those of another version again, delete their rows"
+    output = repository.run(*COMMAND, expect=1)
+    assert output.startswith(expected)
+    assert len(output.splitlines()) == 1
+    assert Path("grid.csv").read_bytes() == before
+    monkeypatch.setattr(sweep, "run_all", lambda *_: make_experiment(repository, two, {"select": {}, "sam": {"a": 1}}))
+    sweep.sweep(file_of({key: GRID[key] for key in ("targets", "runs")}), 1, mix_versions=True)
+    with Path("grid.csv").open() as file:
+        found = {row["name"]: row["results_version"] for row in csv.DictReader(file) if row["status"] == "succeeded"}
+    assert found == {one.name: "0", two.name: str(provenance.RESULTS_VERSION)}
+
+
+@pytest.mark.usefixtures("repository")
+def test_check_versions_complete_table_of_an_older_version_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    one, *_ = runs()
+    write_row(one, "0")
+    runs_table.check_versions(Path("grid.csv"), [one], runs_table.read_table(Path("grid.csv")), mix_versions=False)
+    assert capsys.readouterr().out == (
+        f"note: grid.csv: all runs are of results version 0, this code is of {provenance.RESULTS_VERSION}\n"
+    )
+
+
+def test_check_versions_row_and_experiment_that_disagree_are_refused(repository: Repository) -> None:
+    one, *_ = runs()
+    make_experiment(repository, one, {"sam": {}})
+    current = str(provenance.RESULTS_VERSION)
+    for version, records, what in (
+        ("0", RECORDS[:12], f"results version, received 0 (grid.csv) and {current} (its experiment)"),
+        (current, "f" * 12, f"digest of the records, received {'f' * 12} (grid.csv) and {RECORDS[:12]} (its"),
+    ):
+        write_row(one, version, records)
+        with pytest.raises(InputError) as caught:
+            runs_table.check_versions(Path("grid.csv"), [one], runs_table.read_table(Path("grid.csv")), True)
+        assert str(caught.value).startswith(f"{one.name}: expected one {what}")
+
+
+def test_describe_edited_stage_is_dirty_and_edited_params_are_not(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "_machine", lambda *_: "M")
+    write_params(seed=8)
+    clean = provenance.describe(repository.folder, [min(os.sched_getaffinity(0))])
+    Path("stages/finetune.py").write_text("# edited\n")
+    edited = provenance.describe(repository.folder, [min(os.sched_getaffinity(0))])
+    assert (clean["dirty"], edited["dirty"]) == (False, True)
+    assert clean | {"dirty": True} == edited
+    assert clean["commit"] == repository.run("git", "rev-parse", "HEAD")[:7]
+    assert re.fullmatch(r"[cg]pu-[0-9a-f]{8}", clean["lock"])
+    assert clean["cores"] == 1
 
 
 ROWS = [
@@ -295,14 +422,14 @@ ROWS = [
 KEYS = ("targets", "seed", "sam.rho", "sam.method")
 
 
-def test_the_picture_has_a_line_for_each_other_param_and_the_seeds_at_each_x() -> None:
+def test_spread_gives_a_line_per_other_param_and_seeds_per_x() -> None:
     lines = runs_table.spread(ROWS, "sam.rho", "y", KEYS)
     assert lines == {f"sam.method {method}": {0.1: [1.1, 2.1], 0.2: [1.2, 2.2]} for method in ("sam", "gsam")}
     assert list(lines["sam.method sam"]) == [0.1, 0.2]
     assert list(runs_table.spread(ROWS[::2], "sam.rho", "y", KEYS)) == ["mean of seeds"]
 
 
-def test_the_picture_is_one_and_shows_the_values(tmp_path: Path) -> None:
+def test_draw_same_values_give_same_picture(tmp_path: Path) -> None:
     pixels = []
     for name, top in (("one", 1.0), ("same", 1.0), ("other", 2.0)):
         runs_table.draw(
@@ -314,28 +441,28 @@ def test_the_picture_is_one_and_shows_the_values(tmp_path: Path) -> None:
     assert pixels[0] == pixels[1] != pixels[2]
 
 
-def marked(repository: Repository) -> list[int]:
-    """Processes that a sweep of this checkout started, directly or not."""
-    mark = f"FLATMIN_SWEEP={(repository.folder / sweep.FOLDER).resolve()}".encode()
+def processes(repository: Repository) -> list[int]:
+    """Processes that work in a clone of this checkout's sweep."""
+    clones = str((repository.folder / grids.FOLDER).resolve() / "clone-")
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
+            if os.readlink(folder / "cwd").startswith(clones):
                 found.append(int(folder.name))
     return found
 
 
 def logs(repository: Repository) -> str:
-    return "\n".join(path.read_text() for path in sorted((repository.folder / sweep.FOLDER).glob("*.log")))
+    return "\n".join(path.read_text() for path in sorted((repository.folder / grids.FOLDER).glob("*.log")))
 
 
 def stop_in_training(repository: Repository, number: int, jobs: int) -> tuple[int, str]:
-    """Start a sweep, send it a signal after some epochs with SAM that no earlier sweep saw; exit code and output."""
-    told = f"sam 2/{EPOCHS}: loss"
-    seen = logs(repository).count(told)
+    """Start a sweep and send it a signal once a run has ended its second epoch with SAM; exit code and output."""
+    line = f"sam 2/{EPOCHS}: loss"
+    seen = logs(repository).count(line)
     process = repository.start(*COMMAND, "--jobs", str(jobs))
     until = time.monotonic() + 500
-    while logs(repository).count(told) <= seen and process.poll() is None:
+    while logs(repository).count(line) <= seen and process.poll() is None:
         assert time.monotonic() < until, logs(repository)
         time.sleep(0.1)
     process.send_signal(number)
@@ -358,7 +485,7 @@ def curves(repository: Repository) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tmp_path: Path) -> None:
+def test_sweep_interrupted_and_killed_equals_undisturbed(tmp_path: Path) -> None:
     params = TINY | {
         "backbones": ["MobileNet025"],
         "extract": TINY["extract"] | {"levels": "all"},  # the last has next to nothing to learn from random weights
@@ -375,23 +502,24 @@ def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tm
         assert picture.width >= 400
 
     code, output = stop_in_training(killed, signal.SIGINT, jobs)
-    assert (code, output.splitlines()[-1]) == (130, "interrupted: run it again to resume after the last complete epoch")
-    assert marked(killed) == []
+    assert code == 130
+    assert output.splitlines()[-1].startswith("interrupted: run it again")
+    assert processes(killed) == []
     assert {row["status"] for row in rows_of(killed)} >= {"not run"}
 
     code, output = stop_in_training(killed, signal.SIGKILL, jobs)
     assert code == -signal.SIGKILL
-    orphans = marked(killed)
-    assert orphans, "the runs of a killed sweep go on"
+    orphans = processes(killed)
+    assert orphans, "the runs of a killed sweep continue"
     with contextlib.suppress(ProcessLookupError):
         os.killpg(os.getpgid(orphans[0]), signal.SIGKILL)  # one worker dies with it
 
     output = killed.run(*COMMAND, "--jobs", str(jobs))
     assert "3 experiments: grid.csv and grid.png" in output
-    assert "sam: going on after epoch" in logs(killed)
-    assert logs(killed).count("view 1/2: ") == logs(whole).count("view 1/2: ") > 0, "the views are found again"
-    assert marked(killed) == []
-    assert not list((killed.folder / sweep.FOLDER).glob("clone-*"))
+    assert re.search(r"^sam: \w.* after epoch \d+", logs(killed), re.M), "a training was resumed"
+    assert logs(killed).count("view 1/2: ") == logs(whole).count("view 1/2: ") > 0, "cached activations are used again"
+    assert processes(killed) == []
+    assert not list((killed.folder / grids.FOLDER).glob("clone-*"))
     assert rows_of(killed) == rows_of(whole)
     assert curves(killed) == curves(whole)
     assert len(rows_of(killed)) == 3
@@ -409,41 +537,49 @@ def test_a_grid_that_is_stopped_and_killed_gives_what_an_undisturbed_one_does(tm
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_named_and_the_others_succeed(tmp_path: Path) -> None:
+def test_sweep_failing_run_is_named_and_others_succeed(tmp_path: Path) -> None:
     repository = Repository(tmp_path, TINY)
-    changed = {
-        "targets": ["finetune"],
-        "runs": [{"finetune.fine_tune_at": ["nowhere", "block7a_expand_conv"]}],
-        "picture": {"x": "finetune.fine_tune_at", "y": "finetune/val.accuracy"},
-    }
+    (repository.folder / "stages/finetune.py").write_text("# edited and not committed")
+    changed = {"targets": ["prepare"], "runs": [{"data.train_per_class": [600, 6]}]}
     (repository.folder / "grid.yaml").write_text(yaml.safe_dump(changed))
-    last = repository.run(*COMMAND, expect=1).splitlines()[-1]
-    assert last.startswith("error: 1 of 2 experiments: expected success, failed: .dvc/tmp/sweep/fine-tune-at-nowhere-")
-    assert "nowhere" in (repository.folder / last.split(": ")[-1]).read_text()
-    assert [row["status"] for row in rows_of(repository)] == ["failed", "succeeded"]
-    assert not (repository.folder / "grid.png").exists()
+    last = repository.run(*COMMAND, "--jobs", "2", expect=1).splitlines()[-1]
+    start = "error: 1 of 2 experiments: expected success, failed: .dvc/tmp/sweep/train-per-class-600-prepare-"
+    assert last.startswith(start)
+    assert "train_per_class" in (repository.folder / last.split(": ")[-1]).read_text()
+    failed, succeeded = rows_of(repository)
+    assert (failed["status"], failed["records"], failed["cores"]) == ("failed", "", "")
+    digest = json.loads(repository.run("git", "show", f"{experiment(repository)}:metrics/prepare.json"))["digest"]
+    assert (succeeded["status"], succeeded["records"], succeeded["dirty"]) == ("succeeded", digest[:12], "true")
+    assert succeeded["results_version"] == str(provenance.RESULTS_VERSION)
+
+
+def experiment(repository: Repository) -> str:
+    """The git ref of the only experiment."""
+    (ref,) = repository.run("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
+    return ref
 
 
 @pytest.mark.usefixtures("repository")
-def test_what_another_machine_made_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table has the first run, DVC's cache lacks its start: of the two others one makes it, the other waits."""
+def test_run_all_row_of_another_machine_provides_no_shared_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table has the first run, but DVC's cache lacks its start: one of the others computes it, the other waits."""
     first, *others = runs(runs=[{"seed": [7], "sam.rho": [0.02, 0.05, 0.1]}])
     started: list[sweep.Worker] = []
 
-    def start(run: grids.Run, slot: int, _: Any) -> sweep.Worker:
-        assert all(worker.process.poll() is not None for worker in started), "the one before makes the start"
+    def start(run: grids.Run, slot: int, *_: Any) -> sweep.Worker:
+        assert all(worker.process.poll() is not None for worker in started), "the previous run computes the start"
         run.log.parent.mkdir(parents=True, exist_ok=True)
-        process = subprocess.Popen(["sleep", "2"], start_new_session=True)
+        process = subprocess.Popen(["sleep", "0.5"], start_new_session=True)
         started.append(sweep.Worker(run, slot, Path(), process, time.monotonic()))
         return started[-1]
 
     monkeypatch.setattr(sweep, "start", start)
+    monkeypatch.setattr(provenance, "_machine", lambda *_: "M")
     failed: list[grids.Run] = []
     sweep.run_all([first, *others], 2, {first.name: {}}, failed)
     assert [worker.run for worker in started] == failed == others, "these left no experiment"
 
 
-def test_a_sweep_of_other_code_leaves_the_table_until_a_run_has_succeeded(
+def test_sweep_interrupted_keeps_table_of_other_params_until_a_run_succeeds(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: Any) -> None:
@@ -460,21 +596,55 @@ def test_a_sweep_of_other_code_leaves_the_table_until_a_run_has_succeeded(
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(path, 1)
     assert table.read_text() == earlier
-    told = "note: grid.csv: the 1 runs there are of other code or params (commit abc1234)\n"
-    assert capsys.readouterr().out == told
-    keep(repository, runs()[0], {"select": {"backbone": "A"}, "sam": {"epochs": 3}})
+    assert capsys.readouterr().out == "note: grid.csv: 1 runs there are not in the grid with these params\n"
+    make_experiment(repository, runs()[0], {"select": {"backbone": "A"}, "sam": {"epochs": 3}})
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(path, 1)
     assert table.read_text().count("succeeded") == 1
     assert "earlier" not in table.read_text()
 
 
-def test_a_command_that_fails_is_one_line() -> None:
+def test_clear_ends_recorded_processes_only(repository: Repository, tmp_path: Path) -> None:
+    """A sweep was killed, and so was one run's first process; another file's number belongs to somebody else now."""
+    grids.FOLDER.mkdir(parents=True)
+    orphaned, running, other = (grids.FOLDER / f"{name}.process" for name in ("orphaned", "running", "other"))
+    child = tmp_path / "child"
+    commands = {
+        orphaned: ["sh", "-c", f"sleep 60 & echo $! > {child}"],
+        running: ["sleep", "60"],
+        other: ["sleep", "60"],
+    }
+    started = {
+        path: subprocess.Popen([*sweep.RECORDED, str(path), *command], start_new_session=True)
+        for path, command in commands.items()
+    }
+    started[orphaned].wait()
+    orphan = Path(f"/proc/{child.read_text().strip()}")
+    while not all(path.exists() and path.read_text().count("\n") == 2 for path in started):
+        time.sleep(0.01)
+    assert sweep.recorded_group(running) == started[running].pid
+    stat, boot = other.read_text().splitlines()
+    fields = stat.split()
+    other.write_text(f"{' '.join([*fields[:21], '1', *fields[22:]])}\n{boot}\n")
+    (grids.FOLDER / "cut-short.process").write_text("")
+    (grids.FOLDER / "earlier-boot.process").write_text(f"{stat}\nanother boot\n")
+    sweep.clear()
+    assert started[running].wait(10) == -signal.SIGKILL
+    until = time.monotonic() + 10
+    while orphan.exists() and "\nState:\tZ" not in (orphan / "status").read_text():
+        assert time.monotonic() < until, "the first process had ended, but not what it had started"
+    assert started[other].poll() is None
+    started[other].kill()
+    started[other].wait()
+    assert not list(grids.FOLDER.glob("*.process"))
+
+
+def test_output_failing_command_is_one_line() -> None:
     with pytest.raises(InputError, match=r"^git nonsense: expected it to succeed, received: git: 'nonsense' is not"):
-        sweep.output("git", "nonsense")
+        provenance.output("git", "nonsense")
 
 
-def test_a_broken_clone_of_a_study_is_not_taken_for_the_checkout(tmp_path: Path) -> None:
+def test_study_broken_clone_leaves_checkout_alone(tmp_path: Path) -> None:
     repository = Repository(tmp_path, TINY)
     (repository.folder / ".studies/digits/.git").mkdir(parents=True)
     readme = repository.folder / "README.md"
@@ -485,8 +655,8 @@ def test_a_broken_clone_of_a_study_is_not_taken_for_the_checkout(tmp_path: Path)
     assert repository.run("git", "branch", "--show-current") == "main\n"
 
 
-def test_a_study_goes_on_in_a_checkout_that_has_moved(tmp_path: Path) -> None:
-    """As it does in a container, where the checkout is mounted at another place."""
+def test_study_checkout_moved_continues(tmp_path: Path) -> None:
+    """In a container the checkout is mounted at another path."""
     repository = Repository(tmp_path, TINY)
     command = ("sh", "scripts/study.sh", "digits", "sweep", "--jobs", "none")
     assert "argument --jobs" in repository.run(*command, expect=2)
@@ -510,6 +680,12 @@ def test_a_study_goes_on_in_a_checkout_that_has_moved(tmp_path: Path) -> None:
     assert repository.run("sh", "scripts/study.sh", "digits", "sweeps", expect=1) == (
         "error: expected NAME or NAME sweep, received 'digits sweeps'\n"
     )
+    repository.run("git", "rm", "--quiet", "scripts/provenance.py")
+    repository.commit("as it was once")
+    old = repository.run("git", "rev-parse", "--short", "HEAD").strip()
+    assert repository.run("env", f"COMMIT={old}", *command, expect=1).startswith(
+        f"error: COMMIT: expected one whose sweeps record where results come from, received '{old}': "
+    )
     with (repository.folder / ".studies/digits.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert repository.run(*command, expect=1) == (
@@ -518,7 +694,7 @@ def test_a_study_goes_on_in_a_checkout_that_has_moved(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_grid_of_a_study_runs_in_its_clone(tmp_path: Path) -> None:
+def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
     repository = Repository(tmp_path, TINY)
     changed = {
         "targets": ["select-best"],
@@ -533,7 +709,7 @@ def test_the_grid_of_a_study_runs_in_its_clone(tmp_path: Path) -> None:
     repository.run("dvc", "cache", "dir", "--local", str(tmp_path / "dvc"))
     repository.variables["FLATMIN_CACHE"] = "../kept"
     repository.run("sh", "scripts/study.sh", "other", "sweep", "--jobs", "1")
-    assert (tmp_path / "kept/state").is_dir(), "a relative path is so to the checkout"
+    assert (tmp_path / "kept/state").is_dir(), "a relative path is relative to the checkout"
     assert (tmp_path / "dvc/files").is_dir()
     assert not (repository.folder / ".dvc/cache").exists()
     assert repository.run("git", "status", "--porcelain").split()[1::2] == [
@@ -543,13 +719,17 @@ def test_the_grid_of_a_study_runs_in_its_clone(tmp_path: Path) -> None:
     with (study / "sweep.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["seed"], row["select/backbone"], row["status"]) == ("9", "EfficientNetLite0", "succeeded")
-    shown = repository.run("git", "-C", ".studies/other", "for-each-ref", "--format=%(refname)", "refs/exps").strip()
-    params = repository.run("git", "-C", ".studies/other", "show", f"{shown}:params.yaml")
+    assert (row["dirty"], row["cores"]) == ("false", str(len(os.sched_getaffinity(0)))), "params.yaml is no code"
+    assert row["machine"]
+    assert "unknown" not in {row[column] for column in provenance.COLUMNS}
+    ref = repository.run("git", "-C", ".studies/other", "for-each-ref", "--format=%(refname)", "refs/exps").strip()
+    params = repository.run("git", "-C", ".studies/other", "show", f"{ref}:params.yaml")
     assert yaml.safe_load(params) == {**TINY, "seed": 9, "select": {"tolerance": 0.25}}
     # A later commit is left out where COMMIT names an earlier one, its params too.
     start = repository.run("git", "rev-parse", "HEAD").strip()
     (study / "params.yaml").write_text(yaml.safe_dump({**TINY, "select": {"tolerance": 0.5}}))
-    (repository.folder / "src/flatmin/selection.py").write_text("raise SystemExit('broken')\n")
+    for script in ("src/flatmin/selection.py", "scripts/sweep.py"):
+        (repository.folder / script).write_text("raise SystemExit('broken')\n")
     repository.commit("broken")
     output = repository.run("env", f"COMMIT={start}", "sh", "scripts/study.sh", "other", "sweep")
     assert "1 experiments: 1 have succeeded, 0 to run" in output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,19 +10,20 @@ from typing import Any
 import yaml
 from repository import TINY, Repository
 
+VERSION = {"src/flatmin/common/identity.py": ["RESULTS_VERSION"]}
 DVC: dict[str, Any] = {
     "stages": {
         "count": {
             "cmd": "PYTHONPATH=src python stages/count.py",
             "deps": ["images.txt", "stages/count.py", "src/flatmin/common"],
-            "params": ["seed"],
+            "params": ["seed", VERSION],
             "outs": ["models/count"],
             "metrics": [{"metrics/count.json": {"cache": False}}],
         },
         "train": {
             "cmd": "PYTHONPATH=src python stages/train.py",
             "deps": ["models/count", "stages/train.py", "src/flatmin/common", "src/flatmin/inputs"],
-            "params": ["seed", "sam"],
+            "params": ["seed", "sam", VERSION],
             "outs": ["models/train"],
         },
     }
@@ -96,10 +96,8 @@ def repository(folder: Path) -> Repository:
 
 def duplicate(toy: Repository, folder: Path) -> Repository:
     """Another checkout in the same state, to be changed at will."""
-    other = copy.copy(toy)
-    other.folder, other.cache, other.variables = folder / "checkout", folder / "cache", {}
-    shutil.copytree(toy.folder, other.folder, symlinks=True)
-    return other
+    shutil.copytree(toy.folder.parent, folder, symlinks=True, dirs_exist_ok=True)
+    return Repository.existing(folder)
 
 
 def start_training(toy: Repository, rho: float) -> subprocess.Popen[str]:

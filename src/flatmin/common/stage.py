@@ -89,7 +89,8 @@ def declare(name: str, *items: str) -> Declared:
     settings = params.load()
     stage = _read_stage(name)
     matrix = _choose(name, stage.get("matrix", {}), items, settings)
-    sections = stage.get("params", [])
+    # What is no text names keys of other files, such as RESULTS_VERSION, which are code.
+    sections = [section for section in stage.get("params", []) if isinstance(section, str)]
     deps = [re.sub(r"\$\{item\.(\w+)\}", lambda found: matrix[found[1]], dep) for dep in stage.get("deps", [])]
     for dep in deps:
         if Path(dep).resolve().parent == identity.PACKAGE:

@@ -1,7 +1,8 @@
-"""imgaug's RandAugment in TensorFlow: the same operations, magnitudes and fill, for a stack of images at once.
+"""imgaug's RandAugment in TensorFlow: the same operations, magnitudes and fill value, for a stack of images at once.
 
-What is random is drawn before, by NumPy, so the operations themselves are pure. They copy what imgaug 0.4 does with
-Pillow and OpenCV, down to Pillow's luma weights, the borders that its filters leave alone and its nearest pixel.
+NumPy draws all random numbers beforehand, so the operations themselves are pure functions. They reproduce what imgaug
+0.4 does with Pillow and OpenCV, including Pillow's luma weights, its rounding to the nearest pixel, and the borders
+that its filters leave unchanged.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import tensorflow as tf
 
 Operation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
-FILL = 128
-M_MAX = 30
-_LUMA = (19595, 38470, 7471)  # of 2**16
-_PILLOW_EQUALIZE = 64 * 64  # values; imgaug equalizes smaller images with Pillow, whose last bin is another
+FILL = 128  # the value of pixels that an operation has no input for
+M_MAX = 30  # the largest magnitude
+_LUMA = (19595, 38470, 7471)  # Pillow's weights of red, green and blue, in 1 / 2**16
+# imgaug equalizes images of fewer values (pixels times channels) with Pillow, which takes another bin for the last.
+_PILLOW_EQUALIZE = 64 * 64
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]])
 _BLUR = np.pad(np.zeros((3, 3), int), 1, constant_values=1)
 
 
 def autocontrast(images: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
-    """Stretch each channel to 0 to 255."""
+    """Stretch each channel to [0, 255]."""
     wide = tf.cast(images, tf.float64)
     low, high = (reduce(wide, (1, 2), keepdims=True) for reduce in (tf.reduce_min, tf.reduce_max))
     scale = 255 / tf.maximum(high - low, 1)
@@ -32,7 +34,7 @@ def autocontrast(images: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
 
 
 def equalize(images: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
-    """Spread each channel's values evenly."""
+    """Equalize each channel's histogram."""
     shape = tf.shape(images)
     pixels = shape[1] * shape[2]
     channels = tf.reshape(tf.transpose(tf.cast(images, tf.int32), (0, 3, 1, 2)), (-1, pixels))
@@ -43,56 +45,57 @@ def equalize(images: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
     step = (pixels - tf.gather(histogram, last, batch_dims=1))[:, None] // 255
     before = tf.cumsum(histogram, axis=1, exclusive=True)
     levels = tf.minimum((step // 2 + before) // tf.maximum(step, 1), 255)
-    flat = tf.reduce_max(histogram, axis=1, keepdims=True) == pixels
-    table = tf.where((step == 0) | flat, tf.range(256)[None], levels)
+    is_constant = tf.reduce_max(histogram, axis=1, keepdims=True) == pixels
+    table = tf.where((step == 0) | is_constant, tf.range(256)[None], levels)
     equalized = tf.gather(table, channels, batch_dims=1)
     return tf.cast(tf.transpose(tf.reshape(equalized, tf.gather(shape, (0, 3, 1, 2))), (0, 2, 3, 1)), tf.uint8)
 
 
 def solarize(images: tf.Tensor, thresholds: tf.Tensor) -> tf.Tensor:
-    """Invert what is at or above the threshold."""
+    """Invert values at or above the threshold; thresholds [n, 1]."""
     return tf.where(tf.cast(images, tf.float32) >= thresholds[:, :, None, None], 255 - images, images)
 
 
 def posterize(images: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
-    """Round down to multiples of a power of two."""
+    """Round values down to multiples of a power of two; steps [n, 1]."""
     return images - images % tf.cast(steps, tf.uint8)[:, :, None, None]
 
 
 def _blend(other: tf.Tensor, images: tf.Tensor, factors: tf.Tensor) -> tf.Tensor:
+    """Interpolate from `other` (factor 0) to `images` (factor 1), and beyond; factors [n, 1]."""
     wide = tf.cast(other, tf.float32)
     mixed = wide + factors[:, :, None, None] * (tf.cast(images, tf.float32) - wide)
     return tf.cast(tf.clip_by_value(mixed, 0, 255), tf.uint8)
 
 
 def _gray(images: tf.Tensor) -> tf.Tensor:
-    """int32 [n, h, w, 1]."""
+    """Convert images to gray levels, int32 [n, height, width, 1]."""
     return (tf.reduce_sum(tf.cast(images, tf.int32) * _LUMA, axis=3, keepdims=True) + 2**15) // 2**16
 
 
 def color(images: tf.Tensor, factors: tf.Tensor) -> tf.Tensor:
-    """Away from gray (factor above 1) or towards it."""
+    """Move colours away from gray (factors above 1) or towards it; factors [n, 1]."""
     return _blend(_gray(images), images, factors)
 
 
 def contrast(images: tf.Tensor, factors: tf.Tensor) -> tf.Tensor:
-    """Away from the mean gray or towards it."""
+    """Move values away from the mean gray level or towards it; factors [n, 1]."""
     mean = tf.reduce_mean(tf.cast(_gray(images), tf.float64), axis=(1, 2, 3), keepdims=True)
     return _blend(tf.floor(mean + 0.5), images, factors)
 
 
 def brightness(images: tf.Tensor, factors: tf.Tensor) -> tf.Tensor:
-    """Away from black or towards it."""
+    """Move values away from black or towards it; factors [n, 1]."""
     return _blend(tf.zeros_like(images), images, factors)
 
 
 def sharpness(images: tf.Tensor, factors: tf.Tensor) -> tf.Tensor:
-    """Away from the smoothed image or towards it."""
+    """Move values away from those of the smoothed image or towards them; factors [n, 1]."""
     return _blend(smooth(images, factors), images, factors)
 
 
 def _filter(images: tf.Tensor, kernel: np.ndarray) -> tf.Tensor:
-    """Weigh each pixel's neighbourhood; a border as wide as half the kernel stays as it is."""
+    """Filter images with a kernel; a border half as wide as the kernel stays unchanged."""
     border = len(kernel) // 2
     height, width = tf.shape(images)[1], tf.shape(images)[2]
     if tf.minimum(height, width) < len(kernel):
@@ -105,19 +108,19 @@ def _filter(images: tf.Tensor, kernel: np.ndarray) -> tf.Tensor:
 
 
 def blur(images: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
-    """The mean of the 16 pixels two away."""
+    """Replace each pixel by the mean of the 16 pixels at a distance of two."""
     return _filter(images, _BLUR)
 
 
 def smooth(images: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
-    """The mean of 3x3 pixels, the middle one five times."""
+    """Replace each pixel by the mean of 3x3 pixels, with a weight of five for the middle one."""
     return _filter(images, _SMOOTH)
 
 
 def affine(images: tf.Tensor, matrices: tf.Tensor) -> tf.Tensor:
-    """Move pixels: matrices [n, 6] take the output's (x, y), from the corner of the image, to the input's."""
+    """Apply affine maps; matrices [n, 6] take the output's (x, y), from the corner of the image, to the input's."""
     a, b, c, d, e, f = tf.unstack(matrices, 6, axis=1)
-    # From TensorFlow's coordinates, where the middle of a pixel is whole.
+    # In TensorFlow's coordinates the middle of a pixel is at whole numbers.
     centred = tf.stack([a, b, (a + b) / 2 + c - 0.5, d, e, (d + e) / 2 + f - 0.5, 0 * a, 0 * a], axis=1)
     return tf.raw_ops.ImageProjectiveTransformV3(
         images=images,
@@ -130,7 +133,7 @@ def affine(images: tf.Tensor, matrices: tf.Tensor) -> tf.Tensor:
 
 
 def cutout(images: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
-    """Fill a rectangle; boxes [n, 4] are left, top, right, bottom in whole pixels."""
+    """Fill a rectangle; boxes [n, 4] are left, top, right and bottom in whole pixels."""
     left, top, right, bottom = (tf.cast(edge, tf.int32)[:, None] for edge in tf.unstack(boxes, 4, axis=1))
     rows, columns = tf.range(tf.shape(images)[1])[None], tf.range(tf.shape(images)[2])[None]
     inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None]
@@ -138,21 +141,24 @@ def cutout(images: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
 
 
 def zoom(images: tf.Tensor, crops: tf.Tensor) -> tf.Tensor:
-    """Cut off pixels and enlarge what is left to the old size, bilinearly; crops [n, 4]: top, right, bottom, left."""
+    """Crop images and enlarge them to their old size, bilinearly.
+
+    crops [n, 4] are the pixels to remove at the top, right, bottom and left.
+    """
     top, right, bottom, left = tf.unstack(crops, 4, axis=1)
     result = images
     for axis, (before, after) in ((1, (top, bottom)), (2, (left, right))):
         size = tf.cast(tf.shape(images)[axis], tf.float32)
-        kept = (size - before - after)[:, None]
-        places = tf.clip_by_value((tf.range(size)[None] + 0.5) * kept / size - 0.5, 0, kept - 1)
-        low = tf.floor(places)
-        high = tf.minimum(low + 1, kept - 1)
-        weight = tf.expand_dims((places - low)[..., None], 3 - axis)
-        one, other = (
+        remaining = (size - before - after)[:, None]
+        positions = tf.clip_by_value((tf.range(size)[None] + 0.5) * remaining / size - 0.5, 0, remaining - 1)
+        low = tf.floor(positions)
+        high = tf.minimum(low + 1, remaining - 1)
+        weight = tf.expand_dims((positions - low)[..., None], 3 - axis)
+        at_low, at_high = (
             tf.cast(tf.gather(result, tf.cast(index + before[:, None], tf.int32), axis=axis, batch_dims=1), tf.float32)
             for index in (low, high)
         )
-        result = one + weight * (other - one)
+        result = at_low + weight * (at_high - at_low)
     return tf.cast(tf.round(result), tf.uint8)
 
 
@@ -182,11 +188,14 @@ NAMES = tuple(OPERATIONS)
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random about a chunk of images.
+    """The random numbers for a chunk of images.
 
-    zooms: float [images, 4], fractions cut off at top, right, bottom and left. order: int [18], in which the operations
-    run. active: bool [images, 18], which ones an image goes through. signs: [images, 18] of -1 and 1. centres: float
-    [images, 2], x and y of the cutout as fractions.
+    Attributes:
+        zooms: float [images, 4], the fractions to crop at the top, right, bottom and left.
+        order: int [18], the order in which the operations are applied.
+        active: bool [images, 18], the operations that are applied to each image.
+        signs: int [images, 18], -1 or 1: the direction of each operation.
+        centres: float [images, 2], x and y of the cutout's centre, as fractions of the width and height.
     """
 
     zooms: np.ndarray
@@ -197,7 +206,7 @@ class Draws:
 
 
 def draw(random: np.random.Generator, images: int, n: int, m: int) -> Draws:
-    """With the distributions of imgaug's RandAugment: as there, the order is one for all images of a chunk."""
+    """Draw random numbers with the distributions of imgaug's RandAugment: one order for all images of a chunk."""
     kinds = len(NAMES)
     return Draws(
         zooms=random.uniform(0, m, (images, 4)) / 224,
@@ -209,7 +218,15 @@ def draw(random: np.random.Generator, images: int, n: int, m: int) -> Draws:
 
 
 def values(name: str, m: int, signs: np.ndarray, centres: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The parameters of an operation at magnitude `m`: float [images, any], as its function takes them."""
+    """Compute the parameters of an operation at magnitude `m`: float [images, any], as its function expects them.
+
+    Args:
+        name: a name in `OPERATIONS`.
+        m: the magnitude, from 0 to M_MAX.
+        signs: [images], a column of `Draws.signs`.
+        centres: [images, 2], as in `Draws`.
+        height, width: of the images, in pixels.
+    """
     level = signs * m / M_MAX
     match name:
         case "rotate":
@@ -231,9 +248,9 @@ def values(name: str, m: int, signs: np.ndarray, centres: np.ndarray, height: in
         case "solarize":
             return np.full((len(signs), 1), 256 - 256 * m // M_MAX)
         case "cutout":
-            half = 20 / 32 * m / M_MAX * height / 2  # a square, by the height
-            middles = centres * [width, height]
-            boxes = np.concatenate([middles - half, middles + half], axis=1)
+            half = 20 / 32 * m / M_MAX * height / 2  # a square, sized by the height alone
+            pixels = centres * [width, height]
+            boxes = np.concatenate([pixels - half, pixels + half], axis=1)
             return np.clip(boxes.astype(int), 0, [width, height, width, height])
     return np.zeros((len(signs), 1))
 
@@ -243,19 +260,28 @@ def _matrices(*numbers: np.ndarray | float) -> np.ndarray:
 
 
 def randaugment(images: list[np.ndarray], n: int, m: int, random: np.random.Generator) -> list[np.ndarray]:
-    """One chunk of uint8 [height, width, 3] images, zoomed a little and put through `n` of the 18 operations each."""
+    """Zoom each image of a chunk a little, and apply `n` of the 18 operations to it.
+
+    Args:
+        images: uint8 [height, width, 3] each; sizes may differ.
+        n, m: the number of operations and their magnitude.
+        random: draws all random numbers.
+
+    Returns:
+        Images of the same sizes and dtype.
+    """
     draws = draw(random, len(images), n, m)
-    found = list(images)
+    augmented = list(images)
     for shape in {image.shape for image in images}:
         rows = np.flatnonzero([image.shape == shape for image in images])
-        changed = _of_one_shape(np.stack([images[row] for row in rows]), rows, draws, m)
-        for row, image in zip(rows, changed, strict=True):
-            found[row] = image
-    return found
+        stack = _apply(draws, rows, np.stack([images[row] for row in rows]), m)
+        for row, image in zip(rows, stack, strict=True):
+            augmented[row] = image
+    return augmented
 
 
-def _of_one_shape(stack: np.ndarray, rows: np.ndarray, draws: Draws, m: int) -> np.ndarray:
-    """The images of one shape, which are at `rows` in the chunk; `stack` is written over."""
+def _apply(draws: Draws, rows: np.ndarray, stack: np.ndarray, m: int) -> np.ndarray:
+    """Augment those images of a chunk, at `rows`, that have one shape. `stack` may be overwritten."""
     _, height, width, _ = stack.shape
     crops = np.rint(draws.zooms[rows] * [height, width, height, width])
     if crops.any():
@@ -263,19 +289,20 @@ def _of_one_shape(stack: np.ndarray, rows: np.ndarray, draws: Draws, m: int) -> 
     for index in draws.order:
         active = np.flatnonzero(draws.active[rows, index])
         if len(active) and NAMES[index] != "identity":
-            of = rows[active]
-            parameters = values(NAMES[index], m, draws.signs[of, index], draws.centres[of], height, width)
-            # Only these go through TensorFlow: a scatter there would copy all the others, too.
+            chosen = rows[active]
+            parameters = values(NAMES[index], m, draws.signs[chosen, index], draws.centres[chosen], height, width)
+            # The images are selected here, because a scatter in TensorFlow would copy all the others too.
             stack[active] = run(NAMES[index], stack[active], parameters)
     return stack
 
 
 def run(name: str, images: np.ndarray, parameters: np.ndarray) -> np.ndarray:
-    """An operation, or `zoom`, by name.
+    """Apply an operation to images.
 
     Args:
+        name: a name in `OPERATIONS`, or `zoom`.
         images: uint8 [n, height, width, 3].
-        parameters: float [n, any], as the operation takes them.
+        parameters: float [n, any], as the operation expects them.
     """
     operation = zoom if name == "zoom" else OPERATIONS[name]
     return np.array(_traced(operation)(images, tf.constant(parameters, tf.float32)))
@@ -283,7 +310,7 @@ def run(name: str, images: np.ndarray, parameters: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _traced(operation: Operation) -> Operation:
-    """Once for all shapes."""
+    """Trace an operation, once for all shapes."""
     signature = [
         tf.TensorSpec((None, None, None, 3), tf.uint8, name="images"),
         tf.TensorSpec((None, None), tf.float32, name="parameters"),

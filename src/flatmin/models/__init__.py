@@ -1,1 +1,1 @@
-"""Builds backbones and classifiers, loads weights, splits a network."""
+"""Builds backbones and classifiers, loads weights, and splits networks into frozen and trained layers."""

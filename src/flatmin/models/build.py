@@ -1,8 +1,6 @@
-"""The backbones: how to build them, with which weights, and what they expect of an image.
+"""Builds the backbones of the table and loads their weights.
 
-`BACKBONES` is the one table. A name that stands in it can be used everywhere; adding a network is adding a
-row. TensorFlow and Keras are imported inside the functions, since the table alone is what `params` needs to
-check names.
+Keras is imported inside the functions, so that importing this module stays cheap.
 """
 
 from __future__ import annotations
@@ -30,23 +28,23 @@ _DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 def build(name: str, image_size: int, weights: str | Path = "imagenet") -> keras.Model:
     """Build a backbone without its classifier and without pooling.
 
-    The model has the same layers, in the same order and under the same names, whatever the weights, and
-    whatever was built before it in the process: Keras' own order, and the names that Keras gives in a fresh
-    process.
+    The layers, their order and their names are those that Keras gives in a fresh process. They depend neither on the
+    weights nor on what the process has built before.
 
     Args:
         name: a name in `BACKBONES`.
         image_size: height and width of the images in pixels.
-        weights: what `resolve_weights` takes. A file is a Keras `.weights.h5` or legacy `.h5` file, with the ImageNet
-            classifier or without, made at any image size; for EfficientNetLite it may also be a PyTorch `.pth`.
+        weights: a setting that `weights_files.resolve_weights` accepts. A file is a Keras `.weights.h5` or a legacy
+            `.h5` file, with or without the ImageNet classifier, saved at any image size; for EfficientNetLite it may
+            also be a PyTorch `.pth` file.
 
     Returns:
-        A functional model: float32 [batch, image_size, image_size, 3], as `preprocess` gives it, to features [batch,
-        rows, columns, channels].
+        A functional model: float32 [batch, image_size, image_size, 3], as `registry.preprocess` returns it, to
+        features [batch, rows, columns, channels].
 
     Raises:
-        InputError: no such backbone or file, an image size that the network or its weights don't have, a file that is
-            not of this network, a package or a download that is not there.
+        InputError: there is no such backbone, file, package or download; the network or its weights don't exist at
+            this image size; or the file's weights belong to another network.
     """
     backbone = find(name)
     source = weights_files.resolve_weights(weights, name)
@@ -71,7 +69,7 @@ def build(name: str, image_size: int, weights: str | Path = "imagenet") -> keras
     else:
         model = _keras_model(backbone, image_size, None)
         if backbone.constructor.startswith("EfficientNetB"):
-            model = _with_deviation(model)
+            model = _with_second_rescaling(model)
     _with_fresh_names(model)
     if isinstance(source, Path):
         weights_files.load_keras(model, source, name)
@@ -81,14 +79,14 @@ def build(name: str, image_size: int, weights: str | Path = "imagenet") -> keras
 def multiply_adds(model: keras.Model) -> int:
     """Count the multiply-additions of one forward pass of one image.
 
-    What counts is `Conv2D` (grouped too), `DepthwiseConv2D`, `SeparableConv2D` and `Dense`, in nested models
-    too; biases, normalisations and activations are left out, as is usual in publications.
+    Counted are `Conv2D` (also with groups), `DepthwiseConv2D`, `SeparableConv2D` and `Dense`, in nested models too.
+    Biases, normalisations and activations are left out, as is usual in publications.
 
     Args:
-        model: a functional or sequential model of known image size, in which no layer is used twice.
+        model: a functional or sequential model of known image size, in which no layer is called twice.
 
     Raises:
-        TypeError: a layer of another kind has a matrix of weights, so that the count would miss it.
+        TypeError: a layer of another kind has a matrix of weights, which the count would miss.
     """
     import keras
 
@@ -106,9 +104,6 @@ def multiply_adds(model: keras.Model) -> int:
     return total
 
 
-# Keras' networks
-
-
 def _keras_model(backbone: Backbone, image_size: int, weights: str | None) -> keras.Model:
     import keras
 
@@ -118,10 +113,10 @@ def _keras_model(backbone: Backbone, image_size: int, weights: str | None) -> ke
 
 
 def _download(name: str, backbone: Backbone, image_size: int) -> keras.Model:
-    """Build with the weights of Keras' download, or of its cache."""
+    """Build a network with Keras' ImageNet weights, downloaded or from Keras' cache."""
     with warnings.catch_warnings(), _socket_timeout(_DOWNLOAD_TIMEOUT):
-        # MobileNets have weights per image size and say that they take those of 224 pixels for all others.
-        # Convolutions don't mind the size.
+        # MobileNets have weights for several image sizes, and warn that they use those of 224 pixels for all others.
+        # That is no problem: a convolution's kernel does not depend on the image size.
         warnings.filterwarnings("ignore", message=r"`input_shape` is undefined or non-square")
         try:
             return _keras_model(backbone, image_size, "imagenet")
@@ -135,7 +130,7 @@ def _download(name: str, backbone: Backbone, image_size: int) -> keras.Model:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    # Keras opens its download without a timeout: behind a firewall that drops packets it would wait for ever.
+    # Keras downloads without a timeout, and would wait for ever behind a firewall that drops packets.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -144,21 +139,20 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _with_deviation(model: keras.Model) -> keras.Model:
-    """Give an EfficientNet without weights the layers and the input scaling of the one with Keras' ImageNet
-    weights.
+def _with_second_rescaling(model: keras.Model) -> keras.Model:
+    """Give an EfficientNet without weights the layers and the input scaling that it has with Keras' ImageNet weights.
 
-    Those files hold the deviation where the variance belongs, for which Keras adds a second rescaling, by the
-    square root of the deviation, but only where it downloads the file itself. Without that layer the same
-    file read from a path would work on differently scaled images, and all later layers would have another
-    index.
+    Those weights files hold the standard deviation in place of the variance. Keras corrects this with a second
+    rescaling, by one over the square root of the standard deviation, but only if it downloads the file itself. Without
+    that layer the same file, read from a path, would work on images of another scale, and all later layers would have
+    another index.
     """
     import keras
 
     def call(layer: keras.layers.Layer, *arguments: Any, **options: Any) -> Any:
         outputs = layer(*arguments, **options)
         if isinstance(layer, keras.layers.Normalization):
-            outputs = keras.layers.Rescaling([1.0 / math.sqrt(deviation) for deviation in STDDEV_RGB])(outputs)
+            outputs = keras.layers.Rescaling([1.0 / math.sqrt(stddev) for stddev in STDDEV_RGB])(outputs)
         return outputs
 
     clone: keras.Model = keras.models.clone_model(model, call_function=call)
@@ -171,18 +165,18 @@ def _with_deviation(model: keras.Model) -> keras.Model:
 
 
 def _with_fresh_names(model: keras.Model) -> keras.Model:
-    """Rename layers that Keras numbered through the process (`activation_226`) as a fresh process would.
+    """Rename the layers that Keras numbered for the whole process (`activation_226`) as in a fresh process.
 
-    A cut is given by name, and a name must not depend on what else the process has built.
+    A split point is given by a layer's name, which must not depend on what else the process has built.
     """
     import keras
 
     by_kind: dict[str, list[tuple[int, Any]]] = {}
     for layer in model.layers:
-        if isinstance(layer, keras.layers.InputLayer):  # the one input; cloning calls it `keras_tensor_N`
+        if isinstance(layer, keras.layers.InputLayer):  # the only one; cloning names it `keras_tensor_N`
             layer.name = "input_layer"
             continue
-        # "ZeroPadding2D" -> "zero_padding2d", "ReLU" -> "re_lu": Keras' own way.
+        # As Keras does: "ZeroPadding2D" -> "zero_padding2d", "ReLU" -> "re_lu".
         kind = re.sub(r"(?<=.)(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])", "_", type(layer).__name__).lower()
         if match := re.fullmatch(rf"{kind}(?:_(\d+))?", layer.name):
             by_kind.setdefault(kind, []).append((int(match[1] or 0), layer))
@@ -190,6 +184,3 @@ def _with_fresh_names(model: keras.Model) -> keras.Model:
         for index, (_, layer) in enumerate(sorted(numbered, key=lambda pair: pair[0])):
             layer.name = f"{kind}_{index}" if index else kind
     return model
-
-
-# EfficientNet-Lite

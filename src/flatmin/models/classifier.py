@@ -1,4 +1,4 @@
-"""A classifier: backbone, pooling and head, cut into a frozen trunk and a trained tail, saved and loaded whole."""
+"""A classifier of backbone, pooling and head: built, split into frozen and trained layers, saved and loaded."""
 
 from __future__ import annotations
 
@@ -21,17 +21,28 @@ from flatmin.models.weights_files import weights_digest
 
 WEIGHTS = "classifier.weights.h5"
 MODEL = "model.json"
-RESIZING = (keras.layers.ZeroPadding2D, keras.layers.Cropping2D)  # whose outputs are of no resolution of their own
-STANDARDIZED = "standardized"
+STANDARDIZED = "standardized"  # the layer that `fit_standardization` sets; the name stands in saved weights
+# These change an image's height and width a little, so their outputs count as no resolution of the network.
+_RESIZING_LAYERS = (keras.layers.ZeroPadding2D, keras.layers.Cropping2D)
 Levels = Literal["last", "all"]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What `model.json` holds: all that is needed to assemble the same network again.
+    """The contents of `model.json`: all that is needed to assemble the same network again.
 
-    weights_digest: SHA-256 of the file that the backbone's weights came from, None for none or Keras' own download.
-    levels, hidden_units: as params.yaml's `extract` has them.
+    Attributes:
+        backbone: a name in `registry.BACKBONES`.
+        image_size: height and width in pixels.
+        class_names: one for each output, in order.
+        dropout: the rate of the head's dropout.
+        seed: draws the head's initial weights and its dropout.
+        pretrained: `imagenet`, `none`, or the name of the file that the backbone's weights came from.
+        weights_digest: that file's SHA-256; None for random weights and for Keras' own download.
+        preprocessing: the mode of `registry.preprocess`.
+        multiply_adds: of the backbone, for one image.
+        fine_tune_at: the split point, the first trained layer by name or index; None trains the head alone.
+        levels, hidden_units: as in `extract` of params.yaml.
     """
 
     backbone: str
@@ -49,28 +60,37 @@ class Description:
 
 
 class TrainedLayers(keras.Model):
-    """The trained layers: boundary tensors -> logits, float32 [batch, classes].
+    """The layers after the split: activations at the split -> logits, float32 [batch, classes].
 
-    The backbone's part always runs in inference mode: BatchNorm keeps ImageNet's statistics while its gamma and beta
+    The backbone's layers always run in inference mode: BatchNorm keeps ImageNet's statistics while its gamma and beta
     are trained, and the backbone's own dropout is off. The head's dropout follows `training`.
+
+    Attributes:
+        backbone_layers: the trained layers of the backbone, with its pooling; None if the head alone is trained.
+        head: pooled features -> logits.
     """
 
     def __init__(self, backbone_layers: keras.Model | None, head: keras.Model) -> None:
-        super().__init__(name="tail")
+        super().__init__(name="trained_layers")
         self.backbone_layers = backbone_layers
         self.head = head
 
-    def call(self, boundary: Any, training: bool = False) -> tf.Tensor:
-        features = boundary if self.backbone_layers is None else self.backbone_layers(boundary, training=False)
+    def call(self, activations: Any, training: bool = False) -> tf.Tensor:
+        features = activations if self.backbone_layers is None else self.backbone_layers(activations, training=False)
         return self.head(features, training=training)
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """What describes it, and its parts: images -> `base`, then pooled: `features` -> `head`: logits.
+    """A network and its parts, which share their weights.
 
-    features: the base with its pooling, one model: images as `base` takes them -> [batch, channels], with levels `all`
-        float32, else of the policy's compute dtype.
+    Attributes:
+        description: what the network is.
+        base: the backbone, from preprocessed images to feature maps.
+        features: the backbone with its pooling, as one model: preprocessed images -> [batch, channels], float32 if
+            `levels` is `all`, else of the dtype policy's compute dtype.
+        head: features -> logits, float32 [batch, classes].
+        network: all of it, from pixels float32 [batch, size, size, 3] in [0, 255] to logits.
     """
 
     description: Description
@@ -80,31 +100,38 @@ class Classifier:
     network: keras.Model = field(repr=False)
 
     def split(self, at: str | int | None) -> tuple[keras.Model, TrainedLayers]:
-        """Trunk and tail, sharing this classifier's weights.
+        """Split the network into frozen and trained layers, which share this classifier's weights.
 
         Args:
-            at: the first trained layer of the backbone, by name or index; None trains the head alone.
+            at: the split point, the first trained layer of the backbone, by name or index; None trains the head alone.
 
         Returns:
-            trunk: pixels float32 [batch, size, size, 3] in [0, 255] -> boundary tensors; and the tail.
+            The frozen layers, from pixels float32 [batch, size, size, 3] in [0, 255] to the activations at the split:
+            one tensor, or a list of several. And the trained layers, from these activations to logits.
+
+        Raises:
+            InputError: there is no such layer.
         """
         pixels = keras.Input(self.network.input.shape[1:], name="pixels")
-        prepared = registry.preprocess(self.description.backbone, pixels)
+        preprocessed = registry.preprocess(self.description.backbone, pixels)
         if at is None:
-            return keras.Model(pixels, self.features(prepared), name="trunk"), TrainedLayers(None, self.head)
-        frozen, body = split_model(self.features, self.base.layers, layer_index(self.base, at))
-        return keras.Model(pixels, frozen(prepared), name="trunk"), TrainedLayers(body, self.head)
+            activations, backbone_layers = self.features(preprocessed), None
+        else:
+            index = layer_index(self.base, at)
+            frozen, backbone_layers = split_model(self.features, self.base.layers, index)
+            activations = frozen(preprocessed)
+        return keras.Model(pixels, activations, name="frozen_layers"), TrainedLayers(backbone_layers, self.head)
 
     def frozen_identity(self, at: str | int | None) -> dict[str, Any]:
-        """What the trunk of `split(at)` makes of pixels depends on: what JSON can hold."""
-        trunk, _ = self.split(at)
+        """Describe, as JSON, all that the activations at the split `at` depend on but the pixels."""
+        frozen, _ = self.split(at)
         return {
             "backbone": self.description.backbone,
             "image_size": self.description.image_size,
             "preprocessing": self.description.preprocessing,
-            "cut": None if at is None else layer_index(self.base, at),
+            "split": None if at is None else layer_index(self.base, at),
             "levels": self.description.levels,
-            "weights": files.digest(np.ascontiguousarray(weight) for weight in trunk.get_weights()),
+            "weights": files.digest(np.ascontiguousarray(weight) for weight in frozen.get_weights()),
             "precision": keras.config.dtype_policy().name,
         }
 
@@ -113,45 +140,62 @@ class Classifier:
         return tf.function(lambda pixels: self.network(pixels, training=False), reduce_retracing=True)
 
     def logits(self, images: tf.data.Dataset, total: int | None = None, description: str = "scoring") -> np.ndarray:
-        """float32 [examples, classes] for batches of (images, labels) in their order, in inference mode."""
+        """Compute logits in inference mode.
+
+        Args:
+            images: batches of (pixels, labels), as `batches.plain` returns them.
+            total: the number of batches, for the progress bar.
+            description: the progress bar's label.
+
+        Returns:
+            float32 [examples, classes], in the order of the images.
+        """
         batches = console.progress(images, description, total, "batch")
         return np.concatenate([self._forward(pixels).numpy() for pixels, _ in batches])
 
     def save(self, folder: Path | str) -> None:
-        """Write weights and `model.json`; equal weights give equal bytes."""
-        with files.atomic_write(folder) as aside:
-            aside.mkdir()
-            self.network.save_weights(aside / WEIGHTS)
-            files.write_json(aside / MODEL, asdict(self.description))
+        """Write the weights and `model.json` into a folder. Equal weights give equal bytes."""
+        with files.atomic_write(folder) as temporary:
+            temporary.mkdir()
+            self.network.save_weights(temporary / WEIGHTS)
+            files.write_json(temporary / MODEL, asdict(self.description))
 
 
 def assemble(description: Description, weights: str = "none") -> Classifier:
-    """Build a classifier, its backbone with `weights` as `build.build` takes them."""
+    """Build the classifier that a description describes, its backbone with `weights` as `build.build` accepts them."""
     size = description.image_size
     base = build.build(description.backbone, size, weights)
     features = pooled(base, description.levels)
     head = _head(description, features.output.shape[-1])
     pixels = keras.Input((size, size, 3), name="pixels")
-    prepared = registry.preprocess(description.backbone, pixels)
-    network = keras.Model(pixels, head(features(prepared)), name="classifier")
+    preprocessed = registry.preprocess(description.backbone, pixels)
+    network = keras.Model(pixels, head(features(preprocessed)), name="classifier")
     return Classifier(description, base, features, head, network)
 
 
 def pooled(base: keras.Model, levels: Levels) -> keras.Model:
-    """A backbone with global average pooling: of its output, or of the last activations of each of its resolutions.
+    """Add global average pooling to a backbone: of its output, or of the last activations at each of its resolutions.
 
-    What a network makes before its last layers serves classes that it was not trained for (Head2Toe, arXiv:2201.03529).
-    Resolutions stand one behind the other, each channel as `fit_standardization` has it.
+    Intermediate features help on classes that the network was not trained for (Head2Toe, arXiv:2201.03529). The pooled
+    resolutions are concatenated from the largest to the smallest, and each channel is standardized with the statistics
+    that `fit_standardization` sets.
+
+    Args:
+        base: a backbone, as `build.build` returns it.
+        levels: `last` for the output alone, `all` for all resolutions but that of the images.
+
+    Returns:
+        A model from preprocessed images to [batch, channels].
     """
     if levels == "last":
         return keras.Model(
             base.input, keras.layers.GlobalAveragePooling2D(name="pooling")(base.output), name="features"
         )
-    last: dict[int, Any] = {}
+    last: dict[int, Any] = {}  # the number of rows -> the last tensor with so many
     for node in nodes(base):
         for tensor in node.output_tensors:
-            is_image = len(tensor.shape) == 4 and tensor.shape[1] > 1  # not the gates of squeeze-and-excitation
-            if is_image and tensor.shape[1] != base.input.shape[1] and not isinstance(node.operation, RESIZING):
+            has_rows = len(tensor.shape) == 4 and tensor.shape[1] > 1  # unlike the gates of squeeze-and-excitation
+            if has_rows and tensor.shape[1] != base.input.shape[1] and not isinstance(node.operation, _RESIZING_LAYERS):
                 last[tensor.shape[1]] = tensor
     last[base.output.shape[1]] = base.output
     vectors = [keras.layers.GlobalAveragePooling2D(name=f"pooling_{rows}")(each) for rows, each in last.items()]
@@ -162,19 +206,19 @@ def pooled(base: keras.Model, levels: Levels) -> keras.Model:
 
 
 def fit_standardization(model: Classifier, images: tf.data.Dataset) -> None:
-    """Bring each channel that the head sees to mean 0 and variance 1 over these images; for good.
+    """Set the standardization layer's mean and variance from these images. Done once, before the head is trained.
 
     Args:
-        model: one with `levels` "all"; others are left as they are.
-        images: batches as `views.plain` gives them.
+        model: a classifier; it is left as it is unless its `levels` are `all`.
+        images: batches of (pixels, labels), as `batches.plain` returns them.
     """
     if model.description.levels == "last":
         return
     layer = model.features.get_layer(STANDARDIZED)
     name = model.description.backbone
-    plain = keras.Model(model.base.input, layer.input)
+    unstandardized = keras.Model(model.base.input, layer.input)
     forward = tf.function(
-        lambda pixels: plain(registry.preprocess(name, pixels), training=False), reduce_retracing=True
+        lambda pixels: unstandardized(registry.preprocess(name, pixels), training=False), reduce_retracing=True
     )
     batches = console.progress(images, "standardizing", unit="batch")
     features = np.concatenate([forward(pixels).numpy() for pixels, _ in batches]).astype(np.float64)
@@ -183,7 +227,7 @@ def fit_standardization(model: Classifier, images: tf.data.Dataset) -> None:
 
 
 def _head(description: Description, channels: int) -> keras.Model:
-    """float32 [batch, channels] -> logits, float32 [batch, classes]; linear without hidden units."""
+    """Build the head: [batch, channels] -> logits, float32 [batch, classes]. Linear if there are no hidden units."""
     layers = [
         keras.Input((channels,)),
         keras.layers.Dropout(description.dropout, seed=description.seed, name="dropout"),
@@ -211,7 +255,20 @@ def create(
     levels: Levels = "last",
     hidden_units: int = 0,
 ) -> Classifier:
-    """A new classifier around a backbone of the table, with pretrained weights and a random head."""
+    """Build a new classifier: a backbone with pretrained weights, and a head with random ones.
+
+    Args:
+        backbone: a name in `registry.BACKBONES`.
+        class_names: one for each output, in order.
+        image_size: height and width in pixels; None for the backbone's default.
+        dropout: the rate of the head's dropout.
+        seed: draws the head's weights and its dropout.
+        weights: a setting that `weights_files.resolve_weights` accepts.
+        levels, hidden_units: as in `extract` of params.yaml.
+
+    Raises:
+        InputError: as `build.build`.
+    """
     size = image_size or registry.find(backbone).image_size
     description = Description(
         backbone=backbone,
@@ -232,10 +289,10 @@ def create(
 
 
 def describe(folder: Path | str) -> Description:
-    """Of what `save` wrote, without its weights.
+    """Read the description of a saved classifier, without its weights.
 
     Raises:
-        InputError: the file is missing, or holds no description.
+        InputError: the file is missing, or is not such a description.
     """
     path = Path(folder) / MODEL
     try:
@@ -245,19 +302,23 @@ def describe(folder: Path | str) -> Description:
 
 
 def load(folder: Path | str, **changes: Any) -> Classifier:
-    """What `save` wrote. `changes` replace values of the description, such as `image_size` or `dropout`.
+    """Load a saved classifier.
+
+    Args:
+        folder: where `Classifier.save` wrote it.
+        changes: replace values of the description, such as `image_size` or `dropout`.
 
     Raises:
-        InputError: a file is missing, or doesn't hold such a classifier.
+        InputError: a file is missing or damaged, or the weights are not of this network.
     """
     folder = Path(folder)
     description = replace(describe(folder), **changes)
     if not (folder / WEIGHTS).is_file():
-        raise InputError(f"{folder / WEIGHTS}: expected weights that an earlier stage wrote, found none")
+        raise InputError(f"{folder / WEIGHTS}: expected weights that an earlier stage wrote, received no file")
     classifier = assemble(description)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of each layer that doesn't fit, a hundred lines before the error
+            warnings.simplefilter("ignore")  # Keras warns about every layer that doesn't fit, before its error
             classifier.network.load_weights(folder / WEIGHTS)
     except (OSError, ValueError, KeyError) as error:
         received = " ".join(str(error).split())[:500]

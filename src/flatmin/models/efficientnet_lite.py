@@ -1,15 +1,13 @@
-"""EfficientNet-Lite, which keras.applications lacks."""
+"""Builds EfficientNet-Lite, which keras.applications lacks."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import keras
-
-Mode = Literal["caffe", "tf", "torch", "lite", "none"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,18 @@ _STAGES = (
 
 
 def build(name: str, image_size: int, width: float, depth: float) -> keras.Model:
-    """EfficientNet (arXiv:1905.11946) as its authors changed it for small devices.
+    """Build EfficientNet (arXiv:1905.11946) as its authors changed it for small devices.
 
-    No squeeze-and-excitation, ReLU6 for swish; the stem, the head and the repeats of the first and the last
-    stage are not scaled. Layers are named as in Keras' EfficientNet.
+    It has no squeeze-and-excitation, and ReLU6 instead of swish. The stem, the last convolution and the repeats of the
+    first and the last stage are not scaled. Layers are named as in Keras' EfficientNet.
+
+    Args:
+        name: the name of the model.
+        image_size: height and width of the images in pixels.
+        width, depth: factors of the number of filters and of the number of blocks.
+
+    Returns:
+        A functional model with random weights, without pooling and classifier.
     """
     import keras
     from keras import layers
@@ -76,7 +82,7 @@ def build(name: str, image_size: int, width: float, depth: float) -> keras.Model
 
 
 def _scaled(filters: int, width: float) -> int:
-    """Scale a number of filters and round it to a multiple of 8 that is not more than a tenth smaller."""
+    """Scale a number of filters and round it to a multiple of 8, never down by more than a tenth."""
     exact = filters * width
     rounded = max(8, int(exact + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * exact else rounded

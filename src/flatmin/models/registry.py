@@ -1,4 +1,8 @@
-"""The table of backbones and what each expects of an image. Imports no builder."""
+"""The table of backbones, and the preprocessing that each expects of an image.
+
+A network whose name is in `BACKBONES` can be used everywhere; adding a network means adding a row. This module imports
+no builder, and Keras only when an image is preprocessed, because params.yaml is checked with the table alone.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +28,16 @@ class Backbone:
     """A row of the table.
 
     Attributes:
-        constructor: name of the function in `keras.applications`, or `EfficientNetLite` for the one here.
-        image_size: default height and width of the images, in pixels.
-        fine_tune_at: default cut: name of the first layer that fine-tuning trains, in the model that `build` makes.
-            The layers before it in `model.layers` stay frozen.
-        preprocessing: what `preprocess` makes of pixels in [0, 255]: `caffe` (BGR less ImageNet's mean), `tf` (to
-            [-1, 1]), `torch` (to [0, 1], less ImageNet's mean, by its deviation), `lite` ((x - 127) / 128) or `none`
-            (the model does it).
+        constructor: the name of the function in `keras.applications`, or `EfficientNetLite` for Flatmin's own.
+        image_size: the default height and width of the images, in pixels.
+        fine_tune_at: the default split point: the name of the first layer that fine-tuning trains, in the model that
+            `build.build` returns. The layers before it in `model.layers` stay frozen.
+        preprocessing: how `preprocess` scales pixels in [0, 255]: `caffe` (to BGR, minus ImageNet's mean), `tf` (to
+            [-1, 1]), `torch` (to [0, 1], minus ImageNet's mean, divided by its standard deviation), `lite`
+            ((x - 127) / 128) or `none` (the model scales them itself).
         options: further arguments of the constructor.
-        smallest: the least image size that the constructor takes, in pixels.
-        imagenet_size: the one image size that Keras gives ImageNet weights for; None for any.
+        smallest: the smallest image size that the constructor accepts, in pixels.
+        imagenet_size: the only image size for which Keras has ImageNet weights; None if it has them for all.
     """
 
     constructor: str
@@ -46,7 +50,7 @@ class Backbone:
 
     @property
     def is_lite(self) -> bool:
-        """Whether the network is built here and its weights come from PyTorch."""
+        """Whether Flatmin builds the network itself, with weights from PyTorch."""
         return self.constructor == "EfficientNetLite"
 
 
@@ -55,9 +59,9 @@ def _lite(width: float, depth: float, image_size: int) -> Backbone:
     return Backbone("EfficientNetLite", image_size, "block5b_expand_conv", "lite", options)
 
 
-# The first six and their 180 pixels are the original study's. Its cuts were indices: 120 of ResNet50 and 100
-# of MobileNetV2 are the layers named here. The other cuts are beginnings of a block in the second half of the
-# layers.
+# The first six networks and their 180 pixels are the original study's. It gave split points as indices: 120 in ResNet50
+# and 100 in MobileNetV2 are the layers named here. The other split points are the first layer of a block in the second
+# half of the network.
 BACKBONES: dict[str, Backbone] = {
     "ResNet50": Backbone("ResNet50", 180, "conv4_block4_3_bn", "caffe"),
     "ResNet101": Backbone("ResNet101", 180, "conv4_block17_1_conv", "caffe"),
@@ -84,10 +88,10 @@ BACKBONES["MobileNetV3"] = BACKBONES["MobileNetV3Large"]
 
 
 def find(name: str) -> Backbone:
-    """Return the table's row of that name.
+    """Return the table's row with this name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such backbone.
     """
     if name not in BACKBONES:
         raise InputError(f"backbones: expected one of {', '.join(BACKBONES)}, received {name!r}")
@@ -95,12 +99,12 @@ def find(name: str) -> Backbone:
 
 
 def preprocess(name: str, images: Any) -> Any:
-    """Turn pixels into what a backbone expects, by the `preprocessing` of its row.
+    """Scale pixels as a backbone expects them, by the `preprocessing` of its row.
 
     Args:
         name: a name in `BACKBONES`.
-        images: [..., 3], RGB, in [0, 255], of any real dtype: a tensor, an array, or a symbolic tensor of a
-            functional model.
+        images: RGB in [0, 255], [..., 3], of any real dtype: a tensor, an array, or a symbolic tensor of a functional
+            model.
 
     Returns:
         A float32 tensor of the same shape.

@@ -1,11 +1,10 @@
-"""Read PyTorch state dicts of the format before version 1.6 (not zip), without PyTorch and without running
-pickles.
+"""Reads PyTorch state dicts in the format before version 1.6 (not zip), without PyTorch and without running pickles.
 
-Such a file is five pickles (a magic number, a protocol version, facts on the machine that wrote it, the state
-dict, the order of the storages) and then, storage by storage, a count of elements and their bytes. A pickle
-can call anything, so the unpickler here knows three names alone: `collections.OrderedDict`,
-`torch._utils._rebuild_tensor_v2` and the types of the storages, the latter two by stand-ins that only note
-down what they were given.
+Such a file is five pickles (a magic number, a protocol version, facts about the machine that wrote it, the state dict,
+the order of the storages) and then, for each storage, its number of elements and their bytes. A pickle can call any
+function, so the unpickler here knows only three kinds of names: `collections.OrderedDict`,
+`torch._utils._rebuild_tensor_v2` and the types of storages. For the last two it has stand-ins that only record their
+arguments.
 """
 
 from __future__ import annotations
@@ -40,20 +39,19 @@ _DTYPES = {
 
 
 def read(path: str | Path) -> dict[str, Array]:
-    """Read a state dict: tensors by name, nothing else.
+    """Read a state dict: tensors by name, nothing else. Nothing in the file is ever called.
 
     Args:
-        path: a file as `torch.save(model.state_dict(), path)` wrote it before PyTorch 1.6, or writes it with
+        path: a file that `torch.save(model.state_dict(), path)` wrote before PyTorch 1.6, or later with
             `_use_new_zipfile_serialization=False`, on a little-endian machine.
 
     Returns:
-        The tensors in the file's order, each a contiguous array of its own with the tensor's shape and its dtype
-        (bool, uint8, int8 to int64, float16 to float64). A tensor's strides are honoured: what is transposed in
-        the file comes out as PyTorch would show it.
+        The tensors in the file's order, each a contiguous array of its own with the tensor's shape and dtype (bool,
+        uint8, int8 to int64, float16 to float64). Strides are honoured: a tensor that is transposed in the file comes
+        out as PyTorch would show it.
 
     Raises:
-        InputError: the file can't be read, is of another format, is cut short, or names anything that is no plain
-            tensor. Nothing in the file is ever called.
+        InputError: the file can't be read, has another format, is truncated, or names anything but plain tensors.
     """
     try:
         content = Path(path).read_bytes()
@@ -63,7 +61,7 @@ def read(path: str | Path) -> dict[str, Array]:
         return _read(content)
     except _FormatError as error:
         raise InputError(" ".join(f"{path}: {error}".split())) from error
-    except Exception as error:  # a damaged pickle can raise anything, whatever the unpickler's limits
+    except Exception as error:  # a damaged pickle can raise any exception, however limited the unpickler is
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
             f"{path}: expected a PyTorch state dict of the format before 1.6, received {problem}"
@@ -71,19 +69,19 @@ def read(path: str | Path) -> dict[str, Array]:
 
 
 class _FormatError(Exception):
-    """What was expected and what was received; `read` puts the file's name before it."""
+    """Says what was expected and what was received; `read` adds the file's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class _StorageType:
-    """Stands for `torch.FloatStorage` and its like. Not callable; frozen, so no BUILD can alter it."""
+    """Stand-in for `torch.FloatStorage` and the like. Not callable, and frozen so that no BUILD opcode can alter it."""
 
     dtype: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """A storage that the pickle refers to: its key, its NumPy dtype and its number of elements."""
+    """A storage to which the pickle refers: its key, its NumPy dtype and its number of elements."""
 
     key: str
     dtype: str
@@ -92,7 +90,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A view of a storage; offset and strides count elements."""
+    """A tensor's place in its storage; offset and strides count elements."""
 
     storage: _Storage
     offset: int
@@ -102,10 +100,10 @@ class _Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _RebuildTensor:
-    """Stands for `torch._utils._rebuild_tensor_v2`. Frozen like the storage types."""
+    """Stand-in for `torch._utils._rebuild_tensor_v2`; frozen, like the types of storages."""
 
     def __call__(self, storage: Any, offset: Any, size: Any, strides: Any, *others: Any) -> _Tensor:
-        del others  # requires_grad, backward hooks and metadata: nothing for a reader of values
+        del others  # requires_grad, backward hooks and metadata, which a reader of values does not need
         if not isinstance(storage, _Storage):
             raise _FormatError(f"expected a tensor over a storage, received one over {type(storage).__name__}")
         for name, value in (("size", size), ("stride", strides)):
@@ -123,7 +121,7 @@ def _is_count(value: Any) -> bool:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds the three kinds of names that a state dict needs and refuses every other."""
+    """Resolves the three kinds of names that a state dict needs, and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -132,7 +130,7 @@ class _Unpickler(pickle.Unpickler):
             return _RebuildTensor()
         if module == "torch" and name in _DTYPES:
             return _StorageType(_DTYPES[name])
-        raise _FormatError(f"expected tensors alone, received a pickle that asks for {module}.{name}"[:300])
+        raise _FormatError(f"expected only tensors, received a pickle that names {module}.{name}"[:300])
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
@@ -142,10 +140,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """For the pickles around the state dict: numbers, strings, lists and dicts."""
+    """Reads the pickles around the state dict: numbers, strings, lists and dicts."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise _FormatError(f"expected plain values, received a pickle that asks for {module}.{name}"[:300])
+        raise _FormatError(f"expected plain values, received a pickle that names {module}.{name}"[:300])
 
 
 def _read(content: bytes) -> dict[str, Array]:
@@ -174,37 +172,37 @@ def _read(content: bytes) -> dict[str, Array]:
     return {name: _view(name, tensor, storages) for name, tensor in tensors.items()}
 
 
-def _read_storages(stream: io.BytesIO, wanted: dict[str, _Storage]) -> dict[str, Array]:
+def _read_storages(stream: io.BytesIO, by_key: dict[str, _Storage]) -> dict[str, Array]:
     keys = _PlainUnpickler(stream).load()
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(wanted):
-        raise _FormatError("expected each storage of the tensors once in the list of storages, received another list")
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(by_key):
+        raise _FormatError("expected each tensor's storage once in the list of storages, received another list")
     content = stream.getbuffer()
     position = stream.tell()
     storages = {}
     for key in keys:
-        storage = wanted[key]
+        storage = by_key[key]
         elements = int.from_bytes(content[position : position + 8], "little", signed=True)
         start = position + 8
         position = start + storage.elements * np.dtype(storage.dtype).itemsize
         if position > len(content):
-            raise _FormatError(f"expected {position} bytes or more, received {len(content)}: the file is cut short")
+            raise _FormatError(f"expected {position} bytes or more, received {len(content)}: the file is truncated")
         if elements != storage.elements:
             raise _FormatError(f"expected {storage.elements} elements in storage {key}, received {elements}")
         storages[key] = np.frombuffer(content[start:position], storage.dtype)
     if position != len(content):
-        raise _FormatError(f"expected an end after {position} bytes, received {len(content)} bytes")
+        raise _FormatError(f"expected the file to end after {position} bytes, received {len(content)} bytes")
     return storages
 
 
 def _view(name: str, tensor: _Tensor, storages: dict[str, Array]) -> Array:
     values = storages[tensor.storage.key]
     if values.dtype != np.dtype(tensor.storage.dtype):
-        raise _FormatError(f"{name}: expected one type for its storage, received two")
+        raise _FormatError(f"{name}: expected its storage to have one type, received two")
     count = math.prod(tensor.size)
     if count == 0:
         return np.zeros(tensor.size, values.dtype)
     last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.strides, strict=True))
-    # The second condition bounds the copy: a stride of 0 would make a tensor of any size from one element.
+    # The second condition limits the size of the copy: a stride of 0 makes a tensor of any size from one element.
     if last >= len(values) or count > len(values):
         raise _FormatError(
             f"{name}: expected a tensor inside its storage of {len(values)} elements, received "

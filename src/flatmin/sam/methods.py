@@ -202,8 +202,7 @@ METHODS: dict[str, Method] = {
     "looksam": Method(
         paper="Liu 2022, [arXiv:2203.02714](https://arxiv.org/abs/2203.02714)",
         when="the budget is tight: as `every`, but the steps between reuse a part of the last perturbed gradient; try "
-        "`every=5`. It was five points of val accuracy behind `sam` "
-        "[where it was tried](../studies/cifar100/README.md)",
+        "`every=5`",
         settings={"alpha": MethodSetting(default=0.7, meaning="how much of the orthogonal part is reused")},
         memory=("orthogonal",),
         final_gradient=_looksam,

@@ -1,0 +1,120 @@
+"""Real trainings across edits of code and params: what is found in caches, what resumes, what is recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+import yaml
+from repository import TINY, Repository, stages_run
+
+pytestmark = pytest.mark.slow
+
+# Two augmented views of each image, and epochs enough to be killed among them.
+STUDY = TINY | {"extract": TINY["extract"] | {"epochs": 1}, "finetune": TINY["finetune"] | {"epochs": 4, "views": 2}}
+STAGES = ("prepare", "extract-train", "select-best", "finetune")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """The real pipeline up to finetune, run and committed."""
+    checkout = Repository(tmp_path_factory.mktemp("study"), STUDY)
+    dvc = yaml.safe_load((checkout.folder / "dvc.yaml").read_text())["stages"]
+    (checkout.folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {name: dvc[name] for name in STAGES}}))
+    # The golden numbers take half a minute and have tests of their own.
+    (checkout.folder / "tests/golden.py").write_text("")
+    checkout.run("python", "-m", "flatmin.common.identity")
+    assert views_computed(checkout.run("dvc", "repro")) == ["val activations", "view 1/2", "view 2/2"]
+    checkout.commit("study")
+    return checkout
+
+
+def with_learning_rate(rate: float) -> dict[str, Any]:
+    return STUDY | {"finetune": STUDY["finetune"] | {"learning_rate": rate}}
+
+
+def views_computed(output: str) -> list[str]:
+    return sorted(re.findall(r"^(val activations|view \d/\d): \d+ images", output, re.MULTILINE))
+
+
+def kill_in_training(checkout: Repository, epochs: int) -> None:
+    """Run finetune, and kill it with its workers once this number of epochs is saved."""
+    process = checkout.start("python", "stages/finetune.py", start_new_session=True)
+    assert process.stdout
+    finished = 0
+    for line in process.stdout:
+        finished += line.startswith("finetune ")
+        if finished > epochs:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert finished > epochs, "it ended before it could be killed"
+
+
+def rename_in_augmentation_and_training(checkout: Repository) -> None:
+    source = {path: path.read_text() for path in (checkout.folder / "src/flatmin").rglob("*.py")}
+    for old, new in (("AUGMENT_CHUNK", "IMAGES_PER_DRAW"), ("Validator", "Validation")):
+        renamed = {path: re.sub(rf"\b{old}\b", new, text) for path, text in source.items()}
+        assert renamed != source, f"no {old}"
+        source = renamed
+    for path, text in source.items():
+        path.write_text(text)
+
+
+def test_views_after_unaccepted_edit_of_augmentation_are_computed_again(trained: Repository, tmp_path: Path) -> None:
+    checkout = toy.duplicate(trained, tmp_path)
+    with (checkout.folder / "src/flatmin/inputs/augment.py").open("a") as file:
+        file.write("# A comment\n")
+    output = checkout.run("dvc", "repro", "--single-item", "finetune")
+    assert stages_run(output) == ["finetune"]
+    assert views_computed(output) == ["val activations", "view 1/2", "view 2/2"]
+
+
+def test_rename_after_accept_finds_views_and_resumes_a_killed_training(trained: Repository, tmp_path: Path) -> None:
+    checkout = toy.duplicate(trained, tmp_path)
+    checkout.write_params(with_learning_rate(0.02))
+    model = checkout.folder / "models/finetune/classifier.weights.h5"
+    before = model.read_bytes()
+    kill_in_training(checkout, epochs=1)
+
+    checkout.write_params(STUDY)
+    rename_in_augmentation_and_training(checkout)
+    assert set(json.loads(checkout.run("dvc", "status", "--json"))) >= {"extract-train@EfficientNetLite0", "finetune"}
+    checkout.run("python", "scripts/accept.py")
+    assert json.loads(checkout.run("dvc", "status", "--json")) == {}
+    assert stages_run(checkout.run("dvc", "repro")) == []
+    assert model.read_bytes() == before
+
+    checkout.write_params(with_learning_rate(0.02))
+    output = checkout.run("dvc", "repro")
+    assert stages_run(output) == ["finetune"]
+    assert views_computed(output) == []
+    assert re.search(r"^finetune: resuming after epoch [123]$", output, re.MULTILINE)
+    assert model.read_bytes() != before
+
+
+def test_training_whose_params_are_edited_meanwhile_keeps_its_resume_state(trained: Repository, tmp_path: Path) -> None:
+    checkout = toy.duplicate(trained, tmp_path)
+    before = toy.lock(checkout)
+    checkout.write_params(with_learning_rate(0.02))
+    process = checkout.start("dvc", "repro")
+    assert process.stdout
+    next(line for line in process.stdout if line.startswith("finetune 1/4"))
+    checkout.write_params(with_learning_rate(0.03))  # for the next experiment
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    assert "error: params.yaml: finetune.learning_rate: changed from 0.02 to 0.03 while finetune ran" in output
+    assert toy.lock(checkout) == before, "nothing is recorded"
+
+    checkout.write_params(with_learning_rate(0.02))
+    output = checkout.run("dvc", "repro")
+    assert "finetune: resuming after epoch 4" in output
+    assert not re.search(r"^finetune \d/4", output, re.MULTILINE), "nothing is trained twice"
+    recorded = yaml.safe_load(toy.lock(checkout))["stages"]["finetune"]["params"]["params.yaml"]
+    assert recorded["finetune"]["learning_rate"] == 0.02
