@@ -214,6 +214,7 @@ def test_finetune_that_diverges_is_an_error_and_writes_nothing(study: Path) -> N
     assert {path for path in study.rglob("*") if "cache" not in path.parts} == before
 
 
+@pytest.mark.slow
 def test_finetune_without_a_split_point_takes_the_registrys(jobs: list[stages.Job]) -> None:
     finetune(small(fine_tune_at=None))
     finetune(small(fine_tune_at={"ResNet50": "conv2_block1_1_conv"}))

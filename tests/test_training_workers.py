@@ -85,7 +85,7 @@ for views in (2, 0):
     for strategy in ("one", "mirrored"):
         finetune(settings(strategy, views=views))
         rename("finetune", f"{strategy}_{views}")
-averaged = settings("mirrored", ema=0.7, schedule={"name": "cosine"}, learning_rate=0.01)
+averaged = settings("mirrored", views=2, ema=0.7, schedule={"name": "cosine"}, learning_rate=0.01)
 finetune(averaged, averaged.sam)
 rename("sam", "whole")
 with interrupted_after(1), pytest.raises(KeyboardInterrupt):
