@@ -51,7 +51,7 @@ def opened(library: Path, function: str) -> dict[str, str | None]:
 
 def needed(library: Path) -> dict[str, str | None]:
     """The libraries that a library needs, and those that these need, and where the loader finds each."""
-    environment = {**os.environ, "LD_TRACE_LOADED_OBJECTS": "1"}  # unlike --list it goes on after one that is missing
+    environment = {**os.environ, "LD_TRACE_LOADED_OBJECTS": "1"}  # unlike --list it continues after one that is missing
     done = subprocess.run([LOADER, library], env=environment, capture_output=True, text=True, check=True)
     rows = re.findall(r"^\s*(\S+) => (?:(/\S+) \(0x|not found)", done.stdout, re.MULTILINE)
     return {name: path or None for name, path in rows}
@@ -65,7 +65,7 @@ def tensorflow_openers(library: Path) -> list[str]:
 
 
 def nvidia(found: dict[str, str | None]) -> dict[str, str | None]:
-    """What of it is NVIDIA's, by name."""
+    """NVIDIA's part of it, by name."""
     return {name: path for name, path in found.items() if re.match(r"lib(cu(?!rl)|nv|nccl)", name)}
 
 

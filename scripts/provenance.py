@@ -27,7 +27,7 @@ MACHINE = "from flatmin import runtime; print(', '.join(runtime.machine()))"
 
 
 def describe(checkout: Path, cores: Sequence[int]) -> dict[str, Any]:
-    """What all runs of a sweep share that start from this checkout and have as many cores as these."""
+    """The provenance that all runs of a sweep share: those from this checkout on as many cores as these."""
     differs = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *CODE], cwd=checkout, check=False)
     lock = "gpu" if importlib.util.find_spec("nvidia") else "cpu"  # the CUDA wheels
     digest = hashlib.sha256((checkout / f"requirements/{lock}.txt").read_bytes()).hexdigest()
@@ -77,7 +77,7 @@ def refuse_contradiction(name: str, rows: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def output(*command: str, cwd: Path | None = None) -> str:
-    """What a command prints.
+    """The output of a command.
 
     Raises:
         InputError: it fails.

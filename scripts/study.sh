@@ -78,13 +78,13 @@ if [ "${2:-}" = sweep ]; then
     exec python scripts/sweep.py "$root/studies/$name/$grid.yaml" "$@"
 fi
 dvc repro
-rm -rf figures  # complete here first: renamed, all of it appears at once
-mkdir figures
-cp -R metrics plots dvc.lock figures/
+rm -rf results  # complete here first: renamed, all of it appears at once
+mkdir results
+cp -R metrics plots dvc.lock results/
 if [ -f predictions/predict.csv ]; then  # of images whose labels are not known here
-    python "$root/scripts/columns.py" name finetune sam < predictions/predict.csv > figures/test_predictions.csv
+    python "$root/scripts/columns.py" name finetune sam < predictions/predict.csv > results/test_predictions.csv
 fi
-cd figures
+cd results
 for file in metrics plots dvc.lock test_predictions.csv; do
     rm -rf "$root/studies/$name/$file"
     if [ -e "$file" ]; then mv "$file" "$root/studies/$name/"; fi

@@ -66,12 +66,12 @@ TOLERANCES = {
     "records": 0.0,
     "augmentation": 1e-3,
     "inputs": 1e-4,
-    "activations": 1e-2,
-    "training": 2e-2,
+    "activations": 1e-4,
+    "training": 2e-4,
     "steps": 1e-4,
     "schedules": 1e-5,
     "averages": 1e-4,
-    "sharpness": 1e-3,
+    "sharpness": 1e-4,
     "scores": 1e-6,
     "comparison": 1e-6,
     "defaults": 0.0,
@@ -147,7 +147,7 @@ def compute_activations(folder: Path) -> Numbers:
 
 
 def compute_training(folder: Path) -> Numbers:
-    """The losses of each epoch of extract-train, finetune and sam-finetune, as the stages run them."""
+    """The losses of each epoch of extract-train and sam-finetune, as the stages run them."""
     _records(folder)
     shared: dict[str, Any] = {
         "seed": 3,
@@ -158,17 +158,19 @@ def compute_training(folder: Path) -> Numbers:
     before = os.environ.get("FLATMIN_CACHE")
     os.environ["FLATMIN_CACHE"] = str(folder / "cache")
     try:
-        head = params.Extract.model_validate(RECIPE | {"learning_rate": 0.01})
+        # By SGD, whose steps are smooth in the gradients: Adam's first ones follow the signs of rounding errors.
+        head = params.Extract.model_validate(RECIPE | {"optimizer": "sgd", "learning_rate": 0.002})
         stages.extract(BACKBONE, recipe=head, outputs=_outputs(folder, "extract"), **shared).remove()
-        recipe = params.Finetune.model_validate(RECIPE | {"fine_tune_at": "block7a_expand_conv"})
-        tuned = {"finetune": PLAIN, "sam": _sam_settings(rho=0.1)}
-        for name, step in tuned.items():
-            selected, outputs = str(folder / "models/extract"), _outputs(folder, name)
-            stages.finetune(name, recipe=recipe, selected=selected, outputs=outputs, step=step, **shared).remove()
+        changes = {"optimizer": "sgd", "learning_rate": 0.002, "fine_tune_at": "block7a_expand_conv"}
+        recipe = params.Finetune.model_validate(RECIPE | changes)
+        outputs = _outputs(folder, "sam")
+        start = str(folder / "models/extract")
+        step = _sam_settings(rho=0.1)
+        stages.finetune("sam", recipe=recipe, selected=start, outputs=outputs, step=step, **shared).remove()
     finally:
         os.environ.pop("FLATMIN_CACHE") if before is None else os.environ.update(FLATMIN_CACHE=before)
     numbers: Numbers = {}
-    for name in ("extract", *tuned):
+    for name in ("extract", "sam"):
         header, *rows = (line.split(",") for line in (folder / f"{name}.csv").read_text().splitlines())
         for row in rows:
             values = dict(zip(header, row, strict=True))
@@ -217,7 +219,8 @@ def _small_network() -> keras.Model:
             layers.GlobalAveragePooling2D(name="pool"),
             layers.Dropout(0.2, seed=11, name="dropout"),
             layers.Dense(4, name="logits", kernel_regularizer="l2"),
-        ]
+        ],
+        name="small",
     )
     random = np.random.default_rng(5)
     for variable in model.trainable_variables:
@@ -242,10 +245,9 @@ def _losses(step: TrainStep) -> Iterator[float]:
 
 def steps_to_compute() -> dict[str, StepSettings]:
     """The update rules whose losses are pinned: plain, every method of SAM, and SAM's other settings."""
+    own: dict[str, dict[str, Any]] = {"gsam": {"rho_min": 0.02, "rho_max": 0.2}, "looksam": {"every": 3}}
     rules = {"plain": PLAIN}
-    rules |= {method: _sam_settings(method=method, rho=0.1) for method in sam.METHODS}
-    rules["gsam, rho range"] = _sam_settings(method="gsam", rho_min=0.02, rho_max=0.2)
-    rules["looksam, every"] = _sam_settings(method="looksam", rho=0.1, every=3)
+    rules |= {method: _sam_settings(method=method, rho=0.1, **own.get(method, {})) for method in sam.METHODS}
     for name, value in (("adaptive", True), ("every", 2), ("num_batch_splits", 2), ("accumulate", 2)):
         rules[name] = _sam_settings(rho=1.0 if name == "adaptive" else 0.1, **{name: value})
     return rules

@@ -208,7 +208,7 @@ def test_worker_shard_of_several_workers_gives_each_example_to_one() -> None:
     shards = [WorkerShard(worker, 2, 3) for worker in range(2)]
     owned = [shard.examples(len(examples)) for shard in shards]
     assert sorted(np.concatenate(owned)) == examples.tolist()
-    replicas = shards[0].replica_of(examples)
+    replicas = shards[0].replica_for(examples)
     assert replicas[:: 2 * AUGMENT_CHUNK].tolist() == [0, 2, 4, 0, 2, 4]  # a whole chunk to one replica, in turn
     for shard, positions in zip(shards, owned, strict=True):
         assert set(replicas[positions]) == set(range(3 * shard.worker, 3 * shard.worker + 3))

@@ -18,6 +18,7 @@ import tensorflow as tf
 from repository import ROOT
 
 from flatmin import runtime
+from flatmin.common import console
 from flatmin.common.errors import InputError
 from flatmin.common.params import Runtime
 
@@ -29,6 +30,7 @@ from flatmin.common import console
 with console.importing_tensorflow():
     import tensorflow as tf
     from flatmin import runtime
+from flatmin.common import console
 from flatmin.common.params import Runtime
 
 runtime.configure(Runtime(matmul=sys.argv[1]), 0)
@@ -93,12 +95,17 @@ def test_writes_outputs_is_the_chief_unless_all_write(
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN is asked for on x86 alone")
-@pytest.mark.parametrize("value", ["1", "0"])
-def test_machine_says_whether_onednn_computes(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [None, "0"])
+def test_machine_says_that_onednn_computes_unless_the_user_decided(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Resume states and cached activations depend on it."""
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", value)
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    if value:
+        monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", value)
+    console.set_tensorflow_defaults()
     if not tf.config.list_physical_devices("GPU"):
-        assert runtime.machine()[-1] == f"oneDNN {value}"
+        assert runtime.machine()[-1] == f"oneDNN {value or '1'}"
 
 
 def test_strategy_on_one_device_is_tensorflows_default() -> None:

@@ -18,13 +18,14 @@ from trainings import (
     TRAIN,
     VAL,
     VARIED,
+    distance,
     extract,
     finetune,
     interrupted_after,
     metrics,
+    saved_weights,
     scores_on_val,
     small,
-    trained_weights,
     view_files,
     write_classifier,
     write_images,
@@ -92,7 +93,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch, study: Path) -> list[stages.Job]:
 @pytest.mark.parametrize(
     ("step", "views", "precision"),
     [
-        (Sam(method="friendly", accumulate=3, num_batch_splits=2), 0, "float32"),
+        (Sam(), 0, "float32"),
         (Sam(every=2), 3, "mixed_float16"),
     ],
     ids=["images", "views"],
@@ -124,9 +125,14 @@ def test_stages_in_turn_write_what_they_trained(head: str, study: Path) -> None:
     settings = small(extract=HEADS[head], ema=0.5)
     extract(settings)
     selection.select([BACKBONE], 0.0, models="models/extract", metrics="metrics/extract", selected=SELECTED)
-    finetune(settings)
+    passes = {f"extract/{BACKBONE}": 1, "finetune": 1, "sam": 2}
+    if head == "linear":
+        finetune(settings)
+    else:
+        del passes["finetune"]
     finetune(settings, settings.sam)
-    for name, passes in ((f"extract/{BACKBONE}", 1), ("finetune", 1), ("sam", 2)):
+    models = {name: classifier.load(f"models/{name}") for name in passes}
+    for name, model in models.items():
         values = metrics(name)
         assert set(values) == {
             "backbone",
@@ -141,26 +147,26 @@ def test_stages_in_turn_write_what_they_trained(head: str, study: Path) -> None:
         assert set(values["val"]) == {"accuracy", "top5_accuracy", "loss"}
         assert values["epochs"] == 2
         assert values["engine"] == "tensorflow"
-        assert values["gradient_evaluations"] == TRAIN * 2 * passes
+        assert values["gradient_evaluations"] == TRAIN * 2 * passes[name]
         assert values["val"]["top5_accuracy"] == 1
         # What was saved is the best epoch's, and scores what the metrics say.
-        assert scores_on_val(f"models/{name}") == pytest.approx(values["val"], rel=1e-4)
+        assert scores_on_val(model) == pytest.approx(values["val"], rel=1e-4)
         rows = Path(f"plots/{name}.csv").read_text().splitlines()
         assert rows[0] == "epoch,learning_rate,loss,accuracy,val_loss,val_accuracy"
         assert len(rows) == 3
         best = rows[values["best_epoch"]].split(",")
         assert float(best[5]) == pytest.approx(values["val"]["accuracy"], rel=1e-5)
     layers = ["conv_dw_11", classifier.STANDARDIZED] if head == "levels" else ["conv_dw_11"]
-    frozen = [
-        [np.array(v) for name in layers for v in classifier.load(folder).features.get_layer(name).weights]
-        for folder in (SELECTED, "models/finetune", "models/sam")
-    ]
-    for one, two, three in zip(*frozen, strict=True):
-        np.testing.assert_array_equal(one, two)
-        np.testing.assert_array_equal(one, three)
-    moved = zip(trained_weights("models/finetune"), trained_weights("models/sam"), strict=True)
-    assert any(np.abs(one - other).max() > 1e-5 for one, other in moved)
-    if head == "levels":  # resumed trainings show it of the linear one
+    selected, *tuned = (
+        [np.array(variable) for name in layers for variable in model.features.get_layer(name).weights]
+        for model in models.values()
+    )
+    for frozen in tuned:
+        for one, other in zip(selected, frozen, strict=True):
+            np.testing.assert_array_equal(one, other)
+    if head == "linear":
+        assert distance(saved_weights("models/finetune"), saved_weights("models/sam")) > 1e-3
+    else:  # resumed trainings show it of the linear one
         before = {name: written(name) for name in (f"extract/{BACKBONE}", "sam")}
         extract(settings)
         finetune(settings, settings.sam)
@@ -177,13 +183,10 @@ def test_finetune_on_cached_views_trains_as_on_images(
     select(head)
     recipe = {"dropout": 0.0, "optimizer": "sgd", "learning_rate": 0.02, "batch_size": TRAIN, "epochs": 3}
     finetune(small(**recipe))
-    expected, on_images = trained_weights("models/finetune"), metrics("finetune")
+    expected, on_images = saved_weights("models/finetune"), metrics("finetune")
     finetune(small(**recipe, views=1))
-    start = classifier.load(SELECTED, fine_tune_at=SPLIT_POINT).split(SPLIT_POINT)[1].trainable_variables
-    moved = np.concatenate([(one - np.array(two)).ravel() for one, two in zip(expected, start, strict=True)])
-    pairs = zip(expected, trained_weights("models/finetune"), strict=True)
-    apart = np.concatenate([(one - two).ravel() for one, two in pairs])
-    assert np.linalg.norm(apart) < np.linalg.norm(moved) / 50
+    moved = distance(expected, saved_weights(SELECTED))
+    assert 0 < distance(expected, saved_weights("models/finetune")) < moved / 50
     on_views = metrics("finetune")
     assert on_views["val"]["loss"] == pytest.approx(on_images["val"]["loss"], rel=1e-2)
     assert (on_images["engine"], on_views["engine"]) == ("tensorflow", "litert")
@@ -191,24 +194,27 @@ def test_finetune_on_cached_views_trains_as_on_images(
     assert on_views["val_from_images"] == compared
     assert not list(study.rglob(".*.part"))
     assert f"val activations: {VAL} images" in capsys.readouterr().out
-    # sam-finetune takes the same views, and makes none; nor are the frozen layers converted again.
     before = view_files()
+    assert len(before) == 2 * (5 if head == "levels" else 1), "of each tensor at the split"
+    if head == "linear":
+        return
+    # sam-finetune takes the same views, and makes none; nor are the frozen layers converted again.
     monkeypatch.setattr(engine, "_converted", lambda _: pytest.fail("converted again"))
     finetune(small(**recipe | {"epochs": 1}, views=1), Sam())
     assert "activations" not in capsys.readouterr().out
     assert view_files() == before
-    assert len(before) == 2 * (5 if head == "levels" else 1), "of each tensor at the split"
 
 
 @pytest.mark.slow
 def test_finetune_that_diverges_is_an_error_and_writes_nothing(study: Path) -> None:
     before = {path for path in study.rglob("*") if "cache" not in path.parts}
     with pytest.raises(InputError, match=r"^finetune: the training diverged in epoch"):
-        finetune(small(learning_rate=1e30, epochs=1, runtime={"precision": "mixed_bfloat16"}))
+        finetune(small(learning_rate=1e38, epochs=1, runtime={"precision": "mixed_bfloat16"}))
     assert keras.config.dtype_policy().name == "float32"
     assert {path for path in study.rglob("*") if "cache" not in path.parts} == before
 
 
+@pytest.mark.slow
 def test_finetune_without_a_split_point_takes_the_registrys(jobs: list[stages.Job]) -> None:
     finetune(small(fine_tune_at=None))
     finetune(small(fine_tune_at={"ResNet50": "conv2_block1_1_conv"}))

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import tensorflow as tf
@@ -123,7 +124,7 @@ def point_trainer(recipe: Finetune, sam: Sam | None = None) -> tuple[Trainer, Tr
 
 NAMES = ("blue", "green", "red")
 BACKBONE, SPLIT_POINT = "MobileNet025", "conv_dw_12"
-TRAIN, VAL = 13, 9  # leaves a batch of one
+TRAIN, VAL = 13, 9  # in batches of 3 the last one of train is a single image
 VARIED = {"engine": "tensorflow", "n": 0, "flip": True, "crop": 4}
 SELECTED = "models/select"
 HEADS: dict[str, dict[str, Any]] = {"linear": {}, "levels": {"levels": "all", "hidden_units": 8}}
@@ -131,14 +132,14 @@ HEADS: dict[str, dict[str, Any]] = {"linear": {}, "levels": {"levels": "all", "h
 
 def small(**changes: Any) -> Params:
     """The params of a small study. changes: of the sections `runtime`, `augment` and `extract`, else of `finetune`."""
-    recipe = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 4, "epochs": 2, "image_size": 32}
+    recipe = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 3, "epochs": 2, "image_size": 32}
     values: dict[str, Any] = {
         "seed": 3,
         "runtime": changes.pop("runtime", {}),
         "data": {"source": "folder", "name": "images", "splits": {"train": "train", "val": "val", "test": "test"}},
         "augment": changes.pop("augment", {"engine": "none"}),
         "backbones": [BACKBONE],
-        "extract": recipe | {"weights": {BACKBONE: "base.weights.h5"}} | changes.pop("extract", {}),
+        "extract": recipe | {"batch_size": 4, "weights": {BACKBONE: "base.weights.h5"}} | changes.pop("extract", {}),
         "select": {},
         "finetune": recipe | {"fine_tune_at": {BACKBONE: SPLIT_POINT}} | changes,
         "sam": {"rho": 0.05},
@@ -216,14 +217,28 @@ def metrics(name: str, folder: Path | str = ".") -> dict[str, Any]:
     return json.loads((Path(folder) / f"metrics/{name}.json").read_text())
 
 
-def trained_weights(folder: str) -> list[np.ndarray]:
-    model = classifier.load(folder)
-    return [np.array(variable) for variable in model.split(model.description.fine_tune_at)[1].trainable_variables]
+def saved_weights(folder: Path | str) -> dict[str, np.ndarray]:
+    """Every array that a classifier's folder holds, by its place in the file."""
+    arrays: dict[str, np.ndarray] = {}
+
+    def add(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            arrays[name] = item[()]
+
+    with h5py.File(Path(folder, classifier.WEIGHTS)) as file:
+        file.visititems(add)
+    return arrays
 
 
-def scores_on_val(folder: str) -> dict[str, float]:
+def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """The norm of the difference of all weights."""
+    assert one.keys() == other.keys()
+    return float(np.sqrt(sum(np.sum((one[name] - other[name]) ** 2) for name in one)))
+
+
+def scores_on_val(model: classifier.Classifier) -> dict[str, float]:
     records = Records("data/records")
-    logits = classifier.load(folder).logits(batches.plain(records, "val", 32, 4))
+    logits = model.logits(batches.plain(records, "val", 32, VAL))
     return scores.score(logits, records.labels("val"))
 
 

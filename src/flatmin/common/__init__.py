@@ -1,1 +1,1 @@
-"""What every stage depends on: errors, files, the console and the params schema."""
+"""Errors, files, the console, the params schema and the frame of every stage."""

@@ -77,7 +77,7 @@ def check_source_unchanged() -> None:
 
 
 def source_identity(rooms: Iterable[str]) -> dict[str, Any]:
-    """What a cache key holds of the source: RESULTS_VERSION, and the digests of those rooms that are not accepted.
+    """The source's part of a cache key: RESULTS_VERSION, and the digests of those rooms that are not accepted.
 
     Raises:
         InputError: accepted.json is damaged.

@@ -42,7 +42,7 @@ def run(name: str, main: Callable[..., None], *items: str) -> None:
 
 @dataclass(frozen=True)
 class Declared:
-    """What dvc.yaml declares for a stage.
+    """The declarations of dvc.yaml for a stage.
 
     Attributes:
         stage: the stage's name.

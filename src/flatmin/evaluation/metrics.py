@@ -43,8 +43,8 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int) -> floa
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(bin_of, correct - confidence, minlength=bins)
+    bin_indices = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(bin_indices, correct - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(labels))
 
 

@@ -80,15 +80,17 @@ def choose(
         return _compiled(model, len(frozen.outputs), runtime.matmul == "half" and has_float16())
 
     def convert_and_compare(folder: Path) -> None:
+        pixels = sample()  # an error of the augmenting processes is none of LiteRT's
         try:
             model = _converted(forward)
-            pixels = sample()
             with console.quiet():  # the first run writes to file descriptor 2
                 received = load(model)(pixels)
             is_half = runtime.matmul != "float32" and (has_float16() or has_bfloat16())
             _compare(received, in_tensorflow(pixels), TOLERANCE["half" if is_half else "float32"])
         except Exception as error:  # an unknown network makes the converter raise anything
-            if isinstance(error, InputError) or getattr(error, "errno", None):  # such as a full disk: no refusal
+            if isinstance(error, InputError | MemoryError) or getattr(
+                error, "errno", None
+            ):  # such as a full disk: no refusal
                 raise
             (folder / REASON).write_text(" ".join(str(error).split())[:200], encoding="utf-8")
         else:

@@ -58,7 +58,7 @@ class Activations:
             rows = array.reshape(len(examples), math.prod(array.shape[1:])).view(np.uint8)
             for row, example in zip(rows, examples, strict=True):
                 if os.preadv(file, [row], offset + int(example) * row.nbytes) != row.nbytes:
-                    raise InputError(f"{self._entry.folder}: expected whole files, received one cut off; run it again")
+                    raise InputError(f"{self._entry.folder}: expected complete files, received a truncated one; run it again")
         return tensors
 
     def signature(self) -> tuple[tuple[tf.TensorSpec, ...], tf.TensorSpec]:
@@ -234,7 +234,7 @@ class FeatureStore:
         def parts() -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
             for start in range(0, len(order), batch_size):
                 examples = order[start : start + batch_size]
-                replicas = self._shard.replica_of(examples)
+                replicas = self._shard.replica_for(examples)
                 for replica in range(first, first + self._shard.replicas):
                     part = examples[replicas == replica]
                     yield view.read(np.searchsorted(self._examples, part)), labels[part]

@@ -79,7 +79,7 @@ class WorkerShard:
     workers: int = 1
     replicas: int = 1
 
-    def replica_of(self, examples: np.ndarray) -> np.ndarray:
+    def replica_for(self, examples: np.ndarray) -> np.ndarray:
         """The replica, of all workers', that each example belongs to: int [n] for positions in the records, int [n]."""
         return examples // AUGMENT_CHUNK % (self.workers * self.replicas)
 

@@ -191,7 +191,7 @@ def pooled(base: keras.Model, levels: Levels) -> keras.Model:
         return keras.Model(
             base.input, keras.layers.GlobalAveragePooling2D(name="pooling")(base.output), name="features"
         )
-    last: dict[int, Any] = {}  # the number of rows -> the last tensor with so many
+    last: dict[int, Any] = {}  # the number of rows -> the last tensor with that number
     for node in nodes(base):
         for tensor in node.output_tensors:
             has_rows = len(tensor.shape) == 4 and tensor.shape[1] > 1  # unlike the gates of squeeze-and-excitation

@@ -232,9 +232,9 @@ def method_settings() -> dict[str, dict[str, MethodSetting]]:
     for method, entry in METHODS.items():
         for name, setting in entry.settings.items():
             users.setdefault(name, {})[method] = setting
-    for name, of_methods in users.items():
-        if len({setting.below for setting in of_methods.values()}) > 1:
-            raise ValueError(f"{name}: expected one range in all methods, received several ({', '.join(of_methods)})")
+    for name, settings in users.items():
+        if len({setting.below for setting in settings.values()}) > 1:
+            raise ValueError(f"{name}: expected one range in all methods, received several ({', '.join(settings)})")
     return users
 
 

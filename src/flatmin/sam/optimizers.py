@@ -1,4 +1,4 @@
-"""What a step reads from a Keras optimizer."""
+"""Facts about a Keras optimizer that a step needs."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ _T = TypeVar("_T")
 def _dataclass_with_method_settings(cls: type[_T]) -> type[_T]:
     """Make a dataclass that has the methods' own settings as fields too, and describe them in its docstring."""
     lines = []
-    for name, of_methods in method_settings().items():
+    for name, users in method_settings().items():
         cls.__annotations__[name] = "float | None"
         setattr(cls, name, None)
-        meanings = [f"{method}: {setting.meaning}" for method, setting in of_methods.items()]
+        meanings = [f"{method}: {setting.meaning}" for method, setting in users.items()]
         lines.append(f"        {name}: {'; '.join(meanings)}.\n")
     cls.__doc__ = (cls.__doc__ or "").replace("\n\n    Raises:", f"\n{''.join(lines)}\n    Raises:")
     return dataclass(frozen=True, kw_only=True)(cls)

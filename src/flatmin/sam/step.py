@@ -254,8 +254,8 @@ class Step:
                 self._apply([gradient * math.nan for gradient in gradients[self._kinds[0]]], used)
 
         def accumulate_gradients(gradients: Gradients, size: tf.Tensor, _: Tensors) -> None:
-            for kind, of_kind in gradients.items():
-                for index, gradient in zip(used, of_kind, strict=True):
+            for kind, tensors in gradients.items():
+                for index, gradient in zip(used, tensors, strict=True):
                     self._sums[kind][index].assign_add(tf.cast(size, gradient.dtype) * gradient)
             self._examples.assign_add(size)
             self._calls.assign_add(1)

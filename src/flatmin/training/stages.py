@@ -48,14 +48,14 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Job:
-    """A training: its settings, where it starts, and what its result depends on beside these.
+    """A training: its settings, where it starts, and what else its result depends on.
 
     Attributes:
         name: for messages and the resume state's folder.
         seed: of everything random in the training.
         start: makes the classifier to train.
         files: whose contents the start depends on.
-        depends_on: what else the start depends on.
+        depends_on: other values that the start depends on, as JSON can hold them.
     """
 
     name: str
