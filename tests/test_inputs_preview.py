@@ -1,4 +1,4 @@
-"""The preview shows what training sees, class by class."""
+"""The preview shows the images that training sees, class by class."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from flatmin.common import params
 from flatmin.common.params import Augment
 from flatmin.data import writer
 from flatmin.inputs import preview, records
-from flatmin.inputs.augment import CHUNK, augment
+from flatmin.inputs.augment import AUGMENT_CHUNK, augment
 
 CLASSES = [f"from_${digit}_to_$20" for digit in range(10)]  # no formulas
 
 
-def test_a_row_has_the_stored_image_and_those_of_the_first_epochs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_draw_row_has_stored_image_and_those_of_first_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = params.load(ROOT / "params.yaml").data.model_copy(update={"class_names": CLASSES})
     writer.write(data, 0, tmp_path / "records")
-    found = records.Records(tmp_path / "records")
+    stored = records.Records(tmp_path / "records")
     shown: list[np.ndarray] = []
     imshow = Axes.imshow
 
@@ -35,14 +33,14 @@ def test_a_row_has_the_stored_image_and_those_of_the_first_epochs(
 
     monkeypatch.setattr(Axes, "imshow", watched)
     settings = Augment(n=1, m=9, flip=True)
-    preview.draw(found, settings, 5, tmp_path / "preview.png")
+    preview.draw(stored, settings, 5, tmp_path / "preview.png")
 
-    images = [image for image, _ in found.images("train").take(CHUNK).as_numpy_iterator()]
-    labels = list(found.labels("train")[:CHUNK])  # training augments so many at a time
+    images = [image for image, _ in stored.images("train").take(AUGMENT_CHUNK).as_numpy_iterator()]
+    labels = list(stored.labels("train")[:AUGMENT_CHUNK])
     firsts = sorted(map(labels.index, set(labels)))[: preview.ROWS]
-    epochs = [augment(images, settings, 5, epoch, chunk=0) for epoch in range(preview.VERSIONS)]
+    epochs = [augment(images, settings, 5, epoch, chunk=0) for epoch in range(preview.EPOCHS)]
     expected = [image for index in firsts for image in [images[index], *(epoch[index] for epoch in epochs)]]
-    assert len(shown) == preview.ROWS * (1 + preview.VERSIONS)
+    assert len(shown) == preview.ROWS * (1 + preview.EPOCHS)
     for drawn, image in zip(shown, expected, strict=True):
         np.testing.assert_array_equal(drawn, image)
     with Image.open(tmp_path / "preview.png") as picture:

