@@ -64,7 +64,7 @@ def times(variants: dict[str, dict[str, Any]], turns: int) -> dict[str, float]:
 
     keras.utils.set_random_seed(0)
     names = [str(index) for index in range(10)]
-    network = classifier.create("EfficientNetLite0", names, 96, 0.2, 0, "none")
+    network = classifier.create("EfficientNetLite0", names, image_size=96, dropout=0.2, seed=0, weights="none")
     frozen, trained = network.split("block3a_expand_conv")
     activations = frozen(tf.random.uniform((50, 96, 96, 3), maxval=255.0), training=False)
     trained(activations, training=False)

@@ -580,7 +580,7 @@ def of_boundaries() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in BACKBONES:
         for size in SIZES:
-            network = classifier.create(name, ["a", "b"], size, 0.2, 0, "none")
+            network = classifier.create(name, ["a", "b"], image_size=size, dropout=0.2, seed=0, weights="none")
             frozen, _ = network.split(registry.find(name).fine_tune_at)
             bytes_of_view = sum(2 * math.prod(tensor.shape[1:]) for tensor in frozen.outputs)
             share = build.multiply_adds(frozen) / network.description.multiply_adds

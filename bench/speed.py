@@ -271,7 +271,7 @@ def engine_rates(turns: int) -> dict[str, float]:
     from flatmin.features import engine
     from flatmin.models import classifier
 
-    model = classifier.create(BACKBONE, ["a", "b"], 128, 0.0, 0, "imagenet")
+    model = classifier.create(BACKBONE, ["a", "b"], image_size=128, dropout=0.0, seed=0, weights="imagenet")
     frozen, _ = model.split(None)
     sample = np.random.default_rng(0).uniform(0, 255, (64, 128, 128, 3)).astype(np.float32)
     engines = {}

@@ -161,7 +161,7 @@ def compute_training(folder: Path) -> Numbers:
         # By SGD, whose steps are smooth in the gradients: Adam's first ones follow the signs of rounding errors.
         head = params.Extract.model_validate(RECIPE | {"optimizer": "sgd", "learning_rate": 0.002})
         stages.extract(BACKBONE, recipe=head, outputs=_outputs(folder, "extract"), **shared).remove()
-        changes = {"optimizer": "sgd", "learning_rate": 0.002, "fine_tune_at": "block7a_expand_conv"}
+        changes = {"optimizer": "sgd", "learning_rate": 0.0002, "fine_tune_at": "block7a_expand_conv"}
         recipe = params.Finetune.model_validate(RECIPE | changes)
         outputs = _outputs(folder, "sam")
         start = str(folder / "models/extract")

@@ -245,7 +245,7 @@ def test_optimize_for_cpu_second_derivatives_are_the_same() -> None:
 def updates(optimized: bool, rho: float) -> list[np.ndarray]:
     """Logits before a sharpness-aware step with SGD, and by how much it moves each weight of a small network."""
     keras.utils.set_random_seed(0)
-    original, activations = small()
+    original, activations = small("float32")
     layers = optimize_for_cpu(original) if optimized else original
     logits = layers(activations).numpy()
     optimizer = keras.optimizers.SGD(1.0)

@@ -182,7 +182,7 @@ def test_run_name_same_params_otherwise_written_is_the_same() -> None:
 @pytest.mark.usefixtures("repository")
 def test_run_name_other_code_is_the_same() -> None:
     name = runs()[0].name
-    for source in ("src/flatmin/sam.py", "stages/sam_finetune.py"):
+    for source in ("src/flatmin/sam/step.py", "stages/sam_finetune.py"):
         Path(source).write_text(f"{Path(source).read_text()}# a comment\n")
     assert runs()[0].name == name
 
