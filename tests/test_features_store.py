@@ -223,7 +223,7 @@ def test_activations_in_a_file_that_was_cut_off_are_an_error() -> None:
         path = entry.folder / "activations_00.npy"
         os.truncate(path, path.stat().st_size - 2)
         np.testing.assert_array_equal(activations.read([8])[0], values[[8]])
-        with pytest.raises(InputError, match="expected whole files, received one cut off"):
+        with pytest.raises(InputError, match="expected complete files, received a truncated one"):
             activations.read([9])
 
 

@@ -58,7 +58,9 @@ class Activations:
             rows = array.reshape(len(examples), math.prod(array.shape[1:])).view(np.uint8)
             for row, example in zip(rows, examples, strict=True):
                 if os.preadv(file, [row], offset + int(example) * row.nbytes) != row.nbytes:
-                    raise InputError(f"{self._entry.folder}: expected complete files, received a truncated one; run it again")
+                    raise InputError(
+                        f"{self._entry.folder}: expected complete files, received a truncated one; run it again"
+                    )
         return tensors
 
     def signature(self) -> tuple[tuple[tf.TensorSpec, ...], tf.TensorSpec]:
