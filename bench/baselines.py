@@ -81,7 +81,7 @@ def network(start: Any, pixels: Any, resize: bool) -> Any:
 
 
 def starting_point(settings: Any, records: Any, stage: str) -> Any:
-    """A new classifier with its backbone frozen, or the selected one, trained from the cut on."""
+    """A new classifier with its backbone frozen, or the selected one, trained from the split point on."""
     from flatmin.models import classifier, registry, split
 
     name = settings.backbones[0]
@@ -90,10 +90,10 @@ def starting_point(settings: Any, records: Any, stage: str) -> Any:
         start = classifier.create(
             name,
             records.class_names,
-            recipe.image_size,
-            recipe.dropout,
-            settings.seed,
-            recipe.weights.get(name, "imagenet"),
+            image_size=recipe.image_size,
+            dropout=recipe.dropout,
+            seed=settings.seed,
+            weights=recipe.weights.get(name, "imagenet"),
         )
         start.base.trainable = False
         return start

@@ -200,6 +200,7 @@ def copy_code(folder: Path) -> None:
     """The code as it is now: what changed between two stages would have the views computed again."""
     for name in ("src", "stages"):
         shutil.copytree(ROOT / name, folder / name)
+    shutil.copy2(ROOT / "dvc.yaml", folder)  # which declares what a stage reads
 
 
 def draw(folder: Path, pictures: Pictures) -> int:

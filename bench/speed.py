@@ -133,6 +133,7 @@ class Folder:
     def prepare(self, params: dict[str, Any]) -> None:
         """Write params.yaml and, where there are none yet, the records."""
         self.path.mkdir(exist_ok=True)
+        shutil.copy2(ROOT / "dvc.yaml", self.path)  # which declares what a stage reads
         (self.path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
         if not (self.path / "data/records").exists():
             self.run(ROOT / "stages/prepare.py")
