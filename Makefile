@@ -22,7 +22,7 @@ setup: $(VENV)/$(or $(LOCK),cpu).done  ## make .venv from the locked requirement
 check-params: setup  ## check params.yaml without running anything
 	@$(RUN) python -m flatmin.common.params
 
-# TESTS narrows either: make test TESTS=tests/test_sam.py
+# TESTS narrows either: make test TESTS=tests/test_sam_step.py
 check: setup $(VENV)/dev.done  ## lint, types and unit tests, in a minute
 	$(RUN) sh -c '$(LINT)'
 	$(RUN) $(PYTEST) -m "not slow" $(TESTS)

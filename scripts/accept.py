@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dvc.repo import Repo
+
 from flatmin.common import errors, identity
 from flatmin.common.errors import InputError, first_line
 from flatmin.common.params_errors import read_yaml
@@ -53,10 +55,44 @@ def check_only_code_changed() -> None:
 
 
 def stages_never_run() -> Iterator[str]:
-    recorded = read_yaml("dvc.lock")["stages"] if Path("dvc.lock").exists() else {}
-    for name in dvc("stage", "list", "--name-only").split():
+    """A line for each stage that dvc.lock does not know, or knows with other params, data or outputs.
+
+    `dvc status` says nothing of an entry that dvc.yaml no longer has, nor of a frozen stage.
+    """
+    recorded = read_lock()
+    for stage in Repo().index.stages:
+        name = stage.addressing
         if name not in recorded:
             yield f"{name}: never ran: run `dvc repro` first"
+            continue
+        if stage.frozen:
+            yield f"{name}: expected a stage that is not frozen: `dvc status` says nothing of it"
+        for kind, declared, locked in declared_and_locked(stage, recorded[name]):
+            for entry in sorted(declared ^ locked):
+                how = "is not in dvc.lock" if entry in declared else "is in dvc.lock alone"
+                yield f"{name}: {kind} {entry}: {how}: run `dvc repro` first"
+
+
+def read_lock() -> dict[str, Any]:
+    if not Path("dvc.lock").exists():
+        return {}
+    try:
+        stages = read_yaml("dvc.lock")["stages"]
+        return dict(stages)
+    except (KeyError, TypeError, ValueError):
+        raise InputError("dvc.lock: expected stages, as `dvc repro` writes them, found none") from None
+
+
+def declared_and_locked(stage: Any, lock: dict[str, Any]) -> Iterator[tuple[str, set[str], set[str]]]:
+    """What dvc.yaml and dvc.lock name of params, data and outputs: (kind, names in dvc.yaml, names in dvc.lock)."""
+    declared = {key for dep in stage.params for key in dep.params}
+    yield "param", declared, {key for values in lock.get("params", {}).values() for key in values}
+    deps = (dep.def_path for dep in stage.deps if dep not in stage.params)
+    data, locked = (
+        {path for path in paths if not path.startswith(CODE)} for paths in (deps, [dep["path"] for dep in lock["deps"]])
+    )
+    yield "dependency", data, locked
+    yield "output", {out.def_path for out in stage.outs}, {out["path"] for out in lock.get("outs", ())}
 
 
 def changes(status: dict[str, Any]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Compare the metrics of two checkouts value by value: python scripts/compare_metrics.py OLD NEW
 
-Files and keys that were renamed in between are mapped by the table under "Renamed" in CHANGELOG.md: its rows whose last
-cell names files of metrics/. Exit status 1 and one line for each value that differs.
+Keys that were renamed in between are mapped by the table under "Renamed" in CHANGELOG.md: its rows whose last cell
+names files of metrics/. Exit status 1 and one line for each value that differs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ def main(old: str, new: str) -> None:
     before, after = (read(Path(checkout), renames) for checkout in (old, new))
     if not before or not after:
         sys.exit(f"error: {old if not before else new}: expected metrics/*.json, received none")
-    differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    missing = object()
+    differing = [
+        key
+        for key in sorted(before.keys() | after.keys())
+        if (type(before.get(key, missing)), before.get(key)) != (type(after.get(key, missing)), after.get(key))
+    ]
     for key in differing:
         print(f"{key}: {before.get(key, 'missing')} and {after.get(key, 'missing')}")
     print(f"{len(before)} values in {old}, {len(after)} in {new}, {len(differing)} differ")

@@ -1,6 +1,6 @@
 """Print how many of the pipeline's stages an edited line of src/flatmin reruns, on average over all lines.
 
-    python scripts/rerun_share.py [COMMIT]
+    python scripts/rerun_share.py [COMMIT ...]
 
 Without a commit it counts in the working tree. A stage is rerun when the edited file, or a folder that holds it, is
 among the stage's deps in dvc.yaml; what DVC then finds unchanged and skips is not taken off.
@@ -56,6 +56,7 @@ def share(commit: str | None = None) -> float:
 
 def main(commit: str | None = None) -> None:
     """Print the lines of source by the number of stages that they rerun, and the average."""
+    print(commit or "working tree")
     files, stages = stages_rerun(commit)
     for count in range(stages, -1, -1):
         names = [name for name, (_, reruns) in files.items() if reruns == count]
@@ -67,4 +68,9 @@ def main(commit: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    arguments: list[str | None] = [*sys.argv[1:]]
+    for commit in arguments or [None]:
+        try:
+            main(commit)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"error: {commit}: expected a commit with a dvc.yaml, received: {error.stderr.strip()}")

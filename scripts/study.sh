@@ -3,7 +3,7 @@
 # `study.sh NAME sweep [--jobs N] [--mix-versions]` run the grid studies/NAME/sweep.yaml, or $GRID.yaml, there instead.
 # With $COMMIT the code, scripts and params.yaml are that commit's; the grid is always this checkout's.
 set -eu
-name=$1
+name=${1:-}
 root=$(pwd -P)
 export GIT_CEILING_DIRECTORIES="$root/.studies"  # a broken clone is an error: git must not take this checkout for it
 clone=.studies/$name

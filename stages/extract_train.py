@@ -5,17 +5,19 @@ metrics/extract/{backbone}.json and plots/extract/{backbone}.csv.
 """
 
 import sys
+from typing import Any
 
 from flatmin.common import console, stage
 
 
-def main(declared: stage.Declared, backbone: str = "") -> None:
+def main(declared: stage.Declared, backbone: str = "") -> Any:
+    """Returns the resume state, which is removed when nothing has changed meanwhile."""
     # Imported here, since the processes that augment load this file too and need no TensorFlow.
     with console.importing_tensorflow():
         from flatmin.training.stages import Outputs, extract
 
     params = declared.params
-    state = extract(
+    return extract(
         backbone,
         seed=params.seed,
         runtime=params.runtime,
@@ -26,8 +28,6 @@ def main(declared: stage.Declared, backbone: str = "") -> None:
             f"models/extract/{backbone}", f"metrics/extract/{backbone}.json", f"plots/extract/{backbone}.csv"
         ),
     )
-    declared.check_unchanged()
-    state.remove()
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ Reads `seed`, `runtime`, `augment`, `finetune` of params.yaml, data/records/ and
 models/finetune/, metrics/finetune.json and plots/finetune.csv.
 """
 
+from typing import Any
+
 from flatmin.common import console, stage
 
 
-def main(declared: stage.Declared) -> None:
+def main(declared: stage.Declared) -> Any:
+    """Returns the resume state, which is removed when nothing has changed meanwhile."""
     # Imported here, since the processes that augment load this file too and need no TensorFlow.
     with console.importing_tensorflow():
         from flatmin.training.stages import Outputs, finetune
 
     params = declared.params
-    state = finetune(
+    return finetune(
         "finetune",
         seed=params.seed,
         runtime=params.runtime,
@@ -23,8 +26,6 @@ def main(declared: stage.Declared) -> None:
         records="data/records",
         outputs=Outputs("models/finetune", "metrics/finetune.json", "plots/finetune.csv"),
     )
-    declared.check_unchanged()
-    state.remove()
 
 
 if __name__ == "__main__":

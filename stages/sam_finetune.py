@@ -4,11 +4,13 @@ Reads what finetune reads and `sam` of params.yaml. Writes models/sam/, metrics/
 """
 
 from functools import partial
+from typing import Any
 
 from flatmin.common import console, stage
 
 
-def main(declared: stage.Declared) -> None:
+def main(declared: stage.Declared) -> Any:
+    """Returns the resume state, which is removed when nothing has changed meanwhile."""
     # Imported here, since the processes that augment load this file too and need no TensorFlow.
     with console.importing_tensorflow():
         from flatmin import sam
@@ -18,7 +20,7 @@ def main(declared: stage.Declared) -> None:
     params = declared.params
     settings = sam.Settings(**params.sam.settings())
     recipe = params.finetune
-    state = finetune(
+    return finetune(
         "sam",
         seed=params.seed,
         runtime=params.runtime,
@@ -35,8 +37,6 @@ def main(declared: stage.Declared) -> None:
             hint=f"a lower rho than {settings.rho:g}",
         ),
     )
-    declared.check_unchanged()
-    state.remove()
 
 
 if __name__ == "__main__":

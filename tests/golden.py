@@ -4,7 +4,8 @@
     python tests/golden.py --write     write them, and accept the source as it is
 
 Each part is a function from a scratch folder to numbers by name. A number is a float, compared to the part's tolerance,
-or text, compared exactly. `$GOLDEN_ENGINE` sets `runtime.engine`.
+or text, compared exactly. `$GOLDEN_ENGINE` sets `runtime.engine`. A number that is new is written; one that moved is
+written for a raised RESULTS_VERSION alone, so delete golden.json after a change of what is computed here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from flatmin.common import console, files, params
+from flatmin.common import console, files, identity, params
 
 with console.importing_tensorflow():
     import keras
@@ -34,6 +35,7 @@ with console.importing_tensorflow():
     from flatmin.inputs.augment import augment
     from flatmin.inputs.records import Records
     from flatmin.models import classifier, registry
+    from flatmin.selection import choose
     from flatmin.training import optimizer, schedule, stages
     from flatmin.training.step import PLAIN, StepSettings, TrainStep
 
@@ -72,6 +74,7 @@ TOLERANCES = {
     "schedules": 1e-5,
     "averages": 1e-4,
     "sharpness": 1e-4,
+    "selection": 0.0,
     "scores": 1e-6,
     "comparison": 1e-6,
     "defaults": 0.0,
@@ -246,7 +249,7 @@ def _losses(step: TrainStep) -> Iterator[float]:
 def steps_to_compute() -> dict[str, StepSettings]:
     """The update rules whose losses are pinned: plain, every method of SAM, and SAM's other settings."""
     own: dict[str, dict[str, Any]] = {"gsam": {"rho_min": 0.02, "rho_max": 0.2}, "looksam": {"every": 3}}
-    rules = {"plain": PLAIN}
+    rules = {"plain": PLAIN, "plain, adam": PLAIN}
     rules |= {method: _sam_settings(method=method, rho=0.1, **own.get(method, {})) for method in sam.METHODS}
     for name, value in (("adaptive", True), ("every", 2), ("num_batch_splits", 2), ("accumulate", 2)):
         rules[name] = _sam_settings(rho=1.0 if name == "adaptive" else 0.1, **{name: value})
@@ -257,7 +260,7 @@ def compute_steps(folder: Path) -> Numbers:
     """The loss of each training step of a small network by every update rule."""
     numbers: Numbers = {}
     for name, settings in steps_to_compute().items():
-        step = _train_step(settings)
+        step = _train_step(settings, **({"optimizer": "adam"} if name.endswith("adam") else {}))
         numbers |= {f"{name} loss {index}": loss for index, loss in enumerate(_losses(step))}
         numbers[f"{name} gradient evaluations"] = str(step.rule.gradient_evaluations)
     return numbers
@@ -309,6 +312,13 @@ def _logits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for logits, gain in ((first, 2.0), (second, 1.5)):
         logits[np.arange(400), labels] += gain
     return first.astype(np.float32), second.astype(np.float32), labels
+
+
+def compute_selection(folder: Path) -> Numbers:
+    """The backbone that select-best chooses, by tolerance."""
+    values = {"large": (9, 0.90), "small": (1, 0.88), "middle": (4, 0.895), "equal": (4, 0.896)}
+    metrics = {name: {"multiply_adds": n, "val": {"accuracy": val}} for name, (n, val) in values.items()}
+    return {f"within {tolerance}": choose(metrics, tolerance) for tolerance in (0.0, 0.005, 0.02)}
 
 
 def compute_scores(folder: Path) -> Numbers:
@@ -376,7 +386,9 @@ def differences(received: dict[str, Numbers], expected: dict[str, Numbers]) -> l
                 text = f"moved by {by:.2g} of itself, from {theirs:.9g} to {ours:.9g} (tolerance {TOLERANCES[part]:g})"
             else:
                 by = 0.0 if ours == theirs else math.inf
-                text = f"changed from {theirs} to {ours}"
+                text = (
+                    f"changed from {theirs} to {ours}" if theirs is not None else f"new, {ours}: `make golden` adds it"
+                )
             if by > TOLERANCES[part]:
                 moved.append((f"{part}: {key}", by, f"{part}: {key}: {text}"))
     return sorted(moved, key=lambda each: -each[1])
@@ -401,18 +413,21 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print the numbers as JSON and compare nothing")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     arguments = parser.parse_args()
+    if arguments.write and arguments.parts != list(PARTS):
+        parser.error("--write takes all parts")
+    for room in identity.rooms():
+        identity.source_digest(room)  # of the source whose numbers follow
     numbers = compute(arguments.parts)
     if arguments.print:
         print(json.dumps(numbers))
     elif arguments.write:
-        from flatmin.common import identity
-
         moved = differences(numbers, read()) if FILE.exists() else []
         moved = [each for each in moved if each[0] not in new_numbers(numbers)]
         if moved and identity.read_accepted()[0] == identity.RESULTS_VERSION:
             sys.exit(
                 f"error: {moved[0][2]}; {len(moved)} numbers moved: raise RESULTS_VERSION first, then `make golden`"
             )
+        identity.check_source_unchanged()
         files.write_json(FILE, numbers)
         identity.write_accepted()
         console.log(f"golden: {sum(map(len, numbers.values()))} numbers written")

@@ -17,7 +17,7 @@ import pytest
 from flatmin.common import identity
 from flatmin.common.errors import InputError
 from flatmin.features import cache
-from flatmin.features.cache import Entry
+from flatmin.features.cache import open_entry
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def refuse(_: Path) -> None:
 
 
 def make(name: str, content: bytes = b"content") -> bytes:
-    entry = Entry("kind", name, writing(content))
+    entry = open_entry("kind", name, writing(content))
     found = (entry.folder / "file").read_bytes()
     entry.close()
     return found
@@ -76,7 +76,7 @@ def test_entry_whose_making_fails_leaves_nothing(folder: Path) -> None:
         raise ValueError("half-way")
 
     with pytest.raises(ValueError, match="half-way"):
-        Entry("kind", "a", failing)
+        open_entry("kind", "a", failing)
     assert [path.name for path in folder.iterdir()] == ["a.lock"]
     assert make("a") == b"content"
 
@@ -87,7 +87,7 @@ def slowly(folder: Path) -> None:
 
 
 def test_entry_half_written_by_a_killed_process_is_removed(folder: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=Entry, args=("kind", "a", slowly))
+    process = multiprocessing.get_context("spawn").Process(target=open_entry, args=("kind", "a", slowly))
     process.start()
     deadline = time.monotonic() + 60
     while not list(folder.glob(".a.*.part/file")) and time.monotonic() < deadline:
@@ -109,7 +109,7 @@ def counted(folder: Path) -> None:
 
 def test_entry_that_two_processes_want_is_made_once(folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=Entry, args=("kind", "a", counted)) for _ in range(2)]
+    processes = [context.Process(target=open_entry, args=("kind", "a", counted)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -124,7 +124,7 @@ def test_entry_in_use_by_its_maker_opens_without_waiting(folder: Path) -> None:
     folder.joinpath("a").rename(folder.parent / "made")
     with open(folder / "a.lock", "rb") as maker:
         fcntl.flock(maker, fcntl.LOCK_SH)
-        other = threading.Thread(target=Entry, args=("kind", "a", refuse), daemon=True)
+        other = threading.Thread(target=open_entry, args=("kind", "a", refuse), daemon=True)
         other.start()
         other.join(timeout=0.5)
         assert other.is_alive()
@@ -142,7 +142,7 @@ def test_make_room_removes_least_recently_used_but_none_in_use(folder: Path, mon
     monkeypatch.setenv("FLATMIN_CACHE_LIMIT", str(used))
     cache.make_room("kind", 500)
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["new", "oldest"]
-    held = Entry("kind", "new", refuse)
+    held = open_entry("kind", "new", refuse)
     cache.make_room("kind", used - 1500)
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["new"]
     with pytest.raises(InputError, match=r"\$FLATMIN_CACHE_LIMIT: expected at least \d+ bytes \(\d+ for this, \d+ in"):
@@ -181,7 +181,7 @@ def test_entry_in_a_read_only_place_is_an_error(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLATMIN_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"\$FLATMIN_CACHE: expected a folder to write to, received .*kind: Not a dir"):
-        Entry("kind", "a", refuse)
+        open_entry("kind", "a", refuse)
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_entry_made_while_its_source_was_edited_is_not_cached(source: Path, fold
         source.write_text("edited = True")
 
     with pytest.raises(InputError, match="inputs: edited while its code ran; run it again"):
-        Entry("kind", key, make_while_editing)
+        open_entry("kind", key, make_while_editing)
     assert not cache.exists("kind", key)
 
 

@@ -217,7 +217,7 @@ def test_to_float16_of_activations_beyond_its_range_is_an_error() -> None:
 
 def test_activations_in_a_file_that_was_cut_off_are_an_error() -> None:
     values = np.arange(40, dtype=np.float16).reshape(10, 4)
-    entry = cache.Entry("views", "0", lambda folder: np.save(folder / "activations_00.npy", values))
+    entry = cache.open_entry("views", "0", lambda folder: np.save(folder / "activations_00.npy", values))
     with closing(store.Activations(entry)) as activations:
         np.testing.assert_array_equal(activations.read([9, 0])[0], values[[9, 0]])
         path = entry.folder / "activations_00.npy"

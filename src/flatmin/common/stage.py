@@ -21,21 +21,23 @@ from flatmin.common.params_errors import read_yaml
 CODE = ("src/", "stages/")  # dependencies of dvc.yaml that are source
 
 
-def run(name: str, main: Callable[..., None], *items: str) -> None:
+def run(name: str, main: Callable[..., Any], *items: str) -> None:
     """Run a stage: check all of params.yaml, call `main(declared, *items)`, and check that nothing changed meanwhile.
 
     On wrong input it prints one line and exits with 1.
 
     Args:
         name: as dvc.yaml has it.
-        main: does the stage's work.
+        main: does the stage's work. It may return a resume state, which is removed once nothing was found changed.
         items: the stage's value of each key of its matrix.
     """
 
     def checked() -> None:
         declared = declare(name, *items)
-        main(declared, *items)
+        state = main(declared, *items)
         declared.check_unchanged()
+        if state is not None:
+            state.remove()
 
     errors.run(checked)
 

@@ -68,31 +68,18 @@ def _versions() -> dict[str, str]:
 
 
 class Entry:
-    """A complete, verified folder of the cache, which nobody prunes while this process holds it.
+    """A folder of the cache, which nobody prunes while this process holds it. `open_entry` makes it complete.
 
-    Two processes that ask for the same entry at the same time make it once.
+    Raises:
+        InputError: the cache's folder can't be written to.
     """
 
-    def __init__(self, kind: str, digest: str, make: Callable[[Path], None]) -> None:
-        """Open the entry if it is there and intact, else make it.
-
-        Args:
-            kind: the folder of the cache that holds all entries of this kind.
-            digest: the entry's key.
-            make: fills the empty folder that it is given, which then becomes the entry.
-
-        Raises:
-            InputError: the cache's folder can't be written to, or the source was edited while `make` ran.
-        """
+    def __init__(self, kind: str, digest: str) -> None:
         self.folder = folder() / kind / digest
         self._lock = _lock_file(self.folder)
-        try:
-            self._hold(make)
-        except BaseException:
-            self.close()
-            raise
 
-    def _hold(self, make: Callable[[Path], None]) -> None:
+    def hold(self, make: Callable[[Path], None]) -> None:
+        """Lock the entry against pruning once it is there and intact; make it if it is not."""
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         pause = 0.1
         while not _intact(self.folder):
@@ -119,6 +106,28 @@ class Entry:
     def close(self) -> None:
         """Release the entry, so that others may prune it."""
         os.close(self._lock)
+
+
+def open_entry(kind: str, digest: str, make: Callable[[Path], None]) -> Entry:
+    """Open an entry that is there and intact, or make it, which may take minutes.
+
+    Two processes that ask for the same entry at the same time make it once.
+
+    Args:
+        kind: the folder of the cache that holds all entries of this kind.
+        digest: the entry's key.
+        make: fills the empty folder that it is given, which then becomes the entry.
+
+    Raises:
+        InputError: the cache's folder can't be written to, or the source was edited while `make` ran.
+    """
+    entry = Entry(kind, digest)
+    try:
+        entry.hold(make)
+    except BaseException:
+        entry.close()
+        raise
+    return entry
 
 
 def exists(kind: str, digest: str) -> bool:

@@ -98,7 +98,7 @@ def choose(
 
     depends_on = {"frozen": identity, "matmul": runtime.matmul, "machine": machine()}
     digest = cache.key(depends_on, rooms=cache.ENGINE_ROOMS)
-    with closing(cache.Entry("litert", digest, convert_and_compare)) as entry:
+    with closing(cache.open_entry("litert", digest, convert_and_compare)) as entry:
         model = entry.folder / MODEL
         if model.exists():
             content = model.read_bytes()

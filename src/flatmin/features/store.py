@@ -100,7 +100,7 @@ def compute(
 
         def open_view(view: View) -> Activations:
             fill = functools.partial(extractor.fill, view=view, views=views)
-            return stack.enter_context(closing(Activations(cache.Entry("views", view_keys[view], fill))))
+            return stack.enter_context(closing(Activations(cache.open_entry("views", view_keys[view], fill))))
 
         # Those that are there are opened first, so that making room does not prune them.
         activations = {view: open_view(view) for view in view_keys if view not in missing}

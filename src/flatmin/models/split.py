@@ -63,4 +63,4 @@ def split_model(model: keras.Model, layers: Sequence[keras.Layer], index: int) -
     at_split = list(activations.values())
     if len(at_split) == 1:
         at_split = at_split[0]
-    return keras.Model(model.input, at_split, name="frozen"), keras.Model(at_split, model.output, name="trained")
+    return keras.Model(model.input, at_split, name="frozen"), keras.Model(at_split, model.output, name="body")

@@ -96,8 +96,6 @@ def extract(
     outputs: Outputs,
 ) -> State:
     """extract-train: train a classifier behind a frozen backbone. Returns the resume state, to be removed."""
-    if not recipe.augment:
-        augment = Augment(engine="none")
     weights = recipe.weights.get(backbone, "imagenet")
 
     def start(records: Records) -> Classifier:
@@ -117,7 +115,8 @@ def extract(
         return model
 
     depends_on = {"backbone": backbone, "weights": weights_digest(backbone, weights)}
-    job = Job(f"extract/{backbone}", seed, runtime, augment, recipe, start, depends_on=depends_on)
+    augmentation = augment if recipe.augment else Augment(engine="none")
+    job = Job(f"extract/{backbone}", seed, runtime, augmentation, recipe, start, depends_on=depends_on)
     return _train(job, records, outputs)
 
 
@@ -138,16 +137,16 @@ def finetune(
     Returns the resume state, to be removed.
     """
     # New augmented views, since the selected classifier has already fitted those that it was trained on.
-    seed = derived_seed(seed, 1)
+    training_seed = derived_seed(seed, 1)
     backbone = classifier.describe(selected).backbone
     split_point = _for_backbone(recipe.fine_tune_at, backbone)
-    changes: dict[str, Any] = {"dropout": recipe.dropout, "seed": seed}
+    changes: dict[str, Any] = {"dropout": recipe.dropout, "seed": training_seed}
     if size := _for_backbone(recipe.image_size, backbone):
         changes["image_size"] = size
     changes["fine_tune_at"] = registry.find(backbone).fine_tune_at if split_point is None else split_point
     job = Job(
         name,
-        seed,
+        training_seed,
         runtime,
         augment,
         recipe,
