@@ -60,6 +60,7 @@ def stages_never_run() -> Iterator[str]:
     `dvc status` says nothing of an entry that dvc.yaml no longer has, nor of a frozen stage.
     """
     recorded = read_lock()
+    dvc("stage", "list")  # words what is wrong with dvc.yaml in a line
     for stage in Repo().index.stages:
         name = stage.addressing
         if name not in recorded:

@@ -96,6 +96,30 @@ def add_a_stage(checkout: Repository) -> None:
     (checkout.folder / "dvc.yaml").write_text(yaml.safe_dump(dvc))
 
 
+def change_train(checkout: Repository, **changes: object) -> None:
+    stages = toy.DVC["stages"] | {"train": toy.DVC["stages"]["train"] | changes}
+    (checkout.folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+
+
+def freeze_a_stage_and_edit_rho(checkout: Repository) -> None:
+    change_train(checkout, frozen=True)
+    edit_rho(checkout)
+
+
+def drop_a_param_and_edit_it(checkout: Repository) -> None:
+    change_train(checkout, params=["seed", toy.VERSION])
+    edit_rho(checkout)
+
+
+def drop_a_data_dependency(checkout: Repository) -> None:
+    deps = [dep for dep in toy.DVC["stages"]["train"]["deps"] if dep != "models/count"]
+    change_train(checkout, deps=deps)
+
+
+def empty_the_lock(checkout: Repository) -> None:
+    (checkout.folder / "dvc.lock").write_text("{}\n")
+
+
 def forget_all_runs(checkout: Repository) -> None:
     (checkout.folder / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
 
@@ -136,6 +160,10 @@ def remove_the_golden_test(checkout: Repository) -> None:
         (change_a_metric, [r"count: metrics/count\.json: modified since the stage wrote it: run .*"]),
         (change_the_data, [r"count: images\.txt: modified since the stage ran: run `dvc repro` first"]),
         (add_a_stage, [r"export: never ran: run `dvc repro` first"]),
+        (freeze_a_stage_and_edit_rho, [r"train: expected a stage that is not frozen: `dvc status` says nothing of it"]),
+        (drop_a_param_and_edit_it, [r"train: param sam: is in dvc\.lock alone: run `dvc repro` first"]),
+        (drop_a_data_dependency, [r"train: dependency models/count: is in dvc\.lock alone: run `dvc repro` first"]),
+        (empty_the_lock, [r"dvc\.lock: expected stages, as `dvc repro` writes them, found none"]),
         (forget_all_runs, [r"count: never ran: run .*", r"train: never ran: run .*"]),
         (raise_the_version, [r"RESULTS_VERSION: expected 1, as accepted\.json has it, received 2: .*"]),
         (
