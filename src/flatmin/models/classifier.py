@@ -71,8 +71,8 @@ class TrainedLayers(keras.Model):
     """
 
     def __init__(self, backbone_layers: keras.Model | None, head: keras.Model) -> None:
-        # Names stand in the traced graph, which sums gradients in an order that follows from them: with another name here
-        # or in `split_model`, second derivatives differ in their last bits.
+        # Names stand in the traced graph, which sums gradients in an order that follows from them: with another name
+        # here or in `split_model`, second derivatives differ in their last bits.
         super().__init__(name="tail")
         self.backbone_layers = backbone_layers
         self.head = head
