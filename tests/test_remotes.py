@@ -279,7 +279,7 @@ def test_credential_is_in_no_file_but_its_own(machine: Machine, server: Server) 
     in_environment, in_file = server.keys
     log = machine.folder / "commands.log"
     machine.study.variables |= credentials(in_environment)
-    said = [machine.study.run("dvc", "repro", "-v", "--force", "--single-item", "sam-finetune")]
+    said = [machine.study.run("dvc", "repro", "-v", "--force", "--single-item", "select-best")]
     said += [machine.script(scripts(S3)[0]), machine.study.run("dvc", "push", "-v")]
     unset = dict(machine.study.variables)
     machine.study.variables |= credentials(in_file)
