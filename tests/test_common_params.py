@@ -438,6 +438,7 @@ def test_parse_of_any_value_for_any_key_is_accepted_or_says_one_line(path: str, 
         assert not any(inner in message.split(": expected ")[0] for inner in ("constrained", "function-", "dict["))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(VALUES)
 def test_parse_of_any_other_value_says_one_line(value: Any) -> None:

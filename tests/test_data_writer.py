@@ -55,6 +55,7 @@ def values(nested: dict[str, Any]) -> Iterator[Any]:
 # Files
 
 
+@pytest.mark.slow
 def test_write_of_digits_assigns_each_scan_to_one_role(tmp_path: Path) -> None:
     metrics = writer.write(Data.model_validate({**DIGITS, "image_size": 16}), 0, tmp_path / "records")
     records = Records(tmp_path / "records")

@@ -240,6 +240,7 @@ def test_evaluate_test_split_without_labels_is_predicted_and_not_scored(
     assert (workspace / "plots/class_accuracy.csv").read_text() == "class,model,accuracy\n"
 
 
+@pytest.mark.slow
 def test_evaluate_without_a_classifier_is_an_error_that_writes_nothing(workspace: Path) -> None:
     (workspace / "models/select/model.json").unlink()
     with pytest.raises(InputError, match=r"^models/select/model.json: expected a file that an earlier stage wrote"):

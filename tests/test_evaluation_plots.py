@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from flatmin.evaluation import plots
@@ -45,6 +46,7 @@ def test_write_csvs_without_labels_have_a_header_alone(tmp_path: Path) -> None:
     assert (tmp_path / "classes.csv").read_text() == "class,model,accuracy\n"
 
 
+@pytest.mark.slow
 def test_draw_sharpness_of_other_losses_is_another_picture(tmp_path: Path) -> None:
     valley = plots.EIGENVECTOR_POSITIONS**2
     for name, factor in (("one", 1.0), ("same", 1.0), ("steep", 9.0)):

@@ -275,6 +275,7 @@ def test_keys_of_views_differ_with_all_that_activations_depend_on(
     assert len({key for both in of_both for key in both} | {train, val}) == 2 * len(of_both) + 2
 
 
+@pytest.mark.slow
 def test_keys_do_not_depend_on_who_asked_for_the_engine(study: tuple[Records, Classifier]) -> None:
     """`auto` finds the views of `tensorflow` where that is what runs."""
     records, model = study

@@ -98,6 +98,7 @@ def test_augmented_epoch_has_every_example_once_with_its_label(records: Records,
     assert all(batch_labels.dtype == np.int32 for _, batch_labels in epoch)
 
 
+@pytest.mark.slow
 def test_augmented_order_is_chosen_by_seed_and_epoch(same_size: Records) -> None:
     orders = {
         (seed, number): tuple(numbers(read_epoch(same_size, NONE, seed, number)))
@@ -125,6 +126,7 @@ def test_augmented_again_with_other_workers_gives_equal_batches(
             assert not equal(first, read(batches.augmented(records, other_seed, SIZE, 24, 4, 5)))
 
 
+@pytest.mark.slow
 def test_augmented_with_another_batch_size_has_the_same_pictures_in_the_same_order(same_size: Records) -> None:
     settings = Augment(engine="tensorflow", n=2, m=9)
     small, large = (read_epoch(same_size, settings, batch_size=size) for size in (7, 64))

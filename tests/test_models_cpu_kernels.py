@@ -102,6 +102,7 @@ def assert_same_variables(one: TrainedLayers, other: TrainedLayers) -> None:
         assert [id(each) for each in getattr(one, kind)] == [id(each) for each in getattr(other, kind)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fold", "depthwise"), [(True, True), (True, False), (False, True)])
 def test_optimize_for_cpu_small_network_gives_the_same(fold: bool, depthwise: bool) -> None:
     layers, activations = small()
@@ -208,6 +209,7 @@ def _other_layers(x: Any) -> Any:
     return keras.activations.gelu(x) * 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [_bias, _multiplier, _groups, _wide_with_activation, _other_layers])
 def test_optimize_for_cpu_each_kind_of_layer_gives_the_same(build: Callable[[Any], Any]) -> None:
     layers, activations = around(build)

@@ -125,6 +125,7 @@ def test_write_two_tables_that_disagree_about_a_run_are_refused(study: Path) -> 
         results.write(study)
 
 
+@pytest.mark.slow
 def test_write_several_versions_when_told_are_not_averaged(study: Path) -> None:
     edit(study / "halfhour.csv", set_cells(0, results_version="2"))
     results.write(study, mix_versions=True)

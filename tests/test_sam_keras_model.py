@@ -20,6 +20,7 @@ from flatmin.sam import Settings, SharpnessAwareMinimization
 pytestmark = pytest.mark.usefixtures("float32_policy")
 
 
+@pytest.mark.slow
 def test_fit_reports_loss_and_metrics_of_first_pass() -> None:
     plain = fit(network(), keras.optimizers.SGD(0.0))
     history = fit(SharpnessAwareMinimization(network(), rho=50.0), keras.optimizers.SGD(0.0))
@@ -27,6 +28,7 @@ def test_fit_reports_loss_and_metrics_of_first_pass() -> None:
     assert history["accuracy"] == plain["accuracy"]
 
 
+@pytest.mark.slow
 def test_compile_with_mixed_float16_scales_the_loss() -> None:
     keras.config.set_dtype_policy("mixed_float16")
     wrapped = SharpnessAwareMinimization(network())
@@ -35,17 +37,20 @@ def test_compile_with_mixed_float16_scales_the_loss() -> None:
     assert all(np.isfinite(value).all() for value in values(wrapped.model.trainable_variables))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"num_batch_splits": 3}, {"every": 2}, {"accumulate": 2}], ids=str)
 def test_fit_run_eagerly_equals_graph(settings: dict[str, Any]) -> None:
     eager = fitted(wrapping(rho=0.5, **settings), epochs=2, compile_options={"run_eagerly": True})
     assert_equal(eager, fitted(wrapping(rho=0.5, **settings), epochs=2), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fit_with_steps_per_execution_equals_single_steps() -> None:
     several = fitted(wrapping(every=2), compile_options={"steps_per_execution": 3})
     assert_equal(several, fitted(wrapping(every=2)), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"every": 2}, {"accumulate": 2}, {"method": "looksam", "every": 2}], ids=str)
 def test_fit_with_jit_compile_equals_no_jit(settings: dict[str, Any]) -> None:
     # Without dropout, whose masks XLA draws by another algorithm.
@@ -66,6 +71,7 @@ def test_compile_with_jit_and_parts_is_refused() -> None:
     assert not wrapped.jit_compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"num_batch_splits": 3}], ids=str)
 def test_fit_with_class_weight_equals_sample_weight(settings: dict[str, Any]) -> None:
     class_weight = {0: 1.0, 1: 2.0, 2: 0.5}
@@ -115,6 +121,7 @@ class Subclassed(keras.Model):
         return self.last(self.drop(self.first(inputs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["functional", "sequential", "unbuilt", "subclassed"])
 def test_wrapper_trains_every_kind_of_model(kind: str) -> None:
     inputs = keras.Input((6,))
@@ -132,6 +139,7 @@ def test_wrapper_trains_every_kind_of_model(kind: str) -> None:
     np.testing.assert_allclose(wrapped.predict(INPUTS, verbose=0), model.predict(INPUTS, verbose=0), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.0, 1e-12])
 def test_wrapper_of_call_without_training_equals_keras(rho: float) -> None:
     # Keras leaves dropout off then.
@@ -144,6 +152,7 @@ def test_wrapper_of_call_without_training_equals_keras(rho: float) -> None:
     assert_equal(results[0], results[1], atol=0.0 if rho == 0 else 1e-6)
 
 
+@pytest.mark.slow
 def test_compile_with_losses_by_output_name_equals_keras() -> None:
     inputs = keras.Input((6,))
     histories = []
@@ -183,6 +192,7 @@ def test_fit_without_trainable_weights_changes_nothing() -> None:
     assert_equal(values(model.trainable_variables), before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
 def test_load_weights_saved_before_training_resets_memory(tmp_path: Path) -> None:
     model = regression()
@@ -196,6 +206,7 @@ def test_load_weights_saved_before_training_resets_memory(tmp_path: Path) -> Non
     assert all((np.array(variable) == 0).all() for variable in wrapped._step.variables)
 
 
+@pytest.mark.slow
 def test_save_writes_the_inner_model(tmp_path: Path) -> None:
     model = network()
     wrapped = SharpnessAwareMinimization(model)
@@ -208,6 +219,7 @@ def test_save_writes_the_inner_model(tmp_path: Path) -> None:
         assert_equal(values(loaded.weights), values(model.weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"method": "friendly"}, {"method": "looksam", "every": 2}, {"accumulate": 2}])
 def test_backup_and_restore_resumes_exactly(tmp_path: Path, settings: dict[str, Any]) -> None:
     # Without dropout, whose state Keras does not back up for any model.
@@ -227,6 +239,7 @@ def test_backup_and_restore_resumes_exactly(tmp_path: Path, settings: dict[str, 
     assert_equal(train(keras.callbacks.BackupAndRestore(tmp_path / "backup")), train(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fit_obeys_learning_rate_and_early_stopping_callbacks() -> None:
     wrapped = SharpnessAwareMinimization(network())
     callbacks = [
@@ -238,6 +251,7 @@ def test_fit_obeys_learning_rate_and_early_stopping_callbacks() -> None:
     assert float(wrapped.optimizer.learning_rate) < 0.1
 
 
+@pytest.mark.slow
 def test_compile_again_creates_a_new_step() -> None:
     model = network()
     wrapped = SharpnessAwareMinimization(model, method="friendly")

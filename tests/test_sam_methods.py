@@ -54,6 +54,7 @@ def test_gsam_with_zero_alpha_and_constant_rho_equals_sam() -> None:
     assert_equal(train_regression(0.5, method="gsam", alpha=0.0), train_regression(0.5), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_wsam_with_gamma_half_equals_sam_and_with_zero_equals_base() -> None:
     assert_equal(train_regression(0.5, method="wsam", gamma=0.5), train_regression(0.5), atol=1e-6)
     assert_equal(train_regression(0.5, method="wsam", gamma=0.0), train_regression(0.5, rho=0.0), atol=1e-6)

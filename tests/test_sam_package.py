@@ -73,6 +73,7 @@ def test_package_imports_keras_and_tensorflow_alone() -> None:
                 assert names <= {*sys.stdlib_module_names, "keras", "tensorflow"}, path
 
 
+@pytest.mark.slow
 def test_package_copied_alone_trains(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "copied", ignore=shutil.ignore_patterns("__pycache__"))
     printed = run(
@@ -126,6 +127,7 @@ print("trained")
 """
 
 
+@pytest.mark.slow
 def test_new_method_in_methods_py_reaches_settings_schema_signature_and_docs(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "src/flatmin", tmp_path / "flatmin", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "flatmin/sam/methods.py").open("a") as file:

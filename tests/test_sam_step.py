@@ -34,6 +34,7 @@ from flatmin.sam import Settings, SharpnessAwareMinimization, Step
 pytestmark = pytest.mark.usefixtures("float32_policy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_step_with_rho_zero_equals_base_optimizer_bit_for_bit(optimizer: str, policy: str) -> None:
@@ -41,6 +42,7 @@ def test_step_with_rho_zero_equals_base_optimizer_bit_for_bit(optimizer: str, po
     assert_equal(fitted(wrapping(rho=0.0), optimizer), fitted(lambda model: model, optimizer))  # 7 epochs of 3 steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sam.METHODS)
 def test_methods_with_tiny_rho_equal_base_optimizer_up_to_rounding(method: str) -> None:
     # Tests the two passes: other masks, other statistics or missing regularisation would show.
@@ -51,6 +53,7 @@ def test_methods_with_tiny_rho_equal_base_optimizer_up_to_rounding(method: str) 
         assert max(np.abs(a - b).max() for a, b in zip(fitted(wrapping(rho=0.05)), received, strict=True)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sam.METHODS)
 def test_methods_with_rho_zero_equal_base_optimizer_bit_for_bit(method: str) -> None:
     assert_equal(fitted(wrapping(rho=0.0, method=method)), fitted(lambda model: model))
@@ -71,6 +74,7 @@ def test_passes_draw_the_same_dropout_masks() -> None:
     assert_equal(trained(wrapping(rho=100.0)), trained(lambda model: model), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_perturbed_pass_updates_no_statistics_or_dropout_state() -> None:
     # With a learning rate of 0 the weights stay, so that every first pass is the plain one.
     def trained(wrap: Callable[[keras.Model], keras.Model]) -> list[np.ndarray]:
@@ -81,6 +85,7 @@ def test_perturbed_pass_updates_no_statistics_or_dropout_state() -> None:
     assert_equal(trained(wrapping(rho=50.0)), trained(lambda model: model), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_step_leaves_frozen_batch_normalisation_unchanged() -> None:
     model = network()
     model.layers[1].trainable = False
@@ -123,6 +128,7 @@ def test_step_equals_gradient_at_weights_moved_by_hand() -> None:
     assert_equal(moved, values(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 4096.0])
 def test_perturbation_with_loss_scale_uses_unscaled_gradients(scale: float) -> None:
     # Unscaled twice, or not at all, rho is a thousand times too small or the step is nearly plain.
@@ -149,6 +155,7 @@ def test_step_in_mixed_bfloat16_is_close_to_float32() -> None:
     assert np.abs(results[0] - results[1]).max() < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"accumulate": 2}, {"num_batch_splits": 3}, {"method": "friendly"}, {"method": "gsam"}], ids=str
 )
@@ -187,6 +194,7 @@ def test_step_with_non_finite_perturbed_gradient_is_skipped() -> None:
     assert int(inner.iterations) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -216,6 +224,7 @@ def test_optimizer_options_act_once_on_the_final_gradient(options: dict[str, Any
     assert_equal(values(wrapped.variables), values(by_hand.variables), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_optimizer_iterations_advance_once_per_step() -> None:
     wrapped = SharpnessAwareMinimization(network(), num_batch_splits=3)
     fit(wrapped, keras.optimizers.Adam(), epochs=2)
@@ -322,6 +331,7 @@ def test_step_with_embedding_equals_matrix_product(settings: dict[str, Any]) -> 
     assert_equal(results[0], results[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_of_one_example_are_perturbed_separately() -> None:
     received = train_regression(0.5, num_batch_splits=9, batches=BATCHES[:1])
     singles = [train_regression(0.5, batches=[(x[None], y[None])]) for x, y in zip(*BATCHES[0], strict=True)]
@@ -342,6 +352,7 @@ def test_step_with_zero_gradient_changes_nothing(settings: dict[str, Any]) -> No
 COMPOSED = [*METHOD_SETTINGS[:2], {"every": 2}, *METHOD_SETTINGS[5:7], *METHOD_SETTINGS[9:16:2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", COMPOSED, ids=str)
 def test_accumulate_equals_parts_of_larger_batch(settings: dict[str, Any]) -> None:
     settings = {key: value for key, value in settings.items() if key != "num_batch_splits"}
@@ -362,6 +373,7 @@ def test_accumulate_before_last_batch_moves_no_weight() -> None:
     assert_equal(train_regression(0.5, accumulate=3, batches=BATCHES[:2]), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, {"method": "looksam", "every": 2}], ids=str)
 @pytest.mark.parametrize("waits", [{}, {"num_batch_splits": 2}, {"accumulate": 2}], ids=str)
 @pytest.mark.parametrize(("policy", "atol"), [("float64", 1e-5), ("bfloat16", 0.1)])
@@ -450,6 +462,7 @@ def test_gradient_evaluations_count_real_examples_alone(settings: dict[str, Any]
     assert step.gradient_evaluations == 3 * (1 if settings == {"rho": 0.0} else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"num_batch_splits": 2}], ids=str)
 def test_gradient_evaluations_count_skipped_steps(settings: dict[str, Any]) -> None:
     step, train = counting_step(**settings)

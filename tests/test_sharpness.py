@@ -194,6 +194,7 @@ def dense_hessian(model: keras.Model) -> np.ndarray:
     return np.concatenate([row.numpy().reshape(len(gradients), -1) for row in rows], axis=1).astype(np.float64)
 
 
+@pytest.mark.slow
 def test_products_and_eigenvalues_equal_dense_hessian() -> None:
     model = network()
     hessian = dense_hessian(model)
@@ -230,6 +231,7 @@ def measured(model: keras.Model, size: int = 5) -> tuple[Any, ...]:
     return result.metrics, result.trace_error, result.eigenvector.tolist(), losses.tolist()
 
 
+@pytest.mark.slow
 def test_measure_with_equal_seeds_is_equal_and_moves_no_variable() -> None:
     tf.config.experimental.enable_op_determinism()
     model = network()
@@ -239,6 +241,7 @@ def test_measure_with_equal_seeds_is_equal_and_moves_no_variable() -> None:
         np.testing.assert_array_equal(variable.numpy(), value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 12])
 def test_measure_does_not_depend_on_batch_size(size: int) -> None:
     model = network()
@@ -248,6 +251,7 @@ def test_measure_does_not_depend_on_batch_size(size: int) -> None:
     np.testing.assert_allclose(other_losses, losses, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_derivatives_shared_by_two_models_compile_once() -> None:
     batches = sample(5)
     first, second = network(1), network(2)

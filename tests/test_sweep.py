@@ -117,6 +117,7 @@ def test_read_grid_wrong_file_is_refused(
     assert str(caught.value).endswith(end)
 
 
+@pytest.mark.slow
 def test_sweep_wrong_grid_prints_one_line(repository: Repository) -> None:
     grid(targets=["train"])
     output = repository.run(*COMMAND, expect=1)
@@ -559,6 +560,7 @@ def experiment(repository: Repository) -> str:
     return ref
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("repository")
 def test_run_all_row_of_another_machine_provides_no_shared_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table has the first run, but DVC's cache lacks its start: one of the others computes it, the other waits."""
@@ -655,6 +657,7 @@ def test_study_broken_clone_leaves_checkout_alone(tmp_path: Path) -> None:
     assert repository.run("git", "branch", "--show-current") == "main\n"
 
 
+@pytest.mark.slow
 def test_study_checkout_moved_continues(tmp_path: Path) -> None:
     """In a container the checkout is mounted at another path."""
     repository = Repository(tmp_path, TINY)

@@ -224,6 +224,7 @@ def test_finetune_without_a_split_point_takes_the_registrys(jobs: list[stages.Jo
     assert points == [default, default, SPLIT_POINT]
 
 
+@pytest.mark.slow
 def test_finetune_draws_other_views_than_extract(jobs: list[stages.Job]) -> None:
     settings = small()
     extract(settings)

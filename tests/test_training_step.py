@@ -54,6 +54,7 @@ def test_train_step_plain_is_the_gradient_step_of_the_smoothed_loss_with_regular
         np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_train_step_of_sam_without_a_radius_is_the_plain_one_bit_for_bit() -> None:
     recipe = point_recipe(ema=0.7)
     plain, zero, perturbed = (point_step(recipe, sam)[0] for sam in (None, Sam(rho=0.0), Sam(rho=0.5)))

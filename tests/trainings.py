@@ -184,7 +184,9 @@ class Given:
 
 def run_stage(script: str, settings: Params, *items: str) -> None:
     """Run a script of stages/ in the working directory, within this process."""
-    runpy.run_path(str(ROOT / "stages" / f"{script}.py"))["main"](Given(settings), *items)
+    state = runpy.run_path(str(ROOT / "stages" / f"{script}.py"))["main"](Given(settings), *items)
+    if state is not None:
+        state.remove()
 
 
 def extract(settings: Params) -> None:
