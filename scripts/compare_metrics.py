@@ -6,13 +6,14 @@ names files of metrics/. Exit status 1 and one line for each value that differs.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a shell without PYTHONPATH
+from flatmin.common.files import leaves, read_json
 
 CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
 
@@ -23,22 +24,13 @@ def renamed_keys() -> list[tuple[str, str, list[str]]]:
     return [(old, new, where.replace("\\*", "*").split(", ")) for old, new, where in rows]
 
 
-def values(metrics: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings, each with its keys joined by dots."""
-    for key, value in metrics.items():
-        if isinstance(value, dict):
-            yield from values(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def read(checkout: Path, renames: list[tuple[str, str, list[str]]]) -> dict[str, Any]:
     """Every value of a checkout's metrics/ by file and key, under its new name."""
     found = {}
     for path in sorted((checkout / "metrics").rglob("*.json")):
         file = str(path.relative_to(checkout))
         keys = {old: new for old, new, patterns in renames if any(fnmatch(file, pattern) for pattern in patterns)}
-        for key, value in values(json.loads(path.read_text(encoding="utf-8"))):
+        for key, value in leaves(read_json(path)):
             found[f"{file}: {keys.get(key, key)}"] = value
     return found
 

@@ -52,7 +52,7 @@ class Run:
 
     @property
     def clock(self) -> Path:
-        """The file with the seconds of all attempts together."""
+        """The file with the total seconds of all attempts."""
         return FOLDER / f"{self.name}.seconds"
 
     @property

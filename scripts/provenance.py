@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -30,7 +29,7 @@ def describe(checkout: Path, cores: Sequence[int]) -> dict[str, Any]:
     """The provenance that all runs of a sweep share: those from this checkout on as many cores as these."""
     differs = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *CODE], cwd=checkout, check=False)
     lock = "gpu" if importlib.util.find_spec("nvidia") else "cpu"  # the CUDA wheels
-    digest = hashlib.sha256((checkout / f"requirements/{lock}.txt").read_bytes()).hexdigest()
+    digest = files.sha256(checkout / f"requirements/{lock}.txt")
     return {
         "commit": output("git", "rev-parse", "--short=7", "HEAD", cwd=checkout).strip(),
         "dirty": bool(differs.returncode),

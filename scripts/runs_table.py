@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def table(
         for stage, file in METRICS.items() if ref else ():
             if stage in run.stages:
                 values = json.loads(output("git", "show", f"{ref}:metrics/{file}.json"))
-                row |= {f"{file}/{key}": value for key, value in leaves(values)}
+                row |= {f"{file}/{key}": value for key, value in files.leaves(values)}
         if not ref:
             row |= {key: value for key, value in before.items() if "/" in key and value != ""}
         metrics |= {key: None for key in row if "/" in key}
@@ -121,15 +121,6 @@ def _value(settings: Any, key: str) -> Any:
 
 def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict | list | bool) else "" if value is None else value
-
-
-def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings, each with its keys joined by dots."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def spread(rows: Sequence[Row], x: str, y: str, keys: Sequence[str]) -> dict[str, dict[Any, list[float]]]:

@@ -2,8 +2,8 @@
 
     python scripts/sweep.py studies/digits/sweep.yaml [--jobs N] [--mix-versions]
 
-Each experiment runs in a clone of the checkout (the last commit with the changes to tracked files) on cores of its own,
-and is stored as a DVC experiment. Its name has a digest of its targets and params, so the same command, given again
+Each experiment runs on its own cores in a clone of the checkout (the last commit plus changes to tracked files), and is
+stored as a DVC experiment. Its name has a digest of its targets and params, so the same command, given again
 after a kill, runs what has not succeeded yet and nothing else. docs/sweeps.md has the details.
 """
 
@@ -41,7 +41,7 @@ RECORDED = ["sh", "-c", 'cat /proc/$$/stat /proc/sys/kernel/random/boot_id > "$0
 
 @dataclass(frozen=True)
 class Worker:
-    """A run's process in a clone, in a process group of its own.
+    """A run's process in a clone, with its own process group.
 
     began: the start, on the monotonic clock in seconds, minus the time of earlier attempts.
     """

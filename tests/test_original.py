@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import yaml
 from repository import ROOT
+from trainings import run_stage
 
 from flatmin.common import params
 from flatmin.data import writer
 from flatmin.models import classifier, split
-from flatmin.training import stages
 
 VALUES: dict[str, Any] = yaml.safe_load((ROOT / "studies/cifar100-original/params.yaml").read_text())
 SIZES = dict.fromkeys(VALUES["backbones"], 180) | {"NASNetMobile": 224}
@@ -66,17 +66,7 @@ def test_extract_backbone_of_the_study_trains_an_epoch(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("FLATMIN_CACHE", str(folder / "cache"))
     settings = few_images(backbone)
-    stages.extract(
-        backbone,
-        seed=settings.seed,
-        runtime=settings.runtime,
-        augment=settings.augment,
-        recipe=settings.extract,
-        records="data/records",
-        outputs=stages.Outputs(
-            f"models/extract/{backbone}", f"metrics/extract/{backbone}.json", f"plots/extract/{backbone}.csv"
-        ),
-    )
+    run_stage("extract_train", settings, backbone)
     found = json.loads(Path(f"metrics/extract/{backbone}.json").read_text())
     assert (found["epochs"], found["gradient_evaluations"], found["image_size"]) == (1, 200, SIZES[backbone])
     assert np.isfinite(found["val"]["loss"])

@@ -178,9 +178,6 @@ class Given:
 
     params: Params
 
-    def check_unchanged(self) -> None:
-        """Nothing is edited while a test runs."""
-
 
 def run_stage(script: str, settings: Params, *items: str) -> None:
     """Run a script of stages/ in the working directory, within this process."""

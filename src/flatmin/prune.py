@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flatmin.common import console, errors, params
+from flatmin.common.params_errors import read_yaml
 
 
 def prune(lists: Mapping[str, Any], root: Path | str = ".") -> list[str]:
@@ -31,7 +30,7 @@ def prune(lists: Mapping[str, Any], root: Path | str = ".") -> list[str]:
 
 def _outputs(lists: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str, Path]]:
     """Stage, item and path of each output of an item that is in no list."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = read_yaml(root / "dvc.yaml")["stages"]
     for stage, values in stages.items():
         for axis, variable in values.get("matrix", {}).items():
             kept = {str(item) for item in lists[variable.removeprefix("${").removesuffix("}")]}

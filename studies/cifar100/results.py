@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from provenance import COLUMNS as PROVENANCE
 from provenance import UNKNOWN, refuse_contradiction
-from runs_table import leaves, read_table
+from runs_table import read_table
 
 from flatmin.common import console, errors, files
 from flatmin.common.errors import InputError
@@ -143,9 +143,9 @@ def study(folder: Path) -> dict[str, Any]:
     for stage in lock["stages"].values():
         sections |= stage.get("params", {}).get("params.yaml", {})
     name = f"study-{hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:8]}"
-    run = {"name": name, "targets": "evaluate", "grid": "params", **dict(leaves(sections))}
+    run = {"name": name, "targets": "evaluate", "grid": "params", **dict(files.leaves(sections))}
     for file in ("select", "finetune", "sam", "evaluate"):
-        run |= {f"{file}/{key}": value for key, value in leaves(files.read_json(folder / f"metrics/{file}.json"))}
+        run |= {f"{file}/{key}": value for key, value in files.leaves(files.read_json(folder / f"metrics/{file}.json"))}
     records = files.read_json(folder / "metrics/prepare.json")["digest"][:12]
     return run | dict.fromkeys(PROVENANCE, UNKNOWN) | STUDY.get(name, {}) | {"records": records}
 
@@ -439,7 +439,7 @@ def write(folder: Path, mix_versions: bool = False) -> None:
     text = page.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise InputError(f"{page}: expected the lines {BEGIN.strip()} and {END.strip()} once each")
-    params = dict(leaves(yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))))
+    params = dict(files.leaves(yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))))
     runs = collect(folder, mix_versions)
     grouped = controls(runs)
     before, after = text.split(BEGIN)[0], text.split(END)[1]

@@ -40,8 +40,8 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = error.filename or "the file system"
         return f"{where}: expected a usable file or folder, received: {error.strerror or error}"
-    # TensorFlow's errors are recognised by name, because it is not imported here. tf.data passes on the errors of a
-    # generator as text within an error of its own.
+    # TensorFlow's errors are recognised by name, because it is not imported here. tf.data wraps a generator's
+    # error in another error, as text.
     match = re.search(
         r"\b(InputError|DataLossError|ResourceExhaustedError|BrokenProcessPool): (.*)",
         f"{type(error).__name__}: {error}",

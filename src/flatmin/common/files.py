@@ -91,6 +91,15 @@ def read_json(path: Path | str) -> dict[str, Any]:
     return values
 
 
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts, each with its keys joined by dots: `("sam.rho", 0.1)`."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a table with a header. Lines end with `\\n` on every platform."""
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

@@ -415,7 +415,7 @@ class Params(Section):
     """All of `params.yaml`. Every section is required, if only as `{}`: DVC refuses a stage that misses one."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
-        description="Seed of all that is random, such as splits, augmentation and initial weights: 0 to 2**31 - 1."
+        description="Seed of everything random: splits, augmentation, initial weights: 0 to 2**31 - 1."
     )
     runtime: Runtime
     data: Data

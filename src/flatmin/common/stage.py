@@ -145,21 +145,10 @@ def _state(settings: Params, sections: Sequence[str], deps: Sequence[str]) -> di
     code = (path for dep in deps if dep.startswith(CODE) for path in identity.source_files(Path(dep)))
     data = (path for dep in deps if not dep.startswith(CODE) for path in _files(Path(dep)))
     return {
-        "params.yaml": dict(_flatten(values)),
+        "params.yaml": dict(files.leaves(values)),
         "code": {path.as_posix(): files.sha256(path) for path in code},
         "data": {path.as_posix(): (status.st_size, status.st_mtime_ns) for path, status in data},
     }
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """`{"sam": {"rho": 0.1}}` -> `[("sam.rho", 0.1)]`."""
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += _flatten(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", value))
-    return found
 
 
 def _files(dep: Path) -> list[tuple[Path, os.stat_result]]:

@@ -103,7 +103,7 @@ def _examples_with_roles(
 
 
 class RecordsWriter:
-    """Writes the records of all roles. Only names, labels, sizes and digests are held in memory.
+    """Writes the records of all roles. Memory holds only names, labels, sizes and digests.
 
     Attributes:
         roles: The writer of each role that has examples; after `close`, in the order of `ROLES`.

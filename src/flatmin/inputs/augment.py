@@ -124,7 +124,7 @@ class Augmenter:
         self._workers = workers or max(1, len(os.sched_getaffinity(0)) - 1)
         self._niceness = niceness
         self._pool: Executor | None = None
-        self._buffers: list[int] = []  # descriptors of all files in memory
+        self._buffers: list[int] = []  # descriptors of every in-memory file
         self._free_buffers: list[int] = []  # those that no worker may still be using
 
     def __enter__(self) -> Self:

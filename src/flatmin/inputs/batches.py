@@ -48,7 +48,7 @@ def sample(records: Records, size: int, every: int, batch_size: int) -> tf.data.
 def augmented(
     records: Records, augmenter: Augmenter, size: int, batch_size: int, seed: int, epoch: int
 ) -> tf.data.Dataset:
-    """Batches like `plain`'s of one epoch's training images, augmented for this epoch and in an order of its own.
+    """Batches like `plain`'s of one epoch's training images, augmented and shuffled for this epoch.
 
     The last batch may be smaller. Equal (seed, epoch) give equal batches.
     """
@@ -80,7 +80,14 @@ class WorkerShard:
     replicas: int = 1
 
     def replica_for(self, examples: np.ndarray) -> np.ndarray:
-        """The replica, of all workers', that each example belongs to: int [n] for positions in the records, int [n]."""
+        """The replica that each example belongs to, counted over all workers.
+
+        Args:
+            examples: int [n], positions in the records.
+
+        Returns:
+            int [n].
+        """
         return examples // AUGMENT_CHUNK % (self.workers * self.replicas)
 
     def examples(self, count: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The interface of a data source, and the part that sources with a known list of examples share.
 
 A source streams encoded images in a fixed order and understands TFDS's split expressions, such as `train`,
-`train[:90%]` or `train[100:200]+test`. A source without splits of its own has one called `train`, as in TFDS.
+`train[:90%]` or `train[100:200]+test`. A source that has no splits gets a single one called `train`, as in TFDS.
 """
 
 from __future__ import annotations

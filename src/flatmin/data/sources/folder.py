@@ -18,8 +18,8 @@ SUFFIXES = frozenset(
 class FolderSource(ListedSource):
     """A folder of class folders, or a folder of splits which hold either class folders or unlabelled images.
 
-    The top-level folders are splits if any image lies two or more folders deep. The classes are those of all splits
-    together, sorted. Images may lie at any depth below their class folder; they are recognised by their suffix,
+    If any image lies two or more folders deep, the top-level folders are splits. The classes of all splits are combined
+    and sorted. Images may lie at any depth below their class folder; they are recognised by their suffix,
     and hidden files and folders are ignored. The version is a digest of the files' names and sizes.
     """
 
