@@ -287,6 +287,7 @@ IMAGE = {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="pn
 LABEL = {"label": tfds.features.ClassLabel(names=["cat", "dog"])}
 
 
+@pytest.mark.slow
 def test_tfds_without_prepared_data_prepares_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, tmp_path, builder({**IMAGE, **LABEL}))
     source = opened("tfds", "tiny")
@@ -337,6 +338,7 @@ def test_tfds_without_one_image_and_one_label_is_refused(
         opened("tfds", "tiny")
 
 
+@pytest.mark.slow
 def test_tfds_with_unknown_builder_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(InputError, match=r"data\.name: expected a TFDS builder, received 'nonesuch'") as error:

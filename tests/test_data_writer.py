@@ -92,6 +92,7 @@ def test_write_of_rotated_jpeg_stores_it_upright(tmp_path: Path) -> None:
     assert records.info["roles"]["test"]["height"] == {"min": 12, "max": 12}
 
 
+@pytest.mark.slow
 def test_write_with_equal_seeds_gives_equal_bytes(tmp_path: Path) -> None:
     data = Data.model_validate({**FEW_DIGITS, "train_per_class": 20})
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -67,6 +67,7 @@ def test_augment_chunks_in_any_order_are_the_same() -> None:
 
 @pytest.mark.parametrize("other", [(2, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 0), (0, 0, 1)])
 @pytest.mark.parametrize("settings", [ALL, Augment(n=0, flip=True), Augment(n=0, crop=5), Augment(n=1, m=9)])
+@pytest.mark.slow
 def test_augment_another_seed_epoch_or_chunk_differs(settings: Augment, other: tuple[int, int, int]) -> None:
     images = pictures(AUGMENT_CHUNK)
     assert equal(augment(images, settings, 1, 0, 0), augment(images, settings, 1, 0, 0))

@@ -91,6 +91,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("m", [0, 1, 7, 16, 30])
 @pytest.mark.parametrize("size", [24, 72])
+@pytest.mark.slow
 def test_run_every_operation_equals_imgaug(size: int, m: int) -> None:
     images = photographs(size, AUGMENT_CHUNK)
     for name, sign in itertools.product(NAMES, (-1, 1)):
@@ -185,6 +186,7 @@ def chunks(images: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.slow
 def test_augmenter_any_number_of_threads_gives_the_same(workers: int, pictures: list[np.ndarray]) -> None:
     expected = [augment(chunk, ALL, 1, 4, index) for index, chunk in enumerate(chunks(pictures))]
     with Augmenter(ALL, seed=1, workers=workers) as augmenter:
@@ -195,6 +197,7 @@ def test_augmenter_any_number_of_threads_gives_the_same(workers: int, pictures: 
 
 
 @pytest.mark.parametrize("other", [(2, 0, 0), (1, 1, 0), (1, 0, 1)])
+@pytest.mark.slow
 def test_augment_another_seed_epoch_or_chunk_differs(other: tuple[int, int, int], pictures: list[np.ndarray]) -> None:
     settings = Augment(engine="tensorflow", n=1, m=9)
     before = [image.copy() for image in pictures]

@@ -165,6 +165,7 @@ def test_augmented_pictures_are_augmented_as_stored_then_resized(same_size: Reco
 
 
 @pytest.mark.parametrize("every", [1, 3, 500])
+@pytest.mark.slow
 def test_sample_takes_every_kth_train_image(records: Records, every: int) -> None:
     ((whole, _),) = read(batches.plain(records, "train", SIZE, COUNT))
     taken = read(batches.sample(records, SIZE, every, 7))
@@ -216,6 +217,7 @@ def test_worker_shard_of_several_workers_gives_each_example_to_one() -> None:
         assert set(replicas[positions]) == set(range(3 * shard.worker, 3 * shard.worker + 3))
 
 
+@pytest.mark.slow
 def test_augmented_chunks_of_shards_are_together_those_of_one(same_size: Records) -> None:
     def chunks(shard: WorkerShard) -> list[tuple[bytes, tuple[int, ...]]]:
         with Augmenter(Augment(engine="tensorflow", n=1, m=9), 0, 1) as augmenter:

@@ -20,6 +20,7 @@ from flatmin.inputs.augment import AUGMENT_CHUNK, augment
 CLASSES = [f"from_${digit}_to_$20" for digit in range(10)]  # no formulas
 
 
+@pytest.mark.slow
 def test_draw_row_has_stored_image_and_those_of_first_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = params.load(ROOT / "params.yaml").data.model_copy(update={"class_names": CLASSES})
     writer.write(data, 0, tmp_path / "records")

@@ -108,6 +108,7 @@ def test_build_impossible_size_or_name_is_refused(name: str, size: int, weights:
         build.build(name, size, weights)
 
 
+@pytest.mark.slow
 def test_build_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> str:
         raise Exception("URL fetch failure\non a host")  # as Keras does

@@ -228,6 +228,7 @@ def test_optimize_for_cpu_training_mode_is_the_original() -> None:
     assert np.abs(norm.moving_mean.numpy() - before).max() > 0
 
 
+@pytest.mark.slow
 def test_optimize_for_cpu_second_derivatives_are_the_same() -> None:
     layers, activations = small()
 
@@ -313,6 +314,7 @@ def test_pointwise_conv_of_integers_is_exact() -> None:
 @pytest.mark.parametrize(("size", "padding"), [(4, "SAME"), *itertools.product((7, 8), ("SAME", "VALID"))])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [(5, 5, 1), (3, 5, 1), (7, 7, 1), (2, 4, 1), (5, 5, 2)])  # the last: two per channel
+@pytest.mark.slow
 def test_depthwise_conv_wide_kernels_have_the_same_gradients(
     kernel: tuple[int, int, int], size: int, stride: int, padding: str
 ) -> None:

@@ -43,6 +43,7 @@ def refused(model: keras.Model, path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["a.weights.h5", "a.h5"])
+@pytest.mark.slow
 def test_load_keras_file_without_classifier_restores_weights(mobilenet: keras.Model, tmp_path: Path, file: str) -> None:
     path, expected = save(mobilenet, tmp_path / file), mobilenet.get_weights()
     assign_random(mobilenet, seed=2)

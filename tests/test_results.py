@@ -52,6 +52,7 @@ def edit(table: Path, change: Callable[[list[dict[str, str]]], None]) -> None:
     files.write_csv(table, columns, [[row[column] for column in columns] for row in rows])
 
 
+@pytest.mark.slow
 def test_write_committed_tables_give_committed_files(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = ("results.json", "tables.md", "README.md")
     for name in ("results.json", "tables.md", "accuracy.png"):
@@ -116,6 +117,7 @@ def test_write_wrong_table_is_refused_and_nothing_written(
     assert {path: path.read_bytes() for path in study.glob("*.*")} == before
 
 
+@pytest.mark.slow
 def test_write_two_tables_that_disagree_about_a_run_are_refused(study: Path) -> None:
     shutil.copy(study / "long.csv", study / "other.csv")
     results.write(study)

@@ -145,6 +145,7 @@ def test_perturbation_with_loss_scale_uses_unscaled_gradients(scale: float) -> N
     assert np.abs(received - expected).max() < 0.1 * np.abs(expected - plain).max()
 
 
+@pytest.mark.slow
 def test_step_in_mixed_bfloat16_is_close_to_float32() -> None:
     results = []
     for policy in ("float32", "mixed_bfloat16"):
@@ -232,6 +233,7 @@ def test_optimizer_iterations_advance_once_per_step() -> None:
 
 
 @pytest.mark.parametrize("size", [7, 2, 1])
+@pytest.mark.slow
 def test_parts_of_unequal_size_are_weighted_by_size(size: int) -> None:
     # 7 in 3 are 3, 2 and 2; 2 in 3 are 1 and 1.
     results = []
@@ -279,6 +281,7 @@ class Unused(keras.Model):
     "settings",
     [{}, {"num_batch_splits": 2}, {"accumulate": 2}, {"method": "looksam", "every": 2}, {"method": "friendly"}],
 )
+@pytest.mark.slow
 def test_step_leaves_unused_weight_unchanged(settings: dict[str, Any]) -> None:
     model = Unused()
     fit(SharpnessAwareMinimization(model, **settings), keras.optimizers.AdamW(0.01, weight_decay=0.5), epochs=2)
@@ -313,6 +316,7 @@ def test_step_interrupted_in_perturbed_pass_leaves_weights_unchanged() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_batch_splits": 2}, {"adaptive": True}, {"accumulate": 2}])
+@pytest.mark.slow
 def test_step_with_embedding_equals_matrix_product(settings: dict[str, Any]) -> None:
     # The embedding's gradient is IndexedSlices with repeated indices; the product's is dense.
     words = np.array([[1, 1, 4], [0, 2, 1], [4, 4, 4], [3, 1, 0]])
@@ -445,6 +449,7 @@ def counting_step(**settings: Any) -> tuple[Step, Callable[..., Any]]:
 
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize(("settings", "expected"), PASSES, ids=str)
+@pytest.mark.slow
 def test_gradient_evaluations_are_examples_times_passes(settings: dict[str, Any], expected: int, counted: bool) -> None:
     step, train = counting_step(**settings)
     assert step.gradient_evaluations == 0
@@ -473,6 +478,7 @@ def test_gradient_evaluations_count_skipped_steps(settings: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("settings", [{"rho": 0.0}, {"method": "friendly"}], ids=str)
+@pytest.mark.slow
 def test_gradient_evaluations_survive_a_resume_by_variables(settings: dict[str, Any]) -> None:
     batch = tf.constant(INPUTS[:4]), tf.constant(LABELS[:4])
     step, train = counting_step(**settings)

@@ -129,6 +129,7 @@ def test_sweep_wrong_grid_prints_one_line(repository: Repository) -> None:
     assert repository.run(*COMMAND, expect=1).startswith("error: grid.yaml: expected YAML, received ")
 
 
+@pytest.mark.slow
 def test_sweep_picture_of_text_prints_one_line(repository: Repository) -> None:
     cells = [[run.name, "succeeded", "A"] for run in runs(picture={"x": "seed", "y": "select/backbone"})]
     files.write_csv("grid.csv", ["name", "status", "select/backbone"], cells)
@@ -137,6 +138,7 @@ def test_sweep_picture_of_text_prints_one_line(repository: Repository) -> None:
     assert not [line for line in output if "Traceback" in line]
 
 
+@pytest.mark.slow
 def test_make_base_odd_git_settings_keeps_uncommitted_changes(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +205,7 @@ def test_run_name_other_code_is_the_same() -> None:
         ([], {"evaluate": {"ece_bins": 3}}, True),
     ],
 )
+@pytest.mark.slow
 def test_run_name_changed_section_matters_where_a_stage_uses_it(
     targets: list[str], section: dict[str, Any], changed: bool
 ) -> None:
@@ -356,6 +359,7 @@ def write_row(run: grids.Run, version: str, records: str = "unknown") -> None:
     files.write_csv("grid.csv", columns, [[run.name, "succeeded", "0.5", version, records]])
 
 
+@pytest.mark.slow
 def test_sweep_row_of_another_version_is_refused_unless_told(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:

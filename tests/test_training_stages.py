@@ -235,12 +235,14 @@ def test_finetune_draws_other_views_than_extract(jobs: list[stages.Job]) -> None
     assert finetune_seed == sam_seed == batches.derived_seed(settings.seed, 1) != extract_seed
 
 
+@pytest.mark.slow
 def test_extract_without_augmentation_of_its_own_sees_images_as_they_are(jobs: list[stages.Job]) -> None:
     for own in (True, False):
         extract(small(augment=VARIED, extract={"augment": own}))
     assert [job.augment for job in jobs] == [params.Augment.model_validate(VARIED), params.Augment(engine="none")]
 
 
+@pytest.mark.slow
 def test_sam_finetune_takes_finetunes_recipe_but_epochs_of_its_own(jobs: list[stages.Job]) -> None:
     settings = small(epochs=4)
     step = Sam(epochs=2, accumulate=3, rho=0.1)

@@ -79,6 +79,7 @@ def test_train_step_of_sam_without_a_radius_is_the_plain_one_bit_for_bit() -> No
     ],
     ids=["plain", "sam", "every", "accumulate and every", "rho 0", "gsam rho 0"],
 )
+@pytest.mark.slow
 def test_gradient_evaluations_after_two_epochs_count_each_image_in_each_pass(sam: Sam | None, expected: int) -> None:
     step, _ = point_step(point_recipe(), sam, count=10)
     run_epochs(step, 2)

@@ -91,6 +91,7 @@ def validation_loss(points: Any) -> float:
     return float(np.mean(np.log(np.exp(logits).sum(axis=1)) - own))
 
 
+@pytest.mark.slow
 def test_trainer_before_the_first_update_scores_the_start_and_not_the_averages(tmp_path: Path) -> None:
     """Keras' averages are zeros until an update, which takes eight batches here, two epochs."""
     trainer, _, points = point_trainer(point_recipe(epochs=3, ema=0.7), Sam(accumulate=8))
@@ -110,6 +111,7 @@ def test_trainer_of_several_epochs_leaves_the_best_ones_weights(tmp_path: Path) 
     assert all(0 <= epoch["accuracy"] <= 1 for epoch in history)
 
 
+@pytest.mark.slow
 def test_trainer_with_plateau_and_early_stopping_lowers_the_rate_and_ends(tmp_path: Path) -> None:
     """No val loss falls by 100, so the first epoch stays the best."""
     recipe = point_recipe(
@@ -142,6 +144,7 @@ def test_trainer_with_plateau_and_early_stopping_lowers_the_rate_and_ends(tmp_pa
     ],
     ids=["learning rate", "rho"],
 )
+@pytest.mark.slow
 def test_trainer_that_diverges_is_an_error_of_one_line(
     tmp_path: Path, recipe: Finetune, sam: Sam | None, message: str
 ) -> None:
