@@ -98,8 +98,8 @@ def starting_point(settings: Any, records: Any, stage: str) -> Any:
         start.base.trainable = False
         return start
     start = classifier.load("models/select", dropout=settings.finetune.dropout, seed=settings.seed)
-    cut = settings.finetune.fine_tune_at or registry.find(name).fine_tune_at
-    for layer in start.base.layers[: split.layer_index(start.base, cut)]:
+    split_at = settings.finetune.fine_tune_at or registry.find(name).fine_tune_at
+    for layer in start.base.layers[: split.layer_index(start.base, split_at)]:
         layer.trainable = False
     return start
 

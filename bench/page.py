@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/speed.md"
 CHART = PAGE.with_suffix(".png")
 BEGIN, END = "<!-- from bench/results.json, by bench/page.py -->\n", "<!-- end -->\n"
-# A stage, a pipeline, and the run of Flatmin's beside it.
+# A stage, a pipeline, and the run of Flatmin to compare it with.
 ROWS = (
     ("extract", "original", "flatmin"),
     ("extract", "keras", "flatmin"),

@@ -80,7 +80,7 @@ INDEXED = (200_000, 1_000_000)
 BACKBONES = ("EfficientNetLite0", "MobileNetV2", "EfficientNetB0", "EfficientNetV2B0", "ResNet50", "DenseNet121")
 SIZES = (160, 224)
 
-# What a stage's time is made of, beside a constant.
+# What a stage's time is made of, besides a constant.
 TRAINING: dict[str, Term] = {
     "image_view": lambda point: point["images"] * point["views"],
     "image_view_megapixel": lambda point: point["images"] * point["views"] * point["size"] ** 2 / MEGA,
@@ -379,8 +379,8 @@ def bytes_of_views(boundaries: Mapping[str, Any]) -> str:
         large = sizes["224"]
         fitting = LIMIT / (large["bytes"] * (NEED["views"] + LATER - 1))
         of_sizes = [f"{sizes[str(size)]['bytes']:,}" for size in SIZES]
-        rows.append([name, f"`{large['cut']}`", f"{large['pooled_bytes']:,}", *of_sizes, f"{fitting:,.0f}"])
-    header = ["backbone", "cut of finetune", "extract", *(f"finetune, {size} px" for size in SIZES), "images in 50 GB"]
+        rows.append([name, f"`{large['split']}`", f"{large['pooled_bytes']:,}", *of_sizes, f"{fitting:,.0f}"])
+    header = ["backbone", "split of finetune", "extract", *(f"finetune, {size} px" for size in SIZES), "images in 50 GB"]
     return markdown(header, rows)
 
 
@@ -435,26 +435,26 @@ def memory_and_disk(
 
 
 def gpus(boundaries: Mapping[str, Any], fitted: Mapping[str, Line]) -> str:
-    """The example of docs/sizing.md: 1.3 million images at 224 px, ResNet50 from its default cut on."""
+    """The example of docs/sizing.md: 1.3 million images at 224 px, ResNet50 from its default split point on."""
     boundary = boundaries["ResNet50"]["224"]
-    trunk, views, epochs = boundary["trunk_share"], NEED["views"], NEED["epochs"]
+    frozen, views, epochs = boundary["frozen_share"], NEED["views"], NEED["epochs"]
     augment = fitted["augment"]["picture"] + fitted["augment"]["picture_megapixel"] * SOURCE_SIDE**2 / MEGA
     kept = LARGE * (views + LATER - 1)
     columns = {}
     for number, rate in GPU_RATES.items():
-        step = LARGE * epochs * (1 - trunk) / rate
+        step = LARGE * epochs * (1 - frozen) / rate
         scoring = step * (LATER - 1) / 3
         columns[number] = {
             f"augment, {CORES_OF_GPU} cores a GPU": duration(LARGE * views * augment / (CORES_OF_GPU * number)),
-            "frozen layers over the views": duration(kept * trunk / (3 * rate)),
+            "frozen layers over the views": duration(kept * frozen / (3 * rate)),
             "finetune's trained layers": duration(step + scoring),
             "sam-finetune's trained layers": duration(2 * step + scoring),
             "disk for views": amount(kept * boundary["bytes"]),
-            "read while the trained layers train": f"{amount(rate / (1 - trunk) * boundary['bytes'])}/s",
+            "read while the trained layers train": f"{amount(rate / (1 - frozen) * boundary['bytes'])}/s",
         }
     rows = [[name, *(column[name] for column in columns.values())] for name in columns[1]]
     rates = [f"{number} GPU{'s' * (number > 1)}, R = {rate:,.0f}" for number, rate in GPU_RATES.items()]
-    return markdown([f"f = {trunk:.2f}, a = {1000 * augment:.1f} ms", *rates], rows)
+    return markdown([f"f = {frozen:.2f}, a = {1000 * augment:.1f} ms", *rates], rows)
 
 
 def limits(results: Mapping[str, Any], fitted: Mapping[str, Line]) -> str:
@@ -575,7 +575,7 @@ def of_index(images: str) -> dict[str, Any]:
 
 
 def of_boundaries() -> dict[str, Any]:
-    """Bytes of an image's view at each backbone's default cut, and the share of multiply-additions before it."""
+    """Bytes of an image's view at each backbone's default split point, and the share of multiply-additions before it."""
     from flatmin.models import build, classifier, registry
 
     found: dict[str, Any] = {}
@@ -586,10 +586,10 @@ def of_boundaries() -> dict[str, Any]:
             bytes_of_view = sum(2 * math.prod(tensor.shape[1:]) for tensor in frozen.outputs)
             share = build.multiply_adds(frozen) / network.description.multiply_adds
             found.setdefault(name, {})[str(size)] = {
-                "cut": registry.find(name).fine_tune_at,
+                "split": registry.find(name).fine_tune_at,
                 "pooled_bytes": 2 * int(network.base.output.shape[-1]),
                 "bytes": bytes_of_view,
-                "trunk_share": share,
+                "frozen_share": share,
             }
     return found
 

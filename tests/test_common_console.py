@@ -42,7 +42,7 @@ os.write(2, b"after\\n")
     [("pass", "after\n"), ("raise ValueError", "a page of warnings\nfailed\nafter\n")],
     ids=["success", "error"],
 )
-def test_quiet_shows_what_libraries_wrote_on_error_alone(end: str, written: str) -> None:
+def test_quiet_shows_what_libraries_wrote_on_error_only(end: str, written: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", QUIET.format(end=end)],
         env={**os.environ, "PYTHONPATH": str(SOURCE)},

@@ -77,7 +77,7 @@ def test_atomic_write_in_the_same_process_removes_its_temporary_file(tmp_path: P
     assert names(tmp_path) == ["thing"]
 
 
-def test_atomic_write_removes_temporary_files_of_killed_processes_alone(tmp_path: Path) -> None:
+def test_atomic_write_removes_temporary_files_of_killed_processes_only(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     make_folder(tmp_path / f".thing.{ended.pid}.part", "old")

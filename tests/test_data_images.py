@@ -93,7 +93,7 @@ def test_read_picture_with_size_resizes_once() -> None:
     assert read_picture(read.encoded, 32).encoded == read.encoded
 
 
-def test_read_picture_digest_depends_on_pixels_and_shape_alone() -> None:
+def test_read_picture_digest_depends_on_pixels_and_shape_only() -> None:
     png, bmp, other = encode(picture()), encode(picture(), "BMP"), encode(picture(1))
     assert read_picture(png).digest == read_picture(bmp).digest == read_picture(png, 32).digest
     assert read_picture(png).digest != read_picture(other).digest

@@ -55,7 +55,7 @@ def test_balanced_order_with_equal_classes_counts_differ_by_one_at_most(
     assert counts.max() - counts.min() <= 1
 
 
-def test_balanced_order_depends_on_seed_alone() -> None:
+def test_balanced_order_depends_on_seed_only() -> None:
     labels = np.repeat(np.arange(3, dtype=np.int32), 20)
     np.testing.assert_array_equal(balanced_order(labels, 1), balanced_order(labels, 1))
     assert (balanced_order(labels, 1) != balanced_order(labels, 2)).any()
@@ -148,7 +148,7 @@ def test_folder_of_classes_has_one_split(tmp_path: Path) -> None:
     assert sorted(source.labels("train[:50%]")) == [0, 0, 1, 1]
 
 
-def test_folder_version_depends_on_the_files_alone(tmp_path: Path) -> None:
+def test_folder_version_depends_on_the_files_only(tmp_path: Path) -> None:
     write_picture(tmp_path / "dog" / "1.png")
     write_picture(tmp_path / "cat" / "1.png")
     version = opened("folder", tmp_path, seed=0).version

@@ -176,7 +176,7 @@ def test_write_with_val_split_takes_all_of_it(tmp_path: Path) -> None:
     assert [records.count(role) for role in records.roles] == [6, 4, 2]
 
 
-def test_write_with_label_noise_changes_that_fraction_of_train_alone(tmp_path: Path) -> None:
+def test_write_with_label_noise_changes_that_fraction_of_train_only(tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=50, test=5)
     labels = []
     for name, noise in (("clean", 0.0), ("noisy", 0.2), ("again", 0.2)):

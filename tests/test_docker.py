@@ -50,7 +50,7 @@ def test_read_lock_without_version_and_hash_is_refused(line: str) -> None:
         read_lock(line + "\n")
 
 
-def test_build_context_holds_locks_alone() -> None:
+def test_build_context_holds_locks_only() -> None:
     assert (ROOT / ".dockerignore").read_text().split("\n", 1)[1].split() == ["*", "!requirements"]
     tracked = subprocess.run(["git", "ls-files", "requirements"], cwd=ROOT, check=True, capture_output=True, text=True)
     assert {Path(name).suffix for name in tracked.stdout.splitlines()} == {".in", ".txt"}
@@ -176,7 +176,7 @@ def test_container_checkout_that_cannot_be_mounted_is_one_line(tmp_path: Path, f
     assert f"expected {message}" in line
 
 
-def test_container_passes_credentials_by_name_alone(engine: Path) -> None:
+def test_container_passes_credentials_by_name_only(engine: Path) -> None:
     secret = "a-secret-that-nobody-else-says"  # noqa: S105
     words = container(engine, "true", AWS_SECRET_ACCESS_KEY=secret)
     assert "AWS_SECRET_ACCESS_KEY" in values(words, "--env")
@@ -364,7 +364,7 @@ def test_lock_has_the_packages_that_are_required(name: str) -> None:
             assert found[2] in (None, packages[package][0]), line
 
 
-def test_locks_differ_in_the_cuda_wheels_alone() -> None:
+def test_locks_differ_in_the_cuda_wheels_only() -> None:
     cpu, gpu = lock("cpu"), lock("gpu")
     assert {name: cpu[name] for name in cpu} == {name: gpu[name] for name in cpu if name in gpu}
     extra = set(gpu) - set(cpu)

@@ -38,7 +38,7 @@ def test_write_class_accuracy_leaves_out_classes_without_images(tmp_path: Path) 
     ]
 
 
-def test_write_csvs_without_labels_have_a_header_alone(tmp_path: Path) -> None:
+def test_write_csvs_without_labels_have_a_header_only(tmp_path: Path) -> None:
     none = np.array([], int)
     plots.write_confusion(tmp_path / "confusion.csv", none, none, NAMES)
     plots.write_class_accuracy(tmp_path / "classes.csv", {"sam": none}, none, NAMES)

@@ -95,7 +95,7 @@ def test_trained_layers_share_weights_with_network(model: Classifier) -> None:
     np.testing.assert_allclose(after - before, np.tile(np.arange(4.0), (2, 1)), atol=1e-5)
 
 
-def test_split_at_zero_freezes_nothing_and_none_trains_head_alone(model: Classifier) -> None:
+def test_split_at_zero_freezes_nothing_and_none_trains_head_only(model: Classifier) -> None:
     frozen, trained = model.split(0)
     assert not frozen.variables
     assert len(trained.trainable_variables) == len(model.network.trainable_variables)

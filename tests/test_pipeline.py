@@ -266,7 +266,7 @@ def test_exp_run_small_number_stays_a_number(study: Repository) -> None:
 
 
 @pytest.mark.slow
-def test_repro_new_backbone_runs_alone_and_prune_deletes_one_that_left(study: Repository) -> None:
+def test_repro_new_backbone_runs_only_itself_and_prune_deletes_one_that_left(study: Repository) -> None:
     # The classifier that was chosen stays, since its rival has random weights: what follows it has nothing to do.
     study.write_params(STUDY | {"backbones": ["EfficientNetLite0", "MobileNet025"]})
     ran = stages_run(study.run("dvc", "repro"))

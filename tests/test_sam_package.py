@@ -63,7 +63,7 @@ def test_every_public_name_can_be_imported() -> None:
         sam.Stepp  # noqa: B018
 
 
-def test_package_imports_keras_and_tensorflow_alone() -> None:
+def test_package_imports_keras_and_tensorflow_only() -> None:
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
@@ -74,7 +74,7 @@ def test_package_imports_keras_and_tensorflow_alone() -> None:
 
 
 @pytest.mark.slow
-def test_package_copied_alone_trains(tmp_path: Path) -> None:
+def test_package_copied_by_itself_trains(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "copied", ignore=shutil.ignore_patterns("__pycache__"))
     printed = run(
         "import sys, keras, numpy as np, copied\n"

@@ -461,7 +461,7 @@ def test_gradient_evaluations_are_examples_times_passes(settings: dict[str, Any]
 
 
 @pytest.mark.parametrize("settings", [{"rho": 0.0}, {}, {"accumulate": 2}], ids=str)
-def test_gradient_evaluations_count_real_examples_alone(settings: dict[str, Any]) -> None:
+def test_gradient_evaluations_count_real_examples_only(settings: dict[str, Any]) -> None:
     step, train = counting_step(**settings)
     train((tf.constant(INPUTS[:4]), tf.constant(LABELS[:4])), tf.constant(3.0))
     assert step.gradient_evaluations == 3 * (1 if settings == {"rho": 0.0} else 2)

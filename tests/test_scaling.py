@@ -87,7 +87,7 @@ def test_run_stage_that_fails_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_measure_measures_missing_points_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_measures_missing_points_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(ROOT / "bench/scaling.json", tmp_path / "scaling.json")
     monkeypatch.setattr(scaling, "RESULTS", tmp_path / "scaling.json")
     whole = [study for study in scaling.STUDIES if scaling.key("sam-finetune", study) in RESULTS["points"]]

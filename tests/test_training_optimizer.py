@@ -56,7 +56,7 @@ def test_make_optimizer_under_mixed_float16_scales_the_loss() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
-def test_averaged_weights_after_updates_are_the_moving_averages_within_the_block_alone(precision: str) -> None:
+def test_averaged_weights_after_updates_are_the_moving_averages_within_the_block_only(precision: str) -> None:
     with runtime.dtype_policy(precision):
         optimizer, weight = built(recipe(ema=0.7, learning_rate=0.1), 10)
     with averaged_weights(optimizer, [weight]):
