@@ -4,13 +4,13 @@ Reads `backbones` and `select` of params.yaml, models/extract/ and metrics/extra
 models/select/ and metrics/select.json.
 """
 
-from flatmin import selection
 from flatmin.common import console, files, stage
+from flatmin.selection import backbone
 
 
 def main(declared: stage.Declared) -> None:
     params = declared.params
-    metrics = selection.select(
+    metrics = backbone.select(
         params.backbones,
         params.select.tolerance,
         models="models/extract",

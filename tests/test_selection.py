@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from repository import ROOT
 
-from flatmin import prune, selection
+from flatmin import prune
 from flatmin.common.errors import InputError
+from flatmin.selection import backbone
 
 
 def candidate(accuracy: float, multiply_adds: int) -> dict[str, Any]:
-    return {"val": {"accuracy": accuracy, "loss": 1.0}, "multiply_adds": multiply_adds}
+    return {"val": {"accuracy": accuracy, "loss": 1.0}, "multiply_adds": multiply_adds, "gradient_evaluations": 7}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def candidate(accuracy: float, multiply_adds: int) -> dict[str, Any]:
 def test_choose_takes_the_cheapest_near_the_best(
     candidates: dict[str, tuple[float, int]], tolerance: float, expected: str
 ) -> None:
-    assert selection.choose({name: candidate(*pair) for name, pair in candidates.items()}, tolerance) == expected
+    assert backbone.choose({name: candidate(*pair) for name, pair in candidates.items()}, tolerance) == expected
 
 
 @given(st.integers(1, 500), st.data())
@@ -47,20 +48,20 @@ def test_choose_difference_of_exactly_the_tolerance_is_within_it(count: int, dat
     best = data.draw(st.integers(0, count))
     worse = data.draw(st.integers(0, best))
     candidates = {"a": candidate(worse / count, 1), "b": candidate(best / count, 2)}
-    assert selection.choose(candidates, (best - worse) / count) == "a"
+    assert backbone.choose(candidates, (best - worse) / count) == "a"
     if worse < best:
-        assert selection.choose(candidates, (best - worse - 0.5) / count) == "b"
+        assert backbone.choose(candidates, (best - worse - 0.5) / count) == "b"
 
 
 def select(backbones: list[str], tolerance: float) -> dict[str, Any]:
     """Select in the working directory."""
     folders = {"models": "models/extract", "metrics": "metrics/extract", "selected": "models/select"}
-    return selection.select(backbones, tolerance, **folders)
+    return backbone.select(backbones, tolerance, **folders)
 
 
 def prune_but(backbones: list[str], folder: Path) -> list[str]:
-    """Prune a working directory for a study of these backbones."""
-    return prune.prune({"backbones": backbones}, folder)
+    """Prune a working directory for a study of these backbones and one seed."""
+    return prune.prune({"backbones": backbones, "seeds": [7]}, folder)
 
 
 @pytest.fixture
@@ -86,12 +87,13 @@ def test_select_copies_the_chosen_model_and_returns_its_metrics(trained: Path) -
     assert metrics == {
         "backbone": "ResNet50",
         "best_val_accuracy": 0.9,
+        "gradient_evaluations": 7,
         "multiply_adds": 30,
-        "val": {"accuracy": 0.9},
+        "val": {"accuracy": 0.9, "loss": 1.0},
     }
     assert (trained / "models/select/model.json").read_text() == "ResNet50"
     metrics = select(["ResNet50", "MobileNet"], 0.1)
-    assert (metrics["backbone"], metrics["val"], metrics["best_val_accuracy"]) == ("MobileNet", {"accuracy": 0.8}, 0.9)
+    assert (metrics["backbone"], metrics["val"]["accuracy"], metrics["best_val_accuracy"]) == ("MobileNet", 0.8, 0.9)
     assert (trained / "models/select/model.json").read_text() == "MobileNet"
     assert files(trained / "models/select") == {"model.json"}
 
@@ -123,8 +125,8 @@ def test_select_missing_file_of_extract_train_is_named(trained: Path) -> None:
 def test_prune_deletes_unlisted_backbones(trained: Path) -> None:
     (trained / "models/extract/.MobileNet.1.part").mkdir()
     (trained / "metrics/select.json").touch()
-    (trained / "models/finetune").mkdir()
-    (trained / "models/finetune/model.json").touch()
+    (trained / "models/finetune/7").mkdir(parents=True)
+    (trained / "models/finetune/7/model.json").touch()
     before = files(trained)
     # `MobileNet` is the beginning of `MobileNet025`, which stays.
     assert prune_but(["ResNet50", "MobileNet025"], trained) == ["extract-train@MobileNet"]

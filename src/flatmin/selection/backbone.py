@@ -39,6 +39,7 @@ def select(backbones: Sequence[str], tolerance: float, *, models: str, metrics: 
     return {
         "backbone": name,
         "best_val_accuracy": max(candidate["val"]["accuracy"] for candidate in candidates.values()),
+        "gradient_evaluations": chosen["gradient_evaluations"],
         "multiply_adds": chosen["multiply_adds"],
-        "val": {"accuracy": chosen["val"]["accuracy"]},
+        "val": chosen["val"],
     }
