@@ -1,7 +1,7 @@
-"""evaluate: score the selected, the fine-tuned and the SAM-fine-tuned classifier on test; predict.
+"""evaluate: score every method's classifiers and the released one on test, compare the methods, predict.
 
-Reads `seed`, `runtime`, `evaluate` of params.yaml, data/records/ and models/. Writes metrics/evaluate.json,
-predictions/ and plots/confusion.csv, plots/class_accuracy.csv, plots/sharpness.png.
+Reads `seeds`, `runtime`, `evaluate` of params.yaml, data/records/, metrics/final.json and models/. Writes
+metrics/evaluate.json, predictions/ and plots/confusion.csv, plots/class_accuracy.csv, plots/sharpness.png.
 """
 
 from flatmin.common import console, stage
@@ -9,15 +9,20 @@ from flatmin.common import console, stage
 
 def main(declared: stage.Declared) -> None:
     with console.importing_tensorflow():
-        from flatmin.evaluation.evaluate import Outputs, evaluate
+        from flatmin.evaluation.evaluate import Models, Outputs, evaluate
 
     params = declared.params
+    folders = {"finetune": "models/finetune", "control": "models/control", "sam": "models/sam"}
     evaluate(
-        seed=params.seed,
         runtime=params.runtime,
         settings=params.evaluate,
         records="data/records",
-        models={"extract": "models/select", "finetune": "models/finetune", "sam": "models/sam"},
+        models=Models(
+            extract="models/select",
+            seeded={method: {seed: f"{models}/{seed}" for seed in params.seeds} for method, models in folders.items()},
+            final="models/final",
+            finalized="metrics/final.json",
+        ),
         outputs=Outputs(
             predictions="predictions",
             metrics="metrics/evaluate.json",

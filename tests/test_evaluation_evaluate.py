@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import runpy
 import shutil
 from contextlib import chdir, nullcontext, redirect_stdout
@@ -22,24 +23,29 @@ from repository import ROOT
 from trainings import NAMES, Given
 
 from flatmin import runtime
-from flatmin.common import params
+from flatmin.common import files, params
 from flatmin.common.errors import InputError
 from flatmin.common.params import Params
 from flatmin.data import writer
-from flatmin.evaluation import evaluate
+from flatmin.evaluation import evaluate, minima
 from flatmin.inputs import batches
 from flatmin.inputs.records import Records
 from flatmin.models import classifier, registry, scores
 
-MODELS = {"extract": "models/select", "finetune": "models/finetune", "sam": "models/sam"}
-SHARPNESS = {"gradient_rise", "adaptive_rise", "trace", *(f"eigenvalue_{index}" for index in range(1, 6))}
+METHODS, SEEDS = ("finetune", "control", "sam"), (3, 4)
+MODELS = {"extract": "models/select"} | {
+    f"{name}@{seed}": f"models/{name}/{seed}" for name in METHODS for seed in SEEDS
+}
+FOLDERS = {name: {seed: f"models/{name}/{seed}" for seed in SEEDS} for name in METHODS}
+SCORES = {"accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy", "loss", "ece"}
+SHARPNESS = {"loss", "gradient_rise", "adaptive_rise", "trace", *(f"eigenvalue_{index}" for index in range(1, 6))}
 
 
 def study(mirrored: bool = False, runtime: dict[str, Any] | None = None, **splits: str) -> Params:
     recipe = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 4, "epochs": 1}
     return params.parse(
         {
-            "seed": 3,
+            "seeds": list(SEEDS),
             "runtime": runtime or {},
             "data": {
                 "source": "folder",
@@ -52,9 +58,9 @@ def study(mirrored: bool = False, runtime: dict[str, Any] | None = None, **split
             "select": {},
             "finetune": recipe,
             "sam": {},
+            "finalize": {},
             "evaluate": {
                 "batch_size": 8,
-                "resamples": 200,
                 "mirrored": mirrored,
                 "sharpness": {"images": 2, "steps": 6, "probes": 2},
             },
@@ -64,7 +70,7 @@ def study(mirrored: bool = False, runtime: dict[str, Any] | None = None, **split
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images of three classes, some unlabelled, and three classifiers of random weights."""
+    """A folder with images of three classes, some unlabelled, and classifiers of random weights, one for each seed."""
     folder = tmp_path_factory.mktemp("template")
     random = np.random.default_rng(0)
     for split, each in (("train", 1), ("val", 1), ("test", 2)):
@@ -73,12 +79,15 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 write_image(folder / f"images/{split}/{name}/{index}.png", channel, random)
     for index in range(5):
         write_image(folder / f"images/unknown/{index}.png", index % 3, random)
-    for seed, saved in enumerate(MODELS.values()):
+    for seed, (name, saved) in enumerate(MODELS.items()):
         model = classifier.create("MobileNet025", NAMES, image_size=32, dropout=0.0, seed=seed, weights="none")
         spread(model.base)
         for variable in model.head.trainable_variables:
             variable.assign(random.normal(size=variable.shape))
-        model.save(folder / saved)
+        model.save(folder / saved, random.normal(size=(3, len(NAMES))).astype(np.float32))
+        val = {"accuracy": 0.5 + seed / 100, "loss": 1.0}
+        metrics = "select" if name == "extract" else name.replace("@", "/")
+        files.write_json(folder / f"metrics/{metrics}.json", {"val": val, "gradient_evaluations": 100 + seed})
     return folder
 
 
@@ -108,11 +117,16 @@ def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def run(settings: Params, log: Any = None) -> dict[str, Any]:
-    """Write records, then run the script of the stage; the metrics."""
-    writer.write(settings.data, settings.seed, "data/records")
+    """Write records, then run the scripts of finalize and of the stage; the metrics."""
     with redirect_stdout(log) if log else nullcontext():
+        run_finalize(settings)
         runpy.run_path(str(ROOT / "stages/evaluate.py"))["main"](Given(settings))
     return read_metrics()
+
+
+def run_finalize(settings: Params) -> None:
+    writer.write(settings.data, "data/records")
+    runpy.run_path(str(ROOT / "stages/finalize.py"))["main"](Given(settings))
 
 
 def read_metrics(folder: Path | str = ".") -> dict[str, Any]:
@@ -127,27 +141,71 @@ def rows(path: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_evaluate_scores_every_model_and_predicts(evaluated: Path) -> None:
     metrics = read_metrics(evaluated)
-    assert set(metrics) == {"extract", "finetune", "sam", "sam_minus_finetune"}
-    printed = (evaluated / "log").read_text()
+    names = [*MODELS, "final"]
+    assert set(metrics) == {"extract", *METHODS, "final", "sam_minus_control", "sam_minus_finetune", "sharpness"}
     test = rows(evaluated / "predictions/test.csv")
     header = (evaluated / "predictions/test.csv").read_text().splitlines()[0]
-    assert header == "name,label,extract,finetune,sam"
+    assert header == ",".join(["name", "label", *names])
     assert len(test) == 6
     assert all(row["name"].split("/")[1] == NAMES[int(row["label"])] for row in test)
-    for name in MODELS:
-        accuracy = np.mean([row[name] == row["label"] for row in test])
-        assert metrics[name]["test"]["accuracy"] == pytest.approx(accuracy)
-        assert f"evaluate: {name} test accuracy {accuracy:.4f}" in printed
-        expected = {"test", "mirrored"} if name == "extract" else {"test", "mirrored", "sharpness"}
-        assert set(metrics[name]) == expected
-    assert set(metrics["sam"]["sharpness"]) == set(metrics["finetune"]["sharpness"]) == SHARPNESS
+    right = {name: np.array([row[name] == row["label"] for row in test]) for name in names}
+    for name in ("extract", "final"):
+        assert set(metrics[name]) == {"test", "mirrored"}
+        assert set(metrics[name]["test"]) == {*SCORES, "calibrated_loss", "calibrated_ece"}
+        assert metrics[name]["test"]["accuracy"] == pytest.approx(right[name].mean())
+    for name in METHODS:
+        each = metrics[name]["seeds"]
+        accuracies = [right[f"{name}@{seed}"].mean() for seed in SEEDS]
+        assert [each[str(seed)]["test"]["accuracy"] for seed in SEEDS] == pytest.approx(accuracies)
+        assert metrics[name]["test"]["accuracy"] == pytest.approx(np.mean(accuracies))
+        assert metrics[name]["test_deviation"]["accuracy"] == pytest.approx(np.std(accuracies, ddof=1))
+        for kind in ("test", "mirrored", "sharpness"):
+            for key, value in metrics[name][kind].items():
+                assert value == pytest.approx(np.mean([each[str(seed)][kind][key] for seed in SEEDS]))
+        assert set(metrics[name]["sharpness"]) == SHARPNESS
     assert metrics["sam"]["sharpness"] != metrics["finetune"]["sharpness"]
-    expected_gain = metrics["sam"]["test"]["accuracy"] - metrics["finetune"]["test"]["accuracy"]
-    assert metrics["sam_minus_finetune"]["accuracy"] == pytest.approx(expected_gain)
+    printed = (evaluated / "log").read_text()
+    assert re.search(r"^evaluate: sam test accuracy 0\.\d{4} \(standard deviation over seeds ", printed, re.MULTILINE)
+    assert re.search(
+        r"^evaluate: sam minus control .*interval .* over seeds and images, for this", printed, re.MULTILINE
+    )
     unknown = rows(evaluated / "predictions/predict.csv")
     assert [row["label"] for row in unknown] == ["-1"] * 5
     assert {row["name"] for row in unknown} == {f"unknown/{index}.png" for index in range(5)}
-    assert all(row[name] in {"0", "1", "2"} for row in unknown for name in MODELS)
+    assert all(row[name] in {"0", "1", "2"} for row in unknown for name in names)
+
+
+@pytest.mark.slow
+def test_evaluate_differences_are_of_the_predictions(evaluated: Path) -> None:
+    metrics, test = read_metrics(evaluated), rows(evaluated / "predictions/test.csv")
+    right = {name: np.array([row[name] == row["label"] for row in test]) for name in MODELS}
+    for other in ("control", "finetune"):
+        found = metrics[f"sam_minus_{other}"]
+        pairs = [(right[f"sam@{seed}"], right[f"{other}@{seed}"]) for seed in SEEDS]
+        gains = [first.mean() - second.mean() for first, second in pairs]
+        assert found["accuracy"] == pytest.approx(np.mean(gains))
+        assert found["low"] <= found["accuracy"] <= found["high"]
+        assert found["covers"] == "seeds and images"
+        assert found["images"] == 6
+        assert found["discordance"] == pytest.approx(np.mean([first != second for first, second in pairs]))
+        assert [found["seeds"][str(seed)]["accuracy"] for seed in SEEDS] == pytest.approx(gains)
+        assert set(found["seeds"]["3"]) == {"accuracy", "low", "high", "p_value"}
+
+
+@pytest.mark.slow
+def test_finalize_releases_a_copy_with_a_temperature(evaluated: Path) -> None:
+    """Of these, extract has the fewest gradient evaluations, and the last seed of SAM the highest accuracy on val."""
+    final = json.loads((evaluated / "metrics/final.json").read_text())
+    assert (final["released"]["method"], final["released"]["seed"]) == ("sam", 4)
+    assert final["released"]["temperature"] == final["sam"]["seeds"]["4"]["temperature"]
+    assert classifier.describe(evaluated / "models/final").temperature == final["released"]["temperature"]
+    weights = (evaluated / "models/sam/4" / classifier.WEIGHTS).read_bytes()
+    assert (evaluated / "models/final" / classifier.WEIGHTS).read_bytes() == weights
+    assert {path.name for path in (evaluated / "models/final").iterdir()} == {classifier.WEIGHTS, classifier.MODEL}
+    assert final["finetune"]["val"]["accuracy"] == pytest.approx((0.51 + 0.52) / 2)
+    assert final["finetune"]["val_deviation"]["accuracy"] == pytest.approx(0.01 / 2**0.5)
+    metrics = read_metrics(evaluated)
+    assert metrics["final"]["test"] == metrics["sam"]["seeds"]["4"]["test"]
 
 
 @pytest.mark.slow
@@ -155,11 +213,11 @@ def test_evaluate_plots_are_of_the_predictions(evaluated: Path) -> None:
     test = rows(evaluated / "predictions/test.csv")
     confusion = rows(evaluated / "plots/confusion.csv")
     assert [(row["actual"], row["predicted"]) for row in confusion] == [
-        (NAMES[int(row["label"])], NAMES[int(row["sam"])]) for row in test
+        (NAMES[int(row["label"])], NAMES[int(row["final"])]) for row in test
     ]
     by_class = rows(evaluated / "plots/class_accuracy.csv")
-    assert len(by_class) == 9
-    accuracies = [float(row["accuracy"]) for row in by_class if row["model"] == "sam"]
+    assert len(by_class) == 12
+    accuracies = [float(row["accuracy"]) for row in by_class if row["method"] == "sam"]
     assert np.mean(accuracies) == pytest.approx(read_metrics(evaluated)["sam"]["test"]["accuracy"])
     assert (evaluated / "plots/sharpness.png").exists()
 
@@ -169,18 +227,23 @@ def test_evaluate_mirrored_is_scored_apart_and_changes_no_other_metric(
     evaluated: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = read_metrics(evaluated)
-    measured = {name: metrics[name]["sharpness"] for name in ("finetune", "sam")}
+    measured = {name: {seed: metrics[name]["seeds"][str(seed)]["sharpness"] for seed in SEEDS} for name in METHODS}
     paths = sorted((evaluated / "images/test").rglob("*.png"))
     pixels = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(np.float32)
     labels = np.array([NAMES.index(path.parent.name) for path in paths])
     for name, folder in MODELS.items():
-        mirrored = metrics[name].pop("mirrored")
-        assert set(mirrored) == {"accuracy", "top5_accuracy", "loss", "ece"}
+        method, _, seed = name.partition("@")
+        part = metrics[method]["seeds"][seed] if seed else metrics[method]
+        mirrored = part.pop("mirrored")
+        assert set(mirrored) == SCORES
         network = classifier.load(folder).network
         logits = np.split(np.asarray(network(np.concatenate([pixels, pixels[:, :, ::-1]]), training=False)), 2)
         own = np.mean(scipy.special.softmax(logits, axis=2), axis=0)[np.arange(len(labels)), labels]
         assert mirrored["loss"] == pytest.approx(-np.log(own).mean(), rel=1e-4)
-        assert mirrored["loss"] != metrics[name]["test"]["loss"]
+        assert mirrored["loss"] != part["test"]["loss"]
+    for name in METHODS:
+        del metrics[name]["mirrored"], metrics[name]["mirrored_deviation"]
+    del metrics["final"]["mirrored"]
     monkeypatch.setattr(evaluate, "measure_sharpness", lambda *_: measured)  # takes longest, knows nothing of mirrors
     assert run(study(predict="unknown")) == metrics
 
@@ -188,11 +251,11 @@ def test_evaluate_mirrored_is_scored_apart_and_changes_no_other_metric(
 @pytest.mark.slow
 def test_measure_sharpness_is_of_plain_train_images_in_float32(workspace: Path) -> None:
     settings = study()
-    writer.write(settings.data, settings.seed, "data/records")
+    writer.write(settings.data, "data/records")
     records = Records("data/records")
     with runtime.dtype_policy("mixed_float16"):
-        measured = evaluate.measure_sharpness(records, MODELS, settings.evaluate, settings.seed, "sharpness.png")
-    model = classifier.load(MODELS["sam"])
+        measured = minima.measure_sharpness(records, FOLDERS, settings.evaluate, 1, "sharpness.png")
+    model = classifier.load(MODELS["sam@4"])
     pixels, labels = next(iter(batches.plain(records, "train", 32, 3)))
     pixels, labels = pixels[::2], labels.numpy()[::2]  # of three images every second, to have at most two
     logits = model.logits(tf.data.Dataset.from_tensors((pixels, labels)))
@@ -206,7 +269,8 @@ def test_measure_sharpness_is_of_plain_train_images_in_float32(workspace: Path) 
     norm = tf.linalg.global_norm(gradients)
     moved = features @ (kernel + 0.05 * gradients[0] / norm) + (bias + 0.05 * gradients[1] / norm)
     rise = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, moved)) - loss
-    assert measured["sam"]["gradient_rise"] == pytest.approx(float(rise), rel=1e-3, abs=1e-6)
+    assert measured["sam"][4]["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert measured["sam"][4]["gradient_rise"] == pytest.approx(float(rise), rel=1e-3, abs=1e-6)
     assert Path("sharpness.png").exists()
 
 
@@ -218,33 +282,39 @@ def test_evaluate_test_split_without_labels_is_predicted_and_not_scored(
     (workspace / "predictions").mkdir()
     (workspace / "predictions/predict.csv").write_text("of an earlier run")
     policies = []
-    load = classifier.load
+    load = classifier.Loader.load
 
-    def noted(folder: str) -> classifier.Classifier:
+    def noted(self: classifier.Loader, folder: str) -> Any:
         policies.append(keras.config.dtype_policy().name)
-        return load(folder)
+        return load(self, folder)
 
-    measured = {"finetune": {"trace": 1.0}, "sam": {"trace": 2.0}}
-    monkeypatch.setattr(classifier, "load", noted)
+    measured = {name: {seed: {"loss": 1.0, "trace": float(seed)} for seed in SEEDS} for name in METHODS}
+    monkeypatch.setattr(classifier.Loader, "load", noted)
     monkeypatch.setattr(evaluate, "measure_sharpness", lambda *_: measured)
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     metrics = run(study(test="unknown", runtime={"precision": "mixed_bfloat16", "matmul": "half"}))
-    assert metrics == {name: {"sharpness": values} for name, values in measured.items()}
-    assert policies == ["mixed_bfloat16"] * 3
+    assert set(metrics) == {*METHODS, "sharpness"}
+    assert metrics["sharpness"] == {"equal_loss": True, "not_compared": ""}
+    assert {name: each["seeds"]["4"] for name, each in metrics.items() if name in METHODS} == {
+        name: {"sharpness": {"loss": 1.0, "trace": 4.0}} for name in METHODS
+    }
+    assert policies == ["mixed_bfloat16"] * len([*MODELS, "final"])
     assert keras.config.dtype_policy().name == "float32"
     assert "ONEDNN_DEFAULT_FPMATH_MODE" not in os.environ
     test = rows(workspace / "predictions/test.csv")
     assert [row["label"] for row in test] == ["-1"] * 5
     assert not (workspace / "predictions/predict.csv").exists()
     assert (workspace / "plots/confusion.csv").read_text() == "actual,predicted\n"
-    assert (workspace / "plots/class_accuracy.csv").read_text() == "class,model,accuracy\n"
+    assert (workspace / "plots/class_accuracy.csv").read_text() == "class,method,accuracy\n"
 
 
 @pytest.mark.slow
 def test_evaluate_without_a_classifier_is_an_error_that_writes_nothing(workspace: Path) -> None:
+    settings = study(runtime={"precision": "mixed_float16"})
+    run_finalize(settings)
     (workspace / "models/select/model.json").unlink()
     with pytest.raises(InputError, match=r"^models/select/model.json: expected a file that an earlier stage wrote"):
-        run(study(runtime={"precision": "mixed_float16"}))
+        runpy.run_path(str(ROOT / "stages/evaluate.py"))["main"](Given(settings))
     assert keras.config.dtype_policy().name == "float32"
     assert not (workspace / "predictions").exists()
     assert not (workspace / "metrics/evaluate.json").exists()

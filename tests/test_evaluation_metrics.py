@@ -2,86 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import scipy.special
-import scipy.stats
+import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatmin.common.params import Evaluate
-from flatmin.evaluation.metrics import average_predictions, calibration_error, compare, difference
-
-
-def answers(gained: int, lost: int, both: int = 0, neither: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Whether two models are right, for the given numbers of images of each kind."""
-    first = np.repeat([True, False, True, False], [gained, lost, both, neither])
-    second = np.repeat([False, True, True, False], [gained, lost, both, neither])
-    order = np.random.default_rng(0).permutation(len(first))
-    return first[order], second[order]
-
-
-@pytest.mark.parametrize(("both", "neither"), [(20, 0), (0, 20), (13, 7)])
-def test_difference_of_equal_answers_is_none(both: int, neither: int) -> None:
-    received = difference(*answers(0, 0, both, neither), 1000, 1)
-    assert received == {"accuracy": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
-
-
-def test_difference_with_everything_gained_is_certain() -> None:
-    received = difference(*answers(10, 0), 1000, 1)
-    assert received == {"accuracy": 1.0, "low": 1.0, "high": 1.0, "p_value": pytest.approx(2 * 0.5**10)}
-
-
-@pytest.mark.parametrize(
-    ("gained", "lost", "p_value"),
-    [
-        (1, 0, 1.0),
-        (3, 3, 1.0),
-        (5, 0, 2 / 32),
-        (0, 5, 2 / 32),
-        (9, 1, 2 * (1 + 10) / 2**10),
-        (2, 8, 2 * (1 + 10 + 45) / 2**10),
-    ],
-)
-def test_difference_p_value_is_mcnemars_by_hand(gained: int, lost: int, p_value: float) -> None:
-    received = difference(*answers(gained, lost, 30, 10), 100, 1)
-    assert received["p_value"] == pytest.approx(p_value)
-    assert received["accuracy"] == pytest.approx((gained - lost) / (gained + lost + 40))
-
-
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40))
-def test_difference_p_value_is_the_binomial_tests(gained: int, lost: int, both: int) -> None:
-    received = difference(*answers(gained, lost, both), 50, 1)
-    tails = min(1.0, 2 * scipy.stats.binom.cdf(min(gained, lost), gained + lost, 0.5)) if gained + lost else 1.0
-    assert received["p_value"] == pytest.approx(tails)
-    assert 0 <= received["p_value"] <= 1
-    assert received["low"] <= received["high"]
-    first, second = answers(gained, lost, both)
-    reversed_ = difference(second, first, 50, 1)
-    assert reversed_["accuracy"] == -received["accuracy"]
-    assert reversed_["p_value"] == pytest.approx(received["p_value"])
-
-
-def test_difference_interval_is_the_paired_bootstrap_over_images() -> None:
-    first, second = answers(40, 22, 110, 28)
-    received = difference(first, second, 20_000, 1)
-    gains = first.astype(int) - second.astype(int)
-    drawn = np.random.default_rng(2).integers(0, len(gains), (20_000, len(gains)))
-    low, high = np.quantile(gains[drawn].mean(axis=1), [0.025, 0.975])
-    # One image is 0.005; quantiles of 20,000 resamples wander by less than that.
-    assert received["low"] == pytest.approx(low, abs=0.0051)
-    assert received["high"] == pytest.approx(high, abs=0.0051)
-    deviation = gains.std() / math.sqrt(len(gains))
-    assert received["high"] - received["low"] == pytest.approx(2 * 1.96 * deviation, rel=0.1)
-
-
-def test_difference_interval_is_chosen_by_the_seed() -> None:
-    pair = answers(12, 7, 30, 20)
-    assert difference(*pair, 500, 1) == difference(*pair, 500, 1)
-    intervals = {tuple(difference(*pair, 25, seed).values()) for seed in range(5)}
-    assert len(intervals) > 1
+from flatmin.evaluation.metrics import average_predictions, calibration_error, mean_and_deviation, scores
+from flatmin.selection.calibration import fit_temperature
 
 
 def log_probabilities(confidence: np.ndarray, classes: int = 4) -> np.ndarray:
@@ -135,24 +65,77 @@ def test_calibration_error_is_that_of_a_plain_loop(seed: int, count: int, bins: 
     assert 0 <= received <= 1
 
 
-def test_compare_gives_each_models_scores_and_sam_minus_finetune() -> None:
-    labels = np.array([0, 1, 2, 0])
-    right = np.eye(3, dtype=np.float32)[labels]
-    wrong = np.eye(3, dtype=np.float32)[(labels + 1) % 3]
-    half = np.concatenate([right[:2], wrong[2:]])
-    received = compare({"extract": wrong, "finetune": half, "sam": right}, labels, Evaluate(resamples=100), 1)
-    assert set(received) == {"extract", "finetune", "sam", "sam_minus_finetune"}
-    for name, accuracy in (("extract", 0.0), ("finetune", 0.5), ("sam", 1.0)):
-        assert set(received[name]) == {"test"}
-        assert set(received[name]["test"]) == {"accuracy", "top5_accuracy", "loss", "ece"}
-        assert received[name]["test"]["accuracy"] == accuracy
-        assert received[name]["test"]["top5_accuracy"] == 1
-    assert set(received["sam_minus_finetune"]) == {"accuracy", "low", "high", "p_value"}
-    assert received["sam_minus_finetune"]["accuracy"] == 0.5  # sam less finetune, not the other way round
-    assert received["sam_minus_finetune"]["p_value"] == pytest.approx(0.5)
-
-
 def test_average_predictions_average_probabilities() -> None:
     first, second = np.random.default_rng(0).normal(scale=20, size=(2, 6, 4)).astype(np.float32)
     expected = (scipy.special.softmax(first, axis=1) + scipy.special.softmax(second, axis=1)) / 2
     np.testing.assert_allclose(scipy.special.softmax(average_predictions(first, second), axis=1), expected, atol=1e-6)
+
+
+def random_logits(seed: int, count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits that favour their label; the last class has no image, but is predicted."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, classes - 1, count)
+    logits = 2 * random.normal(size=(count, classes)).astype(np.float32)
+    logits[np.arange(count), labels] += 2
+    return logits, labels
+
+
+@pytest.mark.parametrize(("count", "classes"), [(300, 12), (40, 30), (5, 3)])
+def test_scores_are_those_of_scikit_learn(count: int, classes: int) -> None:
+    logits, labels = random_logits(0, count, classes)
+    received = scores(logits, labels, Evaluate())
+    predicted, probabilities = logits.argmax(axis=1), scipy.special.softmax(logits.astype(float), axis=1)
+    present = np.unique(labels)
+    every = np.arange(classes)
+    f1 = sklearn.metrics.f1_score(labels, predicted, labels=present, average=None, zero_division=0)
+    recall = [(predicted[labels == label] == label).mean() for label in present]
+    top5 = sklearn.metrics.top_k_accuracy_score(labels, probabilities, k=5, labels=every) if classes > 5 else 1.0
+    assert received == {
+        "accuracy": pytest.approx(sklearn.metrics.accuracy_score(labels, predicted)),
+        "balanced_accuracy": pytest.approx(np.mean(recall)),
+        "macro_f1": pytest.approx(f1.mean()),
+        "top5_accuracy": pytest.approx(top5),
+        "loss": pytest.approx(sklearn.metrics.log_loss(labels, probabilities, labels=every), rel=1e-6),
+        "ece": pytest.approx(plain_calibration_error(logits, labels, 15)),
+    }
+
+
+def test_scores_count_each_class_alike() -> None:
+    # Class 0: 8 of 10 right, class 1: 1 of 2; class 2 has no image, though one is taken for it.
+    labels = np.array([0] * 10 + [1] * 2)
+    predicted = np.array([0] * 8 + [1] * 2 + [1, 2])
+    received = scores(np.eye(3, dtype=np.float32)[predicted], labels, Evaluate())
+    assert received["accuracy"] == pytest.approx(9 / 12)
+    assert received["balanced_accuracy"] == pytest.approx((8 / 10 + 1 / 2) / 2)
+    # F1 is 2 * right / (predicted + actual).
+    assert received["macro_f1"] == pytest.approx((16 / 18 + 2 / 5) / 2)
+
+
+def test_scores_with_a_temperature_calibrate_loss_and_ece_alone() -> None:
+    logits, labels = random_logits(1, 200, 6)
+    plain, calibrated = scores(logits, labels, Evaluate()), scores(logits, labels, Evaluate(), 2.5)
+    of_quotient = scores(logits.astype(np.float64) / 2.5, labels, Evaluate())
+    assert calibrated["calibrated_loss"] == pytest.approx(of_quotient["loss"], rel=1e-12)
+    assert calibrated["calibrated_ece"] == pytest.approx(of_quotient["ece"], rel=1e-12)
+    for key in plain:
+        assert calibrated[key] == plain[key], key
+    assert calibrated["calibrated_loss"] != plain["loss"]
+
+
+def test_scores_at_the_fitted_temperature_have_the_least_loss() -> None:
+    logits, labels = random_logits(2, 500, 6)
+    temperature = fit_temperature(logits, labels)
+    loss = {
+        factor: scores(logits, labels, Evaluate(), factor * temperature)["calibrated_loss"]
+        for factor in (0.8, 0.99, 1, 1.01, 1.2)
+    }
+    assert min(loss, key=loss.__getitem__) == 1
+
+
+def test_mean_and_deviation_are_over_rows() -> None:
+    rows = [{"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.7, "loss": 3.0}, {"accuracy": 0.6, "loss": 5.0}]
+    means, deviations = mean_and_deviation(rows)
+    assert means == pytest.approx({"accuracy": 0.6, "loss": 3.0})
+    assert deviations == pytest.approx({"accuracy": 0.1, "loss": 2.0})
+    assert mean_and_deviation(rows[:1]) == (rows[0], {})
+    assert mean_and_deviation([rows[0]] * 3)[1] == {"accuracy": 0.0, "loss": 0.0}

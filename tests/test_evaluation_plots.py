@@ -27,23 +27,26 @@ def test_write_confusion_has_a_row_for_each_image(tmp_path: Path) -> None:
 
 
 def test_write_class_accuracy_leaves_out_classes_without_images(tmp_path: Path) -> None:
-    predicted = {"finetune": np.array([0, 1, 2, 2, 0]), "sam": np.array([0, 0, 1, 1, 1])}
+    predicted = {
+        "finetune": [np.array([0, 1, 2, 2, 0])],
+        "sam": [np.array([0, 0, 1, 1, 1]), np.array([0, 1, 2, 2, 2])],
+    }
     plots.write_class_accuracy(tmp_path / "classes.csv", predicted, LABELS, NAMES)
     assert (tmp_path / "classes.csv").read_text().splitlines() == [
-        "class,model,accuracy",
+        "class,method,accuracy",
         "blue,finetune,0.5",
-        "blue,sam,1",
+        "blue,sam,0.75",
         "red,finetune,0.666667",
-        "red,sam,0",
+        "red,sam,0.5",
     ]
 
 
 def test_write_csvs_without_labels_have_a_header_only(tmp_path: Path) -> None:
     none = np.array([], int)
     plots.write_confusion(tmp_path / "confusion.csv", none, none, NAMES)
-    plots.write_class_accuracy(tmp_path / "classes.csv", {"sam": none}, none, NAMES)
+    plots.write_class_accuracy(tmp_path / "classes.csv", {"sam": [none]}, none, NAMES)
     assert (tmp_path / "confusion.csv").read_text() == "actual,predicted\n"
-    assert (tmp_path / "classes.csv").read_text() == "class,model,accuracy\n"
+    assert (tmp_path / "classes.csv").read_text() == "class,method,accuracy\n"
 
 
 @pytest.mark.slow

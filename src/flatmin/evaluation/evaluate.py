@@ -1,9 +1,9 @@
-"""The evaluate stage: every classifier's scores on test, its predictions, and the sharpness of the minima found."""
+"""The evaluate stage: every model's scores on test, how the methods differ, predictions, and the minima's sharpness."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,53 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from flatmin import runtime, sharpness
+from flatmin import power, runtime
 from flatmin.common import console, files
 from flatmin.common.params import Evaluate, Runtime
-from flatmin.evaluation import plots
-from flatmin.evaluation.metrics import average_predictions, compare, scores
+from flatmin.evaluation import comparison, plots
+from flatmin.evaluation.metrics import average_predictions, mean_and_deviation, scores
+from flatmin.evaluation.minima import measure_sharpness, unequal_losses
 from flatmin.inputs import batches
 from flatmin.inputs.records import Records
 from flatmin.models import classifier
-from flatmin.models.classifier import Classifier
-from flatmin.models.cpu_kernels import optimize_for_cpu
 
-FINE_TUNED = ("finetune", "sam")  # the models whose minima are compared
+SEED = 0  # of the random vectors of sharpness, and of what little else a scoring could draw
+COMPARED = {"sam_minus_control": ("sam", "control"), "sam_minus_finetune": ("sam", "finetune")}
+
+
+@dataclass(frozen=True)
+class Models:
+    """The folders of the classifiers to evaluate, and the file in which finalize wrote their temperatures.
+
+    Attributes:
+        extract, final: one classifier each.
+        seeded: by method, finetune, control and sam, the folder of each seed.
+        finalized: metrics/final.json.
+    """
+
+    extract: str
+    seeded: Mapping[str, Mapping[int, str]]
+    final: str
+    finalized: str
+
+    def all(self) -> Iterator[tuple[str, str]]:
+        """Name and folder of each: extract, finetune@42, ..., final."""
+        yield "extract", self.extract
+        for method, folders in self.seeded.items():
+            for seed, folder in folders.items():
+                yield f"{method}@{seed}", folder
+        yield "final", self.final
+
+    def temperatures(self) -> dict[str, float]:
+        """The temperature of each classifier, by the names of `all`."""
+        final = files.read_json(self.finalized)
+        found = {f"{method}@{seed}": final[method]["seeds"][str(seed)] for method in self.seeded for seed in self.seeds}
+        each = {**found, "extract": final["extract"], "final": final["released"]}
+        return {name: float(values["temperature"]) for name, values in each.items()}
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(self.seeded["finetune"])
 
 
 @dataclass(frozen=True)
@@ -36,15 +71,9 @@ class Outputs:
     sharpness: str
 
 
-def evaluate(
-    *, seed: int, runtime: Runtime, settings: Evaluate, records: str, models: Mapping[str, str], outputs: Outputs
-) -> None:
-    """Score every classifier on test, predict test and predict, and measure the minima that training found.
-
-    Args:
-        models: the folders of the classifiers `extract`, `finetune` and `sam`.
-    """
-    with _configured(runtime, seed):
+def evaluate(*, runtime: Runtime, settings: Evaluate, records: str, models: Models, outputs: Outputs) -> None:
+    """Score every classifier on test, compare the methods, predict test and predict, and measure the minima found."""
+    with _configured(runtime):
         dataset = Records(records)
         labels = dataset.labels("test")
         labelled = bool((labels >= 0).all())
@@ -56,82 +85,122 @@ def evaluate(
         temporary.mkdir()
         for role in (role for role, mirrored in passes if not mirrored):
             _write_predictions(temporary / f"{role}.csv", dataset, role, logits[role, False])
-    test = logits["test", False]
-    metrics = compare(test, labels, settings, seed) if labelled else {}
-    for name, mirrored_logits in logits.get(("test", True), {}).items():
-        metrics[name]["mirrored"] = scores(average_predictions(test[name], mirrored_logits), labels, settings)
-    for name, measured in measure_sharpness(dataset, models, settings, seed, outputs.sharpness).items():
-        metrics.setdefault(name, {})["sharpness"] = measured
+    test, known = logits["test", False], labels if labelled else labels[:0]
+    metrics = _score(models, test, logits.get(("test", True), {}), labels, settings) if labelled else {}
+    sharpness = measure_sharpness(dataset, models.seeded, settings, SEED, outputs.sharpness)
+    for method, measured in sharpness.items():
+        part = metrics.setdefault(method, {"seeds": {str(seed): {} for seed in measured}})
+        for seed, values in measured.items():
+            part["seeds"][str(seed)]["sharpness"] = values
+        _add_means(part, "sharpness", list(measured.values()))
+    unequal = unequal_losses({method: metrics[method]["sharpness"]["loss"] for method in sharpness})
+    metrics["sharpness"] = {"equal_loss": not unequal, "not_compared": ", ".join(unequal)}
     files.write_json(outputs.metrics, metrics)
-    known = labels if labelled else labels[:0]
     predicted = {name: values.argmax(axis=1)[: len(known)] for name, values in test.items()}
-    plots.write_confusion(outputs.confusion, predicted["sam"], known, dataset.class_names)
-    plots.write_class_accuracy(outputs.class_accuracy, predicted, known, dataset.class_names)
-    for name in models if labelled else ():
-        console.log(f"evaluate: {name} test accuracy {metrics[name]['test']['accuracy']:.4f}")
+    plots.write_confusion(outputs.confusion, predicted["final"], known, dataset.class_names)
+    plots.write_class_accuracy(outputs.class_accuracy, _by_method(models, predicted), known, dataset.class_names)
+    for pair, (one, other) in unequal.items():
+        console.log(f"evaluate: flatness of {pair} is not compared at equal train loss: {one:.3g} and {other:.3g}")
+    if labelled:
+        _report(metrics)
 
 
-def _configured(settings: Runtime, seed: int) -> Any:
+def _configured(settings: Runtime) -> Any:
     """Compute in the training's dtype policy, but multiply in float32: the scores are the network's own."""
-    runtime.configure(settings.model_copy(update={"matmul": "float32"}), seed)
+    runtime.configure(settings.model_copy(update={"matmul": "float32"}), SEED)
     return runtime.dtype_policy(settings.precision)
 
 
 def _logits(
-    records: Records, models: Mapping[str, str], passes: Sequence[tuple[str, bool]], batch_size: int
+    records: Records, models: Models, passes: Sequence[tuple[str, bool]], batch_size: int
 ) -> dict[tuple[str, bool], dict[str, np.ndarray]]:
-    """For each (role, whether its images are mirrored): the logits by model, float32 [n, classes]."""
+    """For each (role, whether its images are mirrored): the logits by classifier, float32 [n, classes].
+
+    Classifiers with the same weights, such as the released one and its copy, are run once.
+    """
     logits: dict[tuple[str, bool], dict[str, np.ndarray]] = {each: {} for each in passes}
-    for name, folder in models.items():
-        model = classifier.load(folder)
+    loader, done = classifier.Loader(), dict[str, str]()
+    for name, folder in models.all():
+        model, identity = loader.load(folder)
         for role, mirrored in passes:
+            if identity in done:
+                logits[role, mirrored][name] = logits[role, mirrored][done[identity]]
+                continue
             images = batches.plain(records, role, model.description.image_size, batch_size)
             if mirrored:
                 images = images.map(lambda pixels, labels: (tf.image.flip_left_right(pixels), labels))
             total = math.ceil(records.count(role) / batch_size)
             title = f"{name} on {role}{', mirrored' if mirrored else ''}"
             logits[role, mirrored][name] = model.logits(images, total, title)
+        done.setdefault(identity, name)
     return logits
 
 
-def measure_sharpness(
-    records: Records, models: Mapping[str, str], settings: Evaluate, seed: int, plot: str
-) -> dict[str, dict[str, float]]:
-    """Measure finetune's and sam's minima on the same un-augmented train images; draw the loss around them."""
-    metrics, losses, derivatives = {}, {}, None
-    with runtime.dtype_policy("float32"):  # second derivatives are beyond half precision, whatever the training's
-        for name in FINE_TUNED:
-            model = classifier.load(models[name])
-            frozen, layers = model.split(model.description.fine_tune_at)
-            sample = [(frozen(pixels, training=False), labels) for pixels, labels in _sample(records, model, settings)]
-            layers = optimize_for_cpu(layers)
-            derivatives = derivatives or sharpness.Derivatives(layers, _cross_entropy, sample[0])
-            layers(sample[0][0])  # it has its variables only then
-            surface = sharpness.Surface(derivatives, layers, sample)
-            measured = sharpness.measure(surface, seed=seed, **settings.sharpness.model_dump(exclude={"images"}))
-            random = sharpness.filter_normalised(layers.trainable_variables, seed)
-            losses[name] = (
-                sharpness.line(surface, measured.eigenvector, plots.EIGENVECTOR_POSITIONS),
-                sharpness.line(surface, random, plots.RANDOM_POSITIONS),
-            )
-            metrics[name] = measured.metrics
-            console.log(
-                f"evaluate: {name} largest Hessian eigenvalue {measured.metrics['eigenvalue_1']:.4g}, "
-                f"trace {measured.metrics['trace']:.4g} (standard error {measured.trace_error:.2g})"
-            )
-    plots.draw_sharpness(plot, losses)
+def _score(
+    models: Models,
+    logits: Mapping[str, np.ndarray],
+    mirrored: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    settings: Evaluate,
+) -> dict[str, Any]:
+    """The test metrics of each method: means over seeds, standard deviations, and each seed's; the differences."""
+    temperatures = models.temperatures()
+    by_name: dict[str, dict[str, Any]] = {}
+    for name, values in logits.items():
+        by_name[name] = {"test": scores(values, labels, settings, temperatures[name])}
+        if name in mirrored:
+            both = average_predictions(values, mirrored[name])
+            by_name[name]["mirrored"] = scores(both, labels, settings)
+    metrics: dict[str, Any] = {"extract": by_name["extract"], "final": by_name["final"]}
+    for method in models.seeded:
+        seeds = {str(seed): by_name[f"{method}@{seed}"] for seed in models.seeds}
+        metrics[method] = {"seeds": seeds}
+        for kind in next(iter(seeds.values())):
+            _add_means(metrics[method], kind, [each[kind] for each in seeds.values()])
+    correct = {name: values.argmax(axis=1) == labels for name, values in logits.items()}
+    for key, (first, second) in COMPARED.items():
+        pair = [np.array([correct[f"{method}@{seed}"] for seed in models.seeds]) for method in (first, second)]
+        metrics[key] = _compare(pair[0], pair[1], models.seeds)
     return metrics
 
 
-def _sample(records: Records, model: Classifier, settings: Evaluate) -> tf.data.Dataset:
-    """Batches of every k-th un-augmented train image, for the smallest k that gives at most `sharpness.images`."""
-    every = math.ceil(records.count("train") / settings.sharpness.images)
-    # Second derivatives take about four times the memory of scoring.
-    return batches.sample(records, model.description.image_size, every, max(1, settings.batch_size // 4))
+def _add_means(part: dict[str, Any], kind: str, rows: Sequence[Mapping[str, float]]) -> None:
+    """Add the seeds' mean of each metric of a kind, such as test, and with several seeds its standard deviation."""
+    part[kind], deviations = mean_and_deviation(rows)
+    if deviations:
+        part[f"{kind}_deviation"] = deviations
 
 
-def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+def _compare(first: np.ndarray, second: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
+    """By how much `first` is more accurate than `second`, bool [seeds, images], over all seeds and for each one."""
+    differences = {str(seed): comparison.difference(*pair) for seed, *pair in zip(seeds, first, second, strict=True)}
+    discordance = float((first != second).mean())
+    metrics: dict[str, Any] = comparison.crossed_difference(first, second)
+    metrics |= {"discordance": discordance, "images": first.shape[1], "seeds": differences}
+    if smallest := power.smallest_difference(first.shape[1], discordance):
+        metrics["smallest_difference"] = smallest
+    return metrics
+
+
+def _by_method(models: Models, predicted: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """The predictions of each method's seeds; extract has one."""
+    return {"extract": [predicted["extract"]]} | {
+        method: [predicted[f"{method}@{seed}"] for seed in models.seeds] for method in models.seeded
+    }
+
+
+def _report(metrics: Mapping[str, Any]) -> None:
+    for name in ("extract", *dict.fromkeys(method for pair in COMPARED.values() for method in reversed(pair)), "final"):
+        deviation = metrics[name].get("test_deviation", {}).get("accuracy")
+        spread = "" if deviation is None else f" (standard deviation over seeds {deviation:.4f})"
+        console.log(f"evaluate: {name} test accuracy {metrics[name]['test']['accuracy']:.4f}{spread}")
+    for key, (first, second) in COMPARED.items():
+        found = metrics[key]
+        console.log(
+            f"evaluate: {first} minus {second} {100 * found['accuracy']:+.2f} points, 95 % interval "
+            f"{100 * found['low']:+.2f} to {100 * found['high']:+.2f} over {found['covers']}, "
+            "for this training set and this start"
+        )
 
 
 def _write_predictions(path: Path, records: Records, role: str, logits: Mapping[str, np.ndarray]) -> None:

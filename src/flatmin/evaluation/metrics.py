@@ -1,39 +1,58 @@
-"""Scores of logits on labelled images, and the difference between two classifiers on the same images."""
+"""Scores of logits on labelled images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 
 import numpy as np
 import scipy.special
-import scipy.stats
+from sklearn.metrics import precision_recall_fscore_support
 
 from flatmin.common.params import Evaluate
 from flatmin.models.scores import score
 
 
-def scores(logits: np.ndarray, labels: np.ndarray, settings: Evaluate) -> dict[str, float]:
-    """Accuracy, top-5 accuracy, loss (nats) and ECE of float logits [n, classes] with int labels [n]."""
-    return score(logits, labels) | {"ece": calibration_error(logits, labels, settings.ece_bins)}
+def scores(
+    logits: np.ndarray, labels: np.ndarray, settings: Evaluate, temperature: float | None = None
+) -> dict[str, float]:
+    """Scores of float logits [n, classes] with int labels [n], all but the losses as fractions.
+
+    Returns:
+        accuracy, top5_accuracy: shares of the images.
+        balanced_accuracy, macro_f1: means of recall and of F1 over the classes that have images, each class alike.
+        loss, ece: mean cross-entropy (nats) and expected calibration error.
+        calibrated_loss, calibrated_ece: those of logits / temperature; left out without one.
+    """
+    plain = score(logits, labels)
+    _, recall, f1, _ = precision_recall_fscore_support(
+        labels, logits.argmax(axis=1), labels=np.unique(labels), average="macro", zero_division=0
+    )
+    found = {
+        "accuracy": plain["accuracy"],
+        "balanced_accuracy": float(recall),
+        "macro_f1": float(f1),
+        "top5_accuracy": plain["top5_accuracy"],
+        "loss": plain["loss"],
+        "ece": calibration_error(logits, labels, settings.ece_bins),
+    }
+    if temperature is not None:
+        calibrated = logits.astype(np.float64) / temperature
+        found["calibrated_loss"] = score(calibrated, labels)["loss"]
+        found["calibrated_ece"] = calibration_error(calibrated, labels, settings.ece_bins)
+    return found
+
+
+def mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """The mean of each score over rows of one seed each, and its standard deviation (n - 1); of a single row none."""
+    means = {key: fmean(row[key] for row in rows) for key in rows[0]}
+    deviations = {key: stdev(row[key] for row in rows) for key in rows[0]} if len(rows) > 1 else {}
+    return means, deviations
 
 
 def average_predictions(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Logits [n, classes] whose probabilities are the mean of those of two logits."""
     return np.logaddexp(scipy.special.log_softmax(first, axis=1), scipy.special.log_softmax(second, axis=1))
-
-
-def compare(logits: Mapping[str, np.ndarray], labels: np.ndarray, settings: Evaluate, seed: int) -> dict[str, Any]:
-    """The test metrics of each model, and of the difference between sam and finetune.
-
-    Args:
-        logits: float32 [n, classes] by the model's name.
-        labels: int [n].
-    """
-    metrics: dict[str, Any] = {name: {"test": scores(values, labels, settings)} for name, values in logits.items()}
-    correct = {name: values.argmax(axis=1) == labels for name, values in logits.items()}
-    metrics["sam_minus_finetune"] = difference(correct["sam"], correct["finetune"], settings.resamples, seed)
-    return metrics
 
 
 def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int) -> float:
@@ -46,26 +65,3 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int) -> floa
     bin_indices = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     gap = np.bincount(bin_indices, correct - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(labels))
-
-
-def difference(first: np.ndarray, second: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
-    """By how much `first` is more accurate than `second` on the same images (bool [n] each: predicted correctly).
-
-    Returns:
-        accuracy: the difference, a fraction; low, high: its 95 % interval by a paired percentile bootstrap over images;
-        p_value: McNemar's exact test on the images that only one predicts correctly, 1 if there are none.
-    """
-    gained = int((first & ~second).sum())
-    lost = int((~first & second).sum())
-    same = len(first) - gained - lost
-    # A resample of images matters only by how many of each kind it draws, which is a multinomial.
-    random = np.random.default_rng(seed)
-    drawn = random.multinomial(len(first), np.array([gained, lost, same]) / len(first), size=resamples)
-    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / len(first), [0.025, 0.975])
-    p_value = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return {
-        "accuracy": (gained - lost) / len(first),
-        "low": float(low),
-        "high": float(high),
-        "p_value": float(p_value),
-    }

@@ -22,16 +22,19 @@ def write_confusion(path: Path | str, predicted: np.ndarray, labels: np.ndarray,
 
 
 def write_class_accuracy(
-    path: Path | str, predicted: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequence[str]
+    path: Path | str, predicted: Mapping[str, Sequence[np.ndarray]], labels: np.ndarray, names: Sequence[str]
 ) -> None:
-    """Write one row for each class that has images and each model: the share of the images predicted correctly."""
+    """Write one row for each class that has images and each method: the share of the images predicted correctly.
+
+    predicted: by method, each seed's predictions, int [n]; the share is their mean.
+    """
     rows = (
-        [name, model, f"{(predictions[labels == index] == index).mean():.6g}"]
+        [name, method, f"{(np.array(predictions)[:, labels == index] == index).mean():.6g}"]
         for index, name in enumerate(names)
-        for model, predictions in predicted.items()
+        for method, predictions in predicted.items()
         if (labels == index).any()
     )
-    files.write_csv(path, ["class", "model", "accuracy"], rows)
+    files.write_csv(path, ["class", "method", "accuracy"], rows)
 
 
 def draw_sharpness(path: Path | str, losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
