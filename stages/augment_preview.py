@@ -1,6 +1,6 @@
 """augment-preview: draw training images alongside augmented versions of them.
 
-Reads `seed` and `augment` of params.yaml and data/records/. Writes plots/augment.png.
+Reads `augment` of params.yaml and data/records/. Writes plots/augment.png.
 """
 
 from flatmin.common import console, stage
@@ -11,7 +11,7 @@ def main(declared: stage.Declared) -> None:
         from flatmin.inputs import preview, records
 
     params = declared.params
-    preview.draw(records.Records("data/records"), params.augment, params.seed, "plots/augment.png")
+    preview.draw(records.Records("data/records"), params.augment, "plots/augment.png")
     console.log("augment-preview: plots/augment.png")
 
 

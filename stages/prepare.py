@@ -1,8 +1,9 @@
 """prepare: read the source of `data`, check every image, write records.
 
-Reads `seed` and `data` of params.yaml. Writes data/records/ and metrics/prepare.json.
+Reads `data` of params.yaml. Writes data/records/ and metrics/prepare.json.
 """
 
+from flatmin import power
 from flatmin.common import console, files, stage
 
 
@@ -10,10 +11,15 @@ def main(declared: stage.Declared) -> None:
     with console.importing_tensorflow():
         from flatmin.data import writer
 
-    metrics = writer.write(declared.params.data, declared.params.seed, "data/records")
+    metrics = writer.write(declared.params.data, "data/records")
+    counts = {role: described["count"] for role, described in metrics["roles"].items()}
+    scored = {role: counts[role] for role in ("test", "val")}
+    found = {role: power.smallest_difference(count) for role, count in scored.items()}
+    metrics["smallest_difference"] = {role: value for role, value in found.items() if value is not None}
     files.write_json("metrics/prepare.json", metrics)
-    roles = ", ".join(f"{role} {described['count']}" for role, described in metrics["roles"].items())
+    roles = ", ".join(f"{role} {count}" for role, count in counts.items())
     console.log(f"prepare: {roles}; {metrics['classes']} classes")
+    console.log(f"prepare: {power.describe(scored)}")
 
 
 if __name__ == "__main__":

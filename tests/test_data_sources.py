@@ -20,8 +20,9 @@ from flatmin.data.sources.base import Source, balanced_order
 
 
 def opened(source: str, name: str | Path, seed: int = 0) -> Source:
-    values = {"source": source, "name": str(name), "splits": {"train": "train", "test": "test"}, "val_fraction": 0.1}
-    return open_source(Data.model_validate(values), seed)
+    splits = {"train": "train", "test": "test"}
+    values = {"source": source, "name": str(name), "seed": seed, "splits": splits, "val_fraction": 0.1}
+    return open_source(Data.model_validate(values))
 
 
 # The order of examples

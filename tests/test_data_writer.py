@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from pictures import (
     CIFAR,
     DIGITS,
@@ -33,15 +35,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def written(data: Data, folder: Path, seed: int = 0) -> Records:
-    writer.write(data, seed, folder)
+def written(data: Data, folder: Path) -> Records:
+    writer.write(data, folder)
     return Records(folder)
 
 
 def refused(data: Data, tmp_path: Path) -> str:
     """Return the message of the error, after which no file may be left."""
     with pytest.raises(InputError) as error:
-        writer.write(data, 0, tmp_path / "out" / "records")
+        writer.write(data, tmp_path / "out" / "records")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     return str(error.value)
@@ -57,7 +59,7 @@ def values(nested: dict[str, Any]) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_write_of_digits_assigns_each_scan_to_one_role(tmp_path: Path) -> None:
-    metrics = writer.write(Data.model_validate({**DIGITS, "image_size": 16}), 0, tmp_path / "records")
+    metrics = writer.write(Data.model_validate({**DIGITS, "image_size": 16}), tmp_path / "records")
     records = Records(tmp_path / "records")
     assert records.roles == ["train", "val", "test"]
     assert records.class_names == [str(digit) for digit in range(10)]
@@ -96,7 +98,7 @@ def test_write_of_rotated_jpeg_stores_it_upright(tmp_path: Path) -> None:
 def test_write_with_equal_seeds_gives_equal_bytes(tmp_path: Path) -> None:
     data = Data.model_validate({**FEW_DIGITS, "train_per_class": 20})
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        writer.write(data, seed, tmp_path / name)
+        writer.write(data.model_copy(update={"seed": seed}), tmp_path / name)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert Records(tmp_path / "a").digest != Records(tmp_path / "c").digest
 
@@ -104,7 +106,7 @@ def test_write_with_equal_seeds_gives_equal_bytes(tmp_path: Path) -> None:
 def test_write_to_existing_folder_replaces_it(tmp_path: Path) -> None:
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "old").touch()
-    writer.write(Data.model_validate(FEW_DIGITS), 0, tmp_path / "records")
+    writer.write(Data.model_validate(FEW_DIGITS), tmp_path / "records")
     assert not (tmp_path / "records" / "old").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["records"]
 
@@ -142,7 +144,7 @@ def test_write_holds_one_image_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(DigitsSource, "examples", examples)
     monkeypatch.setattr(images, "read_picture", read)
-    writer.write(Data.model_validate(FEW_DIGITS), 0, tmp_path / "records")
+    writer.write(Data.model_validate(FEW_DIGITS), tmp_path / "records")
     assert (unread, most_unread) == (0, 1)
 
 
@@ -176,29 +178,129 @@ def test_write_with_val_split_takes_all_of_it(tmp_path: Path) -> None:
     assert [records.count(role) for role in records.roles] == [6, 4, 2]
 
 
+def by_name(records: Records, role: str) -> dict[str, int]:
+    """Each example's label by its name."""
+    return dict(zip(records.names(role), records.labels(role).tolist(), strict=True))
+
+
+def stored(folder: Path, role: str = "train") -> list[dict[str, int]]:
+    """The numbers that each record of a role holds, read without the reader under test."""
+    found = []
+    for shard in sorted(folder.glob(f"{role}-*.tfrecord")):
+        for record in tf.data.TFRecordDataset(str(shard)).as_numpy_iterator():
+            features = tf.train.Example.FromString(record).features.feature
+            found.append({key: value.int64_list.value[0] for key, value in features.items() if value.int64_list.value})
+    return found
+
+
+def true_label(name: str) -> int:
+    """The label by the folder that an example's name begins with."""
+    return ["cat", "dog"].index(name.split("/")[1])
+
+
+def assert_keeps_true_labels(folder: Path, records: Records) -> None:
+    """Train's records and CSV hold the source's labels beside those that were drawn; val's and test's are their own."""
+    with (folder / "train.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["name", "label", "true_label"]
+    assert [int(row["true_label"]) for row in rows] == [true_label(row["name"]) for row in rows]
+    assert [{key: int(row[key]) for key in ("label", "true_label")} for row in rows] == stored(folder)
+    assert records.labels("train").tolist() == [int(row["label"]) for row in rows]
+    # What a training reads: wrong labels are told by as much as there are classes.
+    expected = [int(row["label"]) + 2 * (row["label"] != row["true_label"]) for row in rows]
+    assert records.training_labels().tolist() == expected
+    assert records.training_labels().dtype == np.int32
+    for role in ("val", "test"):
+        assert (folder / f"{role}.csv").read_text().splitlines()[0] == "name,label"
+        assert {tuple(record) for record in stored(folder, role)} == {("label",)}
+
+
 def test_write_with_label_noise_changes_that_fraction_of_train_only(tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=50, test=5)
     labels = []
     for name, noise in (("clean", 0.0), ("noisy", 0.2), ("again", 0.2)):
-        metrics = writer.write(folder_data(source, val_per_class=10, label_noise=noise), 3, tmp_path / name)
+        data = folder_data(source, seed=3, val_per_class=10, label_noise=noise)
+        metrics = writer.write(data, tmp_path / name)
         records = Records(tmp_path / name)
         assert metrics["wrong_labels"] == records.info["wrong_labels"] == noise * 80
-        labels.append(
-            {role: dict(zip(records.names(role), records.labels(role).tolist(), strict=True)) for role in records.roles}
-        )
+        labels.append({role: by_name(records, role) for role in records.roles})
     clean, noisy, again = labels
     changed = [name for name, label in clean["train"].items() if noisy["train"][name] != label]
     assert len(changed) == 16
     assert len({clean["train"][name] for name in changed}) == 2
     assert (clean["val"], clean["test"]) == (noisy["val"], noisy["test"])
     assert noisy == again
-    other_seed = written(folder_data(source, val_fraction=0.2, label_noise=0.2), tmp_path / "seed", seed=4)
+    assert_keeps_true_labels(tmp_path / "noisy", Records(tmp_path / "noisy"))
+    other_seed = written(folder_data(source, seed=4, val_fraction=0.2, label_noise=0.2), tmp_path / "seed")
     assert other_seed.labels("train").tolist() != Records(tmp_path / "noisy").labels("train").tolist()
+
+
+def test_write_without_changed_labels_keeps_no_true_ones(tmp_path: Path) -> None:
+    """So records of clean labels are what they were before there were true ones; a noise of no image is none."""
+    source = cats_and_dogs(tmp_path / "source", train=5, test=1)
+    records = written(folder_data(source), tmp_path / "records")
+    assert (tmp_path / "records/train.csv").read_text().splitlines()[0] == "name,label"
+    assert {tuple(record) for record in stored(tmp_path / "records")} == {("label",)}
+    np.testing.assert_array_equal(records.training_labels(), records.labels("train"))
+    written(folder_data(source, label_noise=0.01), tmp_path / "noisy")
+    assert contents(tmp_path / "noisy") == contents(tmp_path / "records")
+
+
+def test_write_with_shuffled_labels_permutes_them_among_train_only(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=40, test=5)
+    for path in (source / "train/dog").glob("3*.png"):  # of cats there are more
+        path.unlink()
+    settings: dict[str, Any] = {"val_per_class": 5, "train_per_class": None}
+    clean = written(folder_data(source, seed=3, **settings), tmp_path / "clean")
+    found = {}
+    for name, seed in (("shuffled", 3), ("again", 3), ("other", 4)):
+        data = folder_data(source, seed=seed, shuffle_labels=True, **settings)
+        metrics = writer.write(data, tmp_path / name)
+        records = found[name] = Records(tmp_path / name)
+        assert Counter(records.labels("train").tolist()) == {0: 35, 1: 25}, "as many of each class as before"
+        wrong = sum(label != true_label(name) for name, label in by_name(records, "train").items())
+        assert metrics["wrong_labels"] == records.info["wrong_labels"] == wrong
+        assert 10 < wrong < 50, "chance alone decides whether a label is its image's own"
+        assert_keeps_true_labels(tmp_path / name, records)
+    shuffled = found["shuffled"]
+    assert contents(tmp_path / "shuffled") == contents(tmp_path / "again")
+    for role in ("val", "test"):
+        assert by_name(shuffled, role) == by_name(clean, role)
+        assert by_name(found["other"], role) == {name: true_label(name) for name in found["other"].names(role)}
+    assert shuffled.names("train") == clean.names("train")
+    common = set(shuffled.names("train")) & set(found["other"].names("train"))
+    differ = [name for name in common if by_name(shuffled, "train")[name] != by_name(found["other"], "train")[name]]
+    assert len(differ) > len(common) / 5, "another seed permutes otherwise"
+
+
+def test_write_with_shuffled_labels_of_given_splits_permutes_otherwise_by_the_seed_alone(tmp_path: Path) -> None:
+    """TFDS keeps its order whatever the seed, and with a split of its own val is no one's draw."""
+    source = cats_and_dogs(tmp_path / "source", train=30, val=2, test=1)
+    one, other = (
+        written(folder_data(source, val="val", seed=seed, shuffle_labels=True), tmp_path / f"seed{seed}")
+        for seed in (1, 2)
+    )
+    assert set(by_name(one, "train")) == set(by_name(other, "train"))
+    assert by_name(one, "train") != by_name(other, "train")
+    assert [by_name(one, role) for role in ("val", "test")] == [by_name(other, role) for role in ("val", "test")]
+
+
+@pytest.mark.parametrize("changes", [{"label_noise": 0.5}, {"shuffle_labels": True}], ids=["noise", "shuffled"])
+def test_write_with_changed_labels_and_broken_images_keeps_each_record_its_own(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=20, test=1)
+    for index in range(0, 12, 3):
+        (source / "train/cat" / f"{index:02d}.png").write_bytes(b"broken")
+    data = folder_data(source, val_per_class=3, train_per_class=10, skip_broken=4, **changes)
+    records = written(data, tmp_path / "records")
+    assert records.count("train") == 20
+    assert_keeps_true_labels(tmp_path / "records", records)
 
 
 def test_write_with_label_noise_and_val_split_counts_all_of_train(tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=5, val=1, test=1)
-    metrics = writer.write(folder_data(source, val="val", label_noise=0.5), 0, tmp_path / "records")
+    metrics = writer.write(folder_data(source, val="val", label_noise=0.5), tmp_path / "records")
     assert metrics["wrong_labels"] == 5
 
 
@@ -206,7 +308,7 @@ def test_write_with_broken_images_skipped_keeps_the_requested_counts(tmp_path: P
     source = cats_and_dogs(tmp_path / "source", train=10, test=1)
     for index in range(4):
         (source / "train" / "cat" / f"{index:02d}.png").write_bytes(b"broken")
-    metrics = writer.write(folder_data(source, val_per_class=3, skip_broken=4), 0, tmp_path / "records")
+    metrics = writer.write(folder_data(source, val_per_class=3, skip_broken=4), tmp_path / "records")
     records = Records(tmp_path / "records")
     assert Counter(records.labels("val").tolist()) == {0: 3, 1: 3}
     assert Counter(records.labels("train").tolist()) == {0: 3, 1: 7}
@@ -234,7 +336,7 @@ def test_write_with_equal_pictures_in_two_roles_names_them(tmp_path: Path) -> No
     write_picture(source / "test" / "dog" / "copy.png", 1)
     write_picture(source / "test" / "dog" / "copy.bmp", 1)
     write_picture(source / "train" / "cat" / "within.png", 1)
-    metrics = writer.write(folder_data(source, val="val"), 0, tmp_path / "records")
+    metrics = writer.write(folder_data(source, val="val"), tmp_path / "records")
     assert metrics["duplicates"] == {"train_val": 0, "train_test": 2, "val_test": 0}
     listed = Records(tmp_path / "records").info["duplicates"]["train_test"]["names"]
     assert {name for _, name in listed} == {"test/dog/copy.png", "test/dog/copy.bmp"}
@@ -255,7 +357,7 @@ def test_write_with_class_names_uses_them(tmp_path: Path) -> None:
 def test_write_with_unlabelled_test_counts_no_classes(tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=3)
     write_picture(source / "test" / "1.png", 90)
-    metrics = writer.write(folder_data(source), 0, tmp_path / "records")
+    metrics = writer.write(folder_data(source), tmp_path / "records")
     assert metrics["roles"]["test"] == {"count": 1}
     assert Records(tmp_path / "records").labels("test").tolist() == [-1]
 

@@ -282,6 +282,21 @@ def test_augmenter_chunks_that_nobody_waits_for_spoil_no_others() -> None:
 
 
 @pytest.mark.slow
+def test_augmenter_of_epochs_that_are_left_early_takes_no_more_buffers() -> None:
+    """As those of a training that is validated within its epochs are."""
+    images, settings = pictures(12 * AUGMENT_CHUNK), Augment(n=0, flip=True)
+    with Augmenter(settings, 3, workers=2) as augmenter:
+        for epoch in range(10):
+            chunks = augmenter.chunks(images, epoch)
+            next(chunks)
+            del chunks
+        # Those of an epoch, and of the one before, whose chunks workers may still have.
+        assert open_buffers() <= 2 * 8
+        assert equal(joined(augmenter.chunks(images, 10)), without_workers(images, settings, 3, 10))
+    assert open_buffers() == 0
+
+
+@pytest.mark.slow
 def test_augmenter_error_in_worker_is_raised() -> None:
     with (
         Augmenter(Augment(n=0, flip=True), seed=0, workers=1) as augmenter,

@@ -26,7 +26,7 @@ HARMLESS = Augment(engine="tensorflow", n=0, flip=True, crop=2)
 NONE = Augment(engine="none")
 
 
-def make(root: Path, sizes: list[tuple[int, int]]) -> Records:
+def make(root: Path, sizes: list[tuple[int, int]], label_noise: float = 0.0) -> Records:
     """Pictures of one colour each: an even number for cats, an odd one for dogs."""
     for split, count, start in (("train", COUNT, 0), ("val", 6, 200), ("test", 6, 220)):
         for number in range(start, start + count):
@@ -34,8 +34,8 @@ def make(root: Path, sizes: list[tuple[int, int]]) -> Records:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", sizes[number % len(sizes)], (number, number, number)).save(path)
     splits = {"train": "train", "val": "val", "test": "test"}
-    data = Data.model_validate({"source": "folder", "name": str(root / "source"), "splits": splits})
-    writer.write(data, 0, root / "records")
+    values = {"source": "folder", "name": str(root / "source"), "splits": splits, "label_noise": label_noise}
+    writer.write(Data.model_validate(values), root / "records")
     return Records(root / "records")
 
 
@@ -96,6 +96,13 @@ def test_augmented_epoch_has_every_example_once_with_its_label(records: Records,
     assert [len(images) for images, _ in epoch] == [24, 24, 24, 24, 4]
     assert all(images.dtype == np.float32 and images.shape[1:] == (SIZE, SIZE, 3) for images, _ in epoch)
     assert all(batch_labels.dtype == np.int32 for _, batch_labels in epoch)
+
+
+def test_augmented_with_label_noise_tells_wrong_labels_from_the_others(tmp_path: Path) -> None:
+    epoch = read_epoch(make(tmp_path, [(12, 10)], label_noise=0.3), HARMLESS)
+    pairs = [(number % 2, label) for number, label in zip(numbers(epoch), labels(epoch), strict=True)]
+    assert set(pairs) == {(0, 0), (1, 1), (0, 1 + 2), (1, 0 + 2)}
+    assert sum(label >= 2 for _, label in pairs) == 30
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ CLASSES = [f"from_${digit}_to_$20" for digit in range(10)]  # no formulas
 @pytest.mark.slow
 def test_draw_row_has_stored_image_and_those_of_first_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = params.load(ROOT / "params.yaml").data.model_copy(update={"class_names": CLASSES})
-    writer.write(data, 0, tmp_path / "records")
+    writer.write(data, tmp_path / "records")
     stored = records.Records(tmp_path / "records")
     shown: list[np.ndarray] = []
     imshow = Axes.imshow
@@ -34,12 +34,12 @@ def test_draw_row_has_stored_image_and_those_of_first_epochs(tmp_path: Path, mon
 
     monkeypatch.setattr(Axes, "imshow", watched)
     settings = Augment(n=1, m=9, flip=True)
-    preview.draw(stored, settings, 5, tmp_path / "preview.png")
+    preview.draw(stored, settings, tmp_path / "preview.png")
 
     images = [image for image, _ in stored.images("train").take(AUGMENT_CHUNK).as_numpy_iterator()]
     labels = list(stored.labels("train")[:AUGMENT_CHUNK])
     firsts = sorted(map(labels.index, set(labels)))[: preview.ROWS]
-    epochs = [augment(images, settings, 5, epoch, chunk=0) for epoch in range(preview.EPOCHS)]
+    epochs = [augment(images, settings, preview.SEED, epoch, chunk=0) for epoch in range(preview.EPOCHS)]
     expected = [image for index in firsts for image in [images[index], *(epoch[index] for epoch in epochs)]]
     assert len(shown) == preview.ROWS * (1 + preview.EPOCHS)
     for drawn, image in zip(shown, expected, strict=True):

@@ -23,7 +23,7 @@ from flatmin.inputs.records import Records
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of records of some digits; tests only read it."""
     folder = tmp_path_factory.mktemp("digits") / "records"
-    writer.write(Data.model_validate(FEW_DIGITS), 0, folder)
+    writer.write(Data.model_validate(FEW_DIGITS), folder)
     return folder
 
 
@@ -41,7 +41,7 @@ def test_records_images_match_labels_and_counts(digits: Path) -> None:
 
 def test_records_hold_the_sources_bytes(tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=3, test=2)
-    writer.write(folder_data(source), 0, tmp_path / "records")
+    writer.write(folder_data(source), tmp_path / "records")
     read = Records(tmp_path / "records")
     stored = [image for image, _ in read._stored("test").map(records._parse).as_numpy_iterator()]
     assert stored == [(source / name).read_bytes() for name in read.names("test")]
@@ -53,7 +53,7 @@ def test_records_arrays_equal_images(different_sizes: bool, keep: Callable[[Any]
     source = cats_and_dogs(tmp_path / "source", train=20, test=1)  # more than one batch
     if different_sizes:
         Image.new("RGB", (5, 9)).save(source / "train" / "cat" / "small.png")
-    writer.write(folder_data(source), 0, tmp_path / "records")
+    writer.write(folder_data(source), tmp_path / "records")
     read = Records(tmp_path / "records")
     positions = [position for position in range(read.count("train")) if keep is None or keep(position)]
     every = [image for image, _ in read.images("train").as_numpy_iterator()]
@@ -70,7 +70,7 @@ def test_records_names_of_any_kind_are_unchanged(tmp_path: Path) -> None:
     names = ['a,"b".png', "Ümlaut 🦭.png", "two\nlines.png"]
     for index, name in enumerate(names):
         write_picture(source / "test" / "cat" / name, 90 + index, format="PNG")
-    writer.write(folder_data(source), 0, tmp_path / "records")
+    writer.write(folder_data(source), tmp_path / "records")
     assert {f"test/cat/{name}" for name in names} < set(Records(tmp_path / "records").names("test"))
 
 
@@ -85,7 +85,7 @@ def test_records_without_the_role_say_which_there_are(digits: Path) -> None:
 
 
 def test_records_with_damaged_file_name_it(tmp_path: Path) -> None:
-    writer.write(folder_data(cats_and_dogs(tmp_path / "source", train=3, test=1)), 0, tmp_path / "records")
+    writer.write(folder_data(cats_and_dogs(tmp_path / "source", train=3, test=1)), tmp_path / "records")
     shard = next((tmp_path / "records").glob("val-*"))
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(InputError, match=rf"{shard.name}: expected \d+ bytes, received \d+; `dvc repro prepare`"):

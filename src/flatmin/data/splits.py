@@ -1,4 +1,4 @@
-"""Assigns each example to a role: checks the splits, carves val out of train, draws label noise."""
+"""Assigns each example to a role: checks the splits, carves val out of train, draws wrong labels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def count_examples(source: Source, expressions: Mapping[str, str]) -> dict[str, 
     return sizes
 
 
-def assign_roles(source: Source, data: Data, seed: int, class_names: list[str], broken: list[str]) -> np.ndarray | None:
+def assign_roles(source: Source, data: Data, class_names: list[str], broken: list[str]) -> np.ndarray | None:
     """Assign the examples of train's split to train and val.
 
     If broken images may be skipped, all images are read here, so that the requested numbers of images are readable.
@@ -55,7 +55,8 @@ def assign_roles(source: Source, data: Data, seed: int, class_names: list[str], 
     Returns:
         int8 [n]: TRAIN, VAL or LEFT_OUT for each example of train's split; None if all of them are TRAIN.
     """
-    if not any((data.val_fraction, data.val_per_class, data.train_per_class, data.label_noise)):
+    changes_labels = data.label_noise or data.shuffle_labels
+    if not any((data.val_fraction, data.val_per_class, data.train_per_class, changes_labels)):
         return None
     labels = source.labels(data.splits.train)
     refuse_unknown_labels(labels, class_names, "data.splits.train")
@@ -69,15 +70,15 @@ def assign_roles(source: Source, data: Data, seed: int, class_names: list[str], 
                 broken.append(f"{example.name} ({error})")
                 readable[index] = False
         refuse_broken(broken, data.skip_broken)
-    return _carve_val(labels, readable, data, seed, class_names)
+    return _carve_val(labels, readable, data, class_names)
 
 
-def _carve_val(labels: np.ndarray, readable: np.ndarray, data: Data, seed: int, class_names: list[str]) -> np.ndarray:
+def _carve_val(labels: np.ndarray, readable: np.ndarray, data: Data, class_names: list[str]) -> np.ndarray:
     """Shuffle each class by the seed; its first images become val, the following ones train.
 
     Therefore `train_per_class` does not affect val, and a smaller value selects a subset of what a larger one selects.
     """
-    random = np.random.default_rng([seed, 1])
+    random = np.random.default_rng([data.seed, 1])
     roles = np.full(len(labels), LEFT_OUT, np.int8)
     for label, class_name in enumerate(class_names):
         members = random.permutation(np.flatnonzero((labels == label) & readable))
@@ -109,18 +110,20 @@ def _val_size(class_size: int, class_name: str, data: Data) -> int:
     return val_size
 
 
-def draw_label_noise(
-    source: Source, data: Data, seed: int, class_names: list[str], roles: np.ndarray | None
-) -> dict[int, int]:
-    """Draw the training examples that get a wrong label, a fraction `data.label_noise` of them, and these labels.
+def draw_labels(source: Source, data: Data, class_names: list[str], roles: np.ndarray | None) -> dict[int, int]:
+    """Draw the labels of training examples that `label_noise` or `shuffle_labels` ask for.
 
     Returns:
-        The index in train's split and the wrong label of each drawn example.
+        The index in train's split and the label of each example that is drawn: with `label_noise` that fraction of
+        train, each with the label of another class; with `shuffle_labels` all of train, with train's labels permuted.
     """
-    if roles is None or not data.label_noise:
+    if roles is None or not (data.label_noise or data.shuffle_labels):
         return {}
-    random = np.random.default_rng([seed, 2])
+    random = np.random.default_rng([data.seed, 2])
     train = np.flatnonzero(roles == TRAIN)
+    if data.shuffle_labels:
+        permuted = random.permutation(source.labels(data.splits.train)[train])
+        return dict(zip(train.tolist(), permuted.tolist(), strict=True))
     drawn = random.choice(train, round(data.label_noise * len(train)), replace=False)
     shifts = random.integers(1, len(class_names), len(drawn))
     labels = (source.labels(data.splits.train)[drawn] + shifts) % len(class_names)

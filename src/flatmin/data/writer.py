@@ -30,12 +30,11 @@ SHARD_BYTES = 2**27
 MAX_LISTED_DUPLICATES = 20
 
 
-def write(data: Data, seed: int, folder: Path | str) -> dict[str, Any]:
+def write(data: Data, folder: Path | str) -> dict[str, Any]:
     """Read the source image by image and write its records to `folder`, which appears complete or not at all.
 
     Args:
         data: The `data` section.
-        seed: Non-negative. It decides which examples are val, `train_per_class` and `label_noise`.
         folder: Replaced if it exists.
 
     Returns:
@@ -44,17 +43,17 @@ def write(data: Data, seed: int, folder: Path | str) -> dict[str, Any]:
     Raises:
         InputError: The source does not fit the settings. The message names the key.
     """
-    source = sources.open_source(data, seed)
+    source = sources.open_source(data)
     class_names = _class_names(data, source)
     expressions = {role: text for role in ROLES if (text := getattr(data.splits, role)) is not None}
     sizes = splits.count_examples(source, expressions)
     broken: list[str] = []
-    roles = splits.assign_roles(source, data, seed, class_names, broken)
-    wrong_labels = splits.draw_label_noise(source, data, seed, class_names, roles)
+    roles = splits.assign_roles(source, data, class_names, broken)
+    drawn_labels = splits.draw_labels(source, data, class_names, roles)
     with files.atomic_write(folder) as temporary:
         temporary.mkdir()
         writer = RecordsWriter(temporary)
-        examples = _examples_with_roles(source, expressions, roles, wrong_labels)
+        examples = _examples_with_roles(source, expressions, roles, drawn_labels)
         for role, example in console.progress(examples, "prepare", sum(sizes.values()), "image"):
             if role is None:
                 continue
@@ -67,7 +66,7 @@ def write(data: Data, seed: int, folder: Path | str) -> dict[str, Any]:
         splits.refuse_broken(broken, data.skip_broken)
         writer.close()
         _check(writer, data, class_names)
-        info = _describe(writer, data, source, class_names, broken) | {"wrong_labels": len(wrong_labels)}
+        info = _describe(writer, data, source, class_names, broken)
         files.write_json(temporary / "dataset.json", info)
     return _metrics(info)
 
@@ -85,18 +84,20 @@ def _class_names(data: Data, source: Source) -> list[str]:
 
 
 def _examples_with_roles(
-    source: Source, expressions: Mapping[str, str], roles: np.ndarray | None, wrong_labels: Mapping[int, int]
+    source: Source, expressions: Mapping[str, str], roles: np.ndarray | None, drawn_labels: Mapping[int, int]
 ) -> Iterator[tuple[str | None, Example]]:
     """Yield every example with its role, which is None if it is left out.
 
-    Training examples in `wrong_labels` get that label; the label of predict is removed.
+    Training examples in `drawn_labels` get that label, and where there are any, all of train keep the true one too. The
+    label of predict is removed.
     """
     for role, expression in expressions.items():
         examples = source.examples(expression)
         if role == "train" and roles is not None:
             for index, (code, example) in enumerate(zip(roles.tolist(), examples, strict=True)):
-                relabelled = example._replace(label=wrong_labels[index]) if index in wrong_labels else example
-                yield None if code == splits.LEFT_OUT else ROLES[code], relabelled
+                if drawn_labels and code == splits.TRAIN:
+                    example = example._replace(label=drawn_labels.get(index, example.label), true_label=example.label)
+                yield None if code == splits.LEFT_OUT else ROLES[code], example
         else:
             for example in examples:
                 yield role, example._replace(label=UNKNOWN) if role == "predict" else example
@@ -150,6 +151,7 @@ class ShardWriter:
         self._in_shard = self._bytes = self._shards = 0
         self.names: list[str] = []
         self.labels: list[int] = []
+        self.true_labels: list[int] = []  # as many as labels, or none where all labels are the source's
         self.digests: list[bytes] = []
         self.heights: list[int] = []
         self.widths: list[int] = []
@@ -159,12 +161,14 @@ class ShardWriter:
             raise InputError(f"data.name: expected names without carriage returns, received {example.name!r}")
         if self._writer is None or self._in_shard >= SHARD_EXAMPLES or self._bytes >= SHARD_BYTES:
             self._start_shard()
-        record = _serialize(picture.encoded, example.label, example.name)
+        record = _serialize(picture.encoded, example)
         self._writer.write(record)
         self._in_shard += 1
         self._bytes += len(record)
         self.names.append(example.name)
         self.labels.append(example.label)
+        if example.true_label is not None:
+            self.true_labels.append(example.true_label)
         self.digests.append(picture.digest)
         self.heights.append(picture.height)
         self.widths.append(picture.width)
@@ -185,21 +189,30 @@ class ShardWriter:
         for shard in range(self._shards):
             yield self._path(shard).rename(self._path(shard, f"-of-{self._shards:05d}"))
         path = self._folder / f"{self._role}.csv"
-        files.write_csv(path, ("name", "label"), zip(self.names, self.labels, strict=True))
+        columns = {"name": self.names, "label": self.labels}
+        if self.true_labels:
+            columns["true_label"] = self.true_labels
+        files.write_csv(path, list(columns), zip(*columns.values(), strict=True))
         yield path
 
+    @property
+    def wrong_labels(self) -> int:
+        """The number of labels that are not the true ones."""
+        return sum(label != true for label, true in zip(self.labels, self.true_labels, strict=False))
 
-def _serialize(image: bytes, label: int, name: str) -> bytes:
+
+def _serialize(image: bytes, example: Example) -> bytes:
     def text(value: bytes) -> tf.train.Feature:
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
 
-    features = {
-        "image": text(image),
-        "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
-        "name": text(name.encode()),
-    }
-    example = tf.train.Example(features=tf.train.Features(feature=features))
-    return bytes(example.SerializeToString(deterministic=True))
+    def number(value: int) -> tf.train.Feature:
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+
+    features = {"image": text(image), "label": number(example.label), "name": text(example.name.encode())}
+    if example.true_label is not None:
+        features["true_label"] = number(example.true_label)
+    serialized = tf.train.Example(features=tf.train.Features(feature=features))
+    return bytes(serialized.SerializeToString(deterministic=True))
 
 
 def _check(writer: RecordsWriter, data: Data, class_names: list[str]) -> None:
@@ -243,6 +256,7 @@ def _describe(
         "broken": broken,
         "files": writer.files,
         "digest": _digest(writer.files),
+        "wrong_labels": writer.roles["train"].wrong_labels,
     }
 
 

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -103,6 +103,18 @@ def _imgaug_randaugment(n: int, m: int) -> Any:
     return RandAugment(n=n, m=m)
 
 
+class _Pending(NamedTuple):
+    """A chunk that a worker has.
+
+    Attributes:
+        result: waits for it and returns it, augmented.
+        abandon: says that nobody will wait for it.
+    """
+
+    result: Callable[[], list[np.ndarray]]
+    abandon: Callable[[], object] = lambda: None
+
+
 class Augmenter:
     """Augments chunks of images in workers, in order. Use it in a `with` block, at whose end the workers end.
 
@@ -164,21 +176,29 @@ class Augmenter:
         Yields:
             The augmented images of one chunk after another.
         """
-        pending: deque[Callable[[], list[np.ndarray]]] = deque()
-        for index, chunk in zip(itertools.count() if numbers is None else numbers, _split(images), strict=False):
-            pending.append(self._submit(chunk, (self._settings, self._seed, epoch, index)))
-            if len(pending) >= _CHUNKS_PER_WORKER * self._workers:
-                yield pending.popleft()()
-        while pending:
-            yield pending.popleft()()
+        pending: deque[_Pending] = deque()
+        try:
+            for index, chunk in zip(itertools.count() if numbers is None else numbers, _split(images), strict=False):
+                pending.append(self._submit(chunk, (self._settings, self._seed, epoch, index)))
+                if len(pending) >= _CHUNKS_PER_WORKER * self._workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for left in pending:  # as by a training that is validated within an epoch
+                left.abandon()
 
-    def _submit(self, images: list[np.ndarray], arguments: Arguments) -> Callable[[], list[np.ndarray]]:
-        """Hand a chunk to a worker. Returns a function that waits for the augmented chunk."""
+    def _submit(self, images: list[np.ndarray], arguments: Arguments) -> _Pending:
+        """Hand a chunk to a worker."""
         if self._pool is None:
-            return lambda: augment(images, *arguments)
+            return _Pending(lambda: augment(images, *arguments))
         if isinstance(self._pool, ThreadPoolExecutor):
-            return self._pool.submit(augment, images, *arguments).result
-        buffer = self._free_buffers.pop() if self._free_buffers else self._new_buffer()
+            future = self._pool.submit(augment, images, *arguments)
+            return _Pending(future.result, future.cancel)
+        try:
+            buffer = self._free_buffers.pop()
+        except IndexError:
+            buffer = self._new_buffer()
         _write(buffer, images)
         shapes = [image.shape for image in images]
         task = self._pool.submit(_augment_in_place, f"/proc/{os.getpid()}/fd/{buffer}", shapes, arguments)
@@ -186,10 +206,18 @@ class Augmenter:
         def wait() -> list[np.ndarray]:
             task.result()
             augmented = _read(buffer, shapes)
-            self._free_buffers.append(buffer)  # only now: a worker may still write a chunk that nobody waited for
+            self._free(buffer)
             return augmented
 
-        return wait
+        def abandon() -> None:
+            task.add_done_callback(lambda _: self._free(buffer))  # only then: a worker may still write to it
+            task.cancel()
+
+        return _Pending(wait, abandon)
+
+    def _free(self, buffer: int) -> None:
+        if buffer in self._buffers:  # else the block has ended
+            self._free_buffers.append(buffer)
 
     def _new_buffer(self) -> int:
         """Open a file in memory for one chunk, which is faster than pickling the chunk through a pipe both ways.

@@ -50,7 +50,7 @@ def augmented(
 ) -> tf.data.Dataset:
     """Batches like `plain`'s of one epoch's training images, augmented and shuffled for this epoch.
 
-    The last batch may be smaller. Equal (seed, epoch) give equal batches.
+    The last batch may be smaller. Equal (seed, epoch) give equal batches. Labels are `Records.training_labels`.
     """
     order = derived_seed(seed, epoch)
 
@@ -103,7 +103,7 @@ def augmented_chunks(
     records: Records, augmenter: Augmenter, epoch: int, shard: WorkerShard
 ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
     """Augment a shard's training images in the records' order; give images and labels chunk by chunk."""
-    labels = records.labels("train")
+    labels = records.training_labels()
     chunks = math.ceil(len(labels) / AUGMENT_CHUNK)
     numbers = [number for number in range(chunks) if shard.has(number * AUGMENT_CHUNK)]
     images = records.arrays("train", shard.has)

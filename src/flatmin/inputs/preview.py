@@ -14,22 +14,22 @@ from flatmin.inputs.records import Records
 
 ROWS = 8  # classes
 EPOCHS = 7
+SEED = 0
 
 
-def draw(records: Records, settings: Augment, seed: int, path: Path | str) -> None:
+def draw(records: Records, settings: Augment, path: Path | str) -> None:
     """Draw the first image of each of the first classes, as stored and as augmented in epochs 1 to 7.
 
     Args:
         records: their first chunk of train images is drawn from, augmented as in training.
         settings: the `augment` section of params.yaml.
-        seed: of the augmentation.
         path: the PNG file to write.
     """
     images = [image for image, _ in records.images("train").take(AUGMENT_CHUNK).as_numpy_iterator()]
     labels = records.labels("train")[: len(images)]
     _, first_of_class = np.unique(labels, return_index=True)
     shown = sorted(first_of_class)[:ROWS]
-    epochs = [augment(images, settings, seed, epoch, chunk=0) for epoch in range(EPOCHS)]
+    epochs = [augment(images, settings, SEED, epoch, chunk=0) for epoch in range(EPOCHS)]
     figure = Figure(figsize=(1 + EPOCHS, len(shown)), dpi=100, layout="constrained")
     axes = figure.subplots(len(shown), 1 + EPOCHS, squeeze=False)
     for row, index in zip(axes, shown, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ class Records:
                     f"{path}: expected {file['bytes']} bytes, received {'none' if size is None else size};"
                     " `dvc repro prepare` writes it again"
                 )
-        self._indices: dict[str, tuple[list[str], np.ndarray]] = {}
+        self._indices: dict[str, tuple[list[str], np.ndarray, np.ndarray]] = {}
 
     def count(self, role: str) -> int:
         """Return the number of examples."""
@@ -60,6 +59,14 @@ class Records:
     def labels(self, role: str) -> np.ndarray:
         """Return the labels in the records' order: int32 [count], -1 where unknown, read-only."""
         return self._index(role)[1]
+
+    def training_labels(self) -> np.ndarray:
+        """Return train's labels, int32 [count], plus the number of classes where the label is a wrong one on purpose.
+
+        So a batch says which of its labels `label_noise` or `shuffle_labels` changed.
+        """
+        labels, true = self._index("train")[1:]
+        return labels + np.int32(len(self.class_names)) * (labels != true)
 
     def names(self, role: str) -> list[str]:
         """Return the examples' names in the records' order."""
@@ -107,15 +114,15 @@ class Records:
             raise InputError(f"{self._folder}: expected the role {role}, received {', '.join(self.roles)}")
         return self.info["roles"][role]
 
-    def _index(self, role: str) -> tuple[list[str], np.ndarray]:
-        """Return a role's names and labels, read once from its CSV file."""
+    def _index(self, role: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Return a role's names, labels and true labels, read once from its CSV file."""
         self._role(role)
         if role not in self._indices:
-            with (self._folder / f"{role}.csv").open(newline="", encoding="utf-8") as file:
-                rows = list(csv.reader(file))[1:]
-            labels = np.array([int(label) for _, label in rows], np.int32)
+            rows = files.read_csv(self._folder / f"{role}.csv")
+            labels = np.array([int(row["label"]) for row in rows], np.int32)
             labels.flags.writeable = False
-            self._indices[role] = [name for name, _ in rows], labels
+            true = np.array([int(row.get("true_label", row["label"])) for row in rows], np.int32)
+            self._indices[role] = [row["name"] for row in rows], labels, true
         return self._indices[role]
 
 

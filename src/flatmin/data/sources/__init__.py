@@ -9,10 +9,10 @@ from flatmin.data.sources.folder import FolderSource
 from flatmin.data.sources.tfds import TfdsSource
 
 
-def open_source(data: Data, seed: int) -> Source:
+def open_source(data: Data) -> Source:
     """Open the source that the `data` section names. No image is read yet.
 
-    `seed` decides the order of the examples of `bundled` and `folder` (see `base.balanced_order`). TFDS keeps its
+    `data.seed` decides the order of the examples of `bundled` and `folder` (see `base.balanced_order`). TFDS keeps its
     own order.
 
     Raises:
@@ -20,8 +20,8 @@ def open_source(data: Data, seed: int) -> Source:
     """
     match data.source:
         case "bundled":
-            return DigitsSource(data.name, seed)
+            return DigitsSource(data.name, data.seed)
         case "folder":
-            return FolderSource(data.name, seed)
+            return FolderSource(data.name, data.seed)
         case _:
             return TfdsSource(data.name)

@@ -26,11 +26,13 @@ class Example(NamedTuple):
         image: The encoded bytes, unchanged.
         label: Index of the class, or `UNKNOWN`.
         name: Identifies the example to a person.
+        true_label: The source's label where another one may have been drawn; else None.
     """
 
     image: bytes
     label: int
     name: str
+    true_label: int | None = None
 
 
 class Slice(NamedTuple):
