@@ -1,6 +1,6 @@
 """extract-train: train a classifier behind a frozen backbone. Argument: the backbone.
 
-Reads `seed`, `runtime`, `augment`, `extract` of params.yaml and data/records/. Writes models/extract/{backbone}/,
+Reads `runtime`, `augment`, `extract` of params.yaml and data/records/. Writes models/extract/{backbone}/,
 metrics/extract/{backbone}.json and plots/extract/{backbone}.csv.
 """
 
@@ -19,7 +19,6 @@ def main(declared: stage.Declared, backbone: str = "") -> Any:
     params = declared.params
     return extract(
         backbone,
-        seed=params.seed,
         runtime=params.runtime,
         augment=params.augment,
         recipe=params.extract,

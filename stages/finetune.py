@@ -1,15 +1,16 @@
-"""finetune: train the selected classifier's layers from `fine_tune_at` on.
+"""finetune: train the selected classifier's layers from `fine_tune_at` on. Argument: the seed.
 
-Reads `seed`, `runtime`, `augment`, `finetune` of params.yaml, data/records/ and models/select/. Writes
-models/finetune/, metrics/finetune.json and plots/finetune.csv.
+Reads `runtime`, `augment`, `finetune` of params.yaml, data/records/ and models/select/. Writes models/finetune/{seed}/,
+metrics/finetune/{seed}.json and plots/finetune/{seed}.csv.
 """
 
+import sys
 from typing import Any
 
 from flatmin.common import console, stage
 
 
-def main(declared: stage.Declared) -> Any:
+def main(declared: stage.Declared, seed: str = "") -> Any:
     """Returns the resume state, which is removed when nothing has changed meanwhile."""
     # Imported here, since the processes that augment load this file too and need no TensorFlow.
     with console.importing_tensorflow():
@@ -17,16 +18,16 @@ def main(declared: stage.Declared) -> Any:
 
     params = declared.params
     return finetune(
-        "finetune",
-        seed=params.seed,
+        f"finetune@{seed}",
+        seed=int(seed),
         runtime=params.runtime,
         augment=params.augment,
         recipe=params.finetune,
         selected="models/select",
         records="data/records",
-        outputs=Outputs("models/finetune", "metrics/finetune.json", "plots/finetune.csv"),
+        outputs=Outputs(f"models/finetune/{seed}", f"metrics/finetune/{seed}.json", f"plots/finetune/{seed}.csv"),
     )
 
 
 if __name__ == "__main__":
-    stage.run("finetune", main)
+    stage.run("finetune", main, *sys.argv[1:])

@@ -1,15 +1,17 @@
 """sam-finetune: what finetune does, from the same start and by the same recipe, with sharpness-aware steps.
 
-Reads what finetune reads and `sam` of params.yaml. Writes models/sam/, metrics/sam.json and plots/sam.csv.
+Argument: the seed. Reads what finetune reads and `sam` of params.yaml. Writes models/sam/{seed}/,
+metrics/sam/{seed}.json, plots/sam/{seed}.csv and, for control, models/budget/{seed}.json.
 """
 
+import sys
 from functools import partial
 from typing import Any
 
 from flatmin.common import console, stage
 
 
-def main(declared: stage.Declared) -> Any:
+def main(declared: stage.Declared, seed: str = "") -> Any:
     """Returns the resume state, which is removed when nothing has changed meanwhile."""
     # Imported here, since the processes that augment load this file too and need no TensorFlow.
     with console.importing_tensorflow():
@@ -21,14 +23,16 @@ def main(declared: stage.Declared) -> Any:
     settings = sam.Settings(**params.sam.settings())
     recipe = params.finetune
     return finetune(
-        "sam",
-        seed=params.seed,
+        f"sam-finetune@{seed}",
+        seed=int(seed),
         runtime=params.runtime,
         augment=params.augment,
         recipe=recipe.model_copy(update={"epochs": params.sam.epochs or recipe.epochs}),
         selected="models/select",
         records="data/records",
-        outputs=Outputs("models/sam", "metrics/sam.json", "plots/sam.csv"),
+        outputs=Outputs(
+            f"models/sam/{seed}", f"metrics/sam/{seed}.json", f"plots/sam/{seed}.csv", f"models/budget/{seed}.json"
+        ),
         step=StepSettings(
             partial(sam.Step, settings),
             depends_on=params.sam.settings(),
@@ -40,4 +44,4 @@ def main(declared: stage.Declared) -> Any:
 
 
 if __name__ == "__main__":
-    stage.run("sam-finetune", main)
+    stage.run("sam-finetune", main, *sys.argv[1:])

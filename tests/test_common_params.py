@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 # The required keys alone, each schedule once, and early stopping.
 RECIPE = {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 8, "epochs": 3}
 REQUIRED: dict[str, Any] = {
-    "seed": 0,
+    "seeds": [0],
     "runtime": {},
     "data": {"source": "folder", "name": "x", "splits": {"train": "train", "test": "test"}, "val_per_class": 1},
     "augment": {},
@@ -45,6 +43,7 @@ REQUIRED: dict[str, Any] = {
     "select": {},
     "finetune": {**RECIPE, "schedule": {"name": "cosine"}},
     "sam": {},
+    "finalize": {},
     "evaluate": {},
 }
 # All other keys. A changed default changes the results of every params.yaml that leaves the key out.
@@ -57,12 +56,14 @@ DEFAULTS: dict[str, Any] = {
         "engine": "auto",
     },
     "data": {
+        "seed": 42,
         "splits": {"val": None, "predict": None},
         "val_fraction": None,
         "train_per_class": None,
         "image_size": None,
         "skip_broken": 0,
         "label_noise": 0.0,
+        "shuffle_labels": False,
         "class_names": None,
     },
     "augment": {"engine": "imgaug", "n": 3, "m": 7, "p": 1.0, "flip": False, "crop": 0},
@@ -75,6 +76,7 @@ DEFAULTS: dict[str, Any] = {
         "views": 0,
         "early_stopping": {"patience": 5, "min_delta": 0.001},
         "image_size": None,
+        "seed": 42,
         "weights": {},
         "levels": "last",
         "hidden_units": 0,
@@ -108,11 +110,11 @@ DEFAULTS: dict[str, Any] = {
         "sigma": None,
         "friendly_lambda": None,
     },
+    "finalize": {"tolerance": 0.005},
     "evaluate": {
         "batch_size": 128,
         "mirrored": False,
         "ece_bins": 15,
-        "resamples": 10000,
         "sharpness": {"images": 64, "rho": 0.05, "adaptive_rho": 0.5, "steps": 15, "probes": 6},
     },
 }
@@ -178,15 +180,37 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
         ("sam.rho", "big", "sam.rho: expected a valid number, received 'big'"),
         ("sam.rho", float("nan"), "sam.rho: expected a finite number, received nan"),
         ("sam.adaptive", 1, "sam.adaptive: expected a valid boolean, received 1"),
-        ("seed", True, "seed: expected a valid integer, received True"),
+        ("seeds", [True], "seeds.0: expected a valid integer, received True"),
+        ("seeds", [7, "8"], "seeds.1: expected a valid integer, received '8'"),
+        ("seeds", 42, "seeds: expected a list, such as [42], received 42"),
+        ("seeds", None, "seeds: expected a list, received None"),
+        ("seeds", {7: 8}, "seeds: expected a list, received {7: 8}"),
+        ("seeds", [], "seeds: expected a list of at least 1, received []"),
+        ("seeds", [7, 8, 7], "seeds: expected distinct numbers, received 7 twice"),
+        *(
+            (
+                "seed",
+                value,
+                "seed: expected seeds, a list, for finetune, control and sam-finetune, and data.seed and extract.seed "
+                f"in its place, received {received}",
+            )
+            for value, received in ((42, "42"), (None, "None"), ("\n" * 100, "'"))
+        ),
         ("extract.epochs", 0, "extract.epochs: expected greater than or equal to 1, received 0"),
         ("extract.epochs", 2.5, "extract.epochs: expected a valid integer, received 2.5"),
         ("extract.epochs", "2", "extract.epochs: expected a valid integer, received '2'"),
         ("extract.epochs", None, "extract.epochs: expected a valid integer, received None"),
         ("extract.learning_rate", 0, "extract.learning_rate: expected greater than 0, received 0"),
         ("extract.dropout", 1, "extract.dropout: expected less than 1, received 1"),
-        ("seed", -1, "seed: expected greater than or equal to 0, received -1"),
-        ("seed", 2**31, "seed: expected less than 2147483648, received 2147483648"),
+        ("seeds", [7, -1], "seeds.1: expected greater than or equal to 0, received -1"),
+        ("data.seed", -1, "data.seed: expected greater than or equal to 0, received -1"),
+        ("extract.seed", 2**31, "extract.seed: expected less than 2147483648, received 2147483648"),
+        ("data.seed", [7], "data.seed: expected a valid integer, received [7]"),
+        ("extract.seed", None, "extract.seed: expected a valid integer, received None"),
+        ("finetune.seed", 7, "finetune.seed: expected no such key, received 7"),
+        ("data.shuffle_labels", 1, "data.shuffle_labels: expected a valid boolean, received 1"),
+        ("finalize.tolerance", 1.5, "finalize.tolerance: expected less than or equal to 1, received 1.5"),
+        ("finalize.tolerance", -0.1, "finalize.tolerance: expected greater than or equal to 0, received -0.1"),
         ("sam.rho", True, "sam.rho: expected a valid number, received True"),
         ("sam.rho", "1e999", "sam.rho: expected a finite number, received '1e999'"),
         pytest.param("sam.rho", 10**5000, "sam.rho: expected a valid number, received a very large int", id="large"),
@@ -208,7 +232,7 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
         ("extract.optimizer", "lion", "extract.optimizer: expected 'adam', 'adamw' or 'sgd', received 'lion'"),
         ("backbones", [], "backbones: expected a list of at least 1, received []"),
         ("backbones", ["ResNet51"], "backbones.0: expected one of ResNet50, "),
-        ("backbones", "ResNet50", "backbones: expected a valid list, received 'ResNet50'"),
+        ("backbones", "ResNet50", "backbones: expected a list, such as ['ResNet50'], received 'ResNet50'"),
         ("backbones", ["ResNet50", 3], "backbones.1: expected a valid string, received 3"),
         ("backbones", ["ResNet50", "ResNet50"], "backbones: expected distinct names, received 'ResNet50' twice"),
         ("data.val_fraction", 0.1, "data: expected exactly one of splits.val, val_fraction and val_per_class"),
@@ -221,6 +245,11 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
             "extract",
             {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 8, "epochs": 3, "views": 2, "augment": False},
             "extract.views: expected at most 1 without augment, received 2",
+        ),
+        (
+            "data",
+            TINY["data"] | {"label_noise": 0.1, "shuffle_labels": True},
+            "data.label_noise: expected 0 with shuffle_labels, received 0.1",
         ),
         ("data.label_noise", 1, "data.label_noise: expected less than 1, received 1"),
         ("finetune.schedule", {"name": "plateau", "factor": 3}, "finetune.schedule.factor: expected less than 1"),
@@ -307,7 +336,7 @@ def test_parse_of_fine_tune_at_takes_one_or_one_per_backbone(value: Any) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: 1\nseed: 2\n", r"seed: expected once, received twice \(line 2\)"),
+        ("seeds: [1]\nseeds: [2]\n", r"seeds: expected once, received twice \(line 2\)"),
         ("sam:\n  rho: 1\n  rho: 1\n", r"sam\.rho: expected once, received twice \(line 3\)"),
         ("a:\n- {b: 1, 'b': 2}\n", r"a\.0\.b: expected once, received twice \(line 2\)"),
         ("seed: [1\n", "expected YAML"),
@@ -362,18 +391,6 @@ def test_load_with_yaml_merge_key_merges_sections(tmp_path: Path) -> None:
     assert params.load(tmp_path / "params.yaml").sam.rho == 1e-5
 
 
-def test_params_command_prints_one_line(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed("sam.rho", -1)))
-    command = [sys.executable, "-m", "flatmin.common.params"]
-    environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": ""}
-    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr == "error: params.yaml: sam.rho: expected greater than or equal to 0, received -1\n"
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(TINY))
-    accepted = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (accepted.returncode, accepted.stdout, accepted.stderr) == (0, "params.yaml: valid, seed 7\n", "")
-
-
 def paths(values: dict[str, Any], prefix: str = "") -> list[str]:
     keys = []
     for key, value in values.items():
@@ -384,6 +401,8 @@ def paths(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 OTHER_KEYS = [
+    "seed",
+    "data.shuffle_labels",
     "data.class_names",
     "data.val_fraction",
     "data.skip_broken",

@@ -267,6 +267,7 @@ def test_save_writes_description(model: Classifier, tmp_path: Path) -> None:
         "pretrained": "none",
         "seed": 1,
         "weights_digest": None,
+        "temperature": None,
     }
 
 

@@ -13,15 +13,18 @@ import pytest
 from trainings import (
     BACKBONE,
     HEADS,
+    SEED,
     SELECTED,
     SPLIT_POINT,
     TRAIN,
     VAL,
     VARIED,
+    control,
     distance,
     extract,
     finetune,
     interrupted_after,
+    item,
     metrics,
     saved_weights,
     scores_on_val,
@@ -32,16 +35,18 @@ from trainings import (
     written,
 )
 
-from flatmin import runtime, selection
+from flatmin import runtime
 from flatmin.common import params
 from flatmin.common.errors import InputError
 from flatmin.common.params import Params, Sam
 from flatmin.features import engine
 from flatmin.inputs import batches
 from flatmin.inputs.records import Records
-from flatmin.models import classifier, registry
+from flatmin.models import classifier, registry, scores
 from flatmin.models.classifier import Classifier
+from flatmin.selection import backbone
 from flatmin.training import stages
+from flatmin.training.schedule import Budget
 from flatmin.training.step import PLAIN, StepSettings
 from flatmin.training.workers import Workers
 
@@ -69,6 +74,10 @@ def study(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def select(head: str) -> None:
     shutil.copytree(f"models/{head}", SELECTED, dirs_exist_ok=True)
+
+
+def trained_weights(name: str) -> dict[str, np.ndarray]:
+    return saved_weights(f"models/{item(name)}")
 
 
 @pytest.fixture
@@ -114,7 +123,7 @@ def test_sam_finetune_interrupted_and_resumed_gives_the_same_bytes(
     assert len(list((study / "cache").rglob("*.npz"))) == 1
     capsys.readouterr()
     finetune(settings, step)
-    assert "sam: resuming after epoch 1\n" in capsys.readouterr().out
+    assert f"sam-finetune@{SEED}: resuming after epoch 1\n" in capsys.readouterr().out
     assert written("sam") == whole
     assert not list((study / "cache").rglob("*.npz"))
 
@@ -124,14 +133,14 @@ def test_sam_finetune_interrupted_and_resumed_gives_the_same_bytes(
 def test_stages_in_turn_write_what_they_trained(head: str, study: Path) -> None:
     settings = small(extract=HEADS[head], ema=0.5)
     extract(settings)
-    selection.select([BACKBONE], 0.0, models="models/extract", metrics="metrics/extract", selected=SELECTED)
+    backbone.select([BACKBONE], 0.0, models="models/extract", metrics="metrics/extract", selected=SELECTED)
     passes = {f"extract/{BACKBONE}": 1, "finetune": 1, "sam": 2}
     if head == "linear":
         finetune(settings)
     else:
         del passes["finetune"]
     finetune(settings, settings.sam)
-    models = {name: classifier.load(f"models/{name}") for name in passes}
+    models = {name: classifier.load(f"models/{item(name)}") for name in passes}
     for name, model in models.items():
         values = metrics(name)
         assert set(values) == {
@@ -143,15 +152,19 @@ def test_stages_in_turn_write_what_they_trained(head: str, study: Path) -> None:
             "image_size",
             "multiply_adds",
             "val",
+            "validations",
         }
         assert set(values["val"]) == {"accuracy", "top5_accuracy", "loss"}
-        assert values["epochs"] == 2
+        assert values["epochs"] == values["validations"] == 2
         assert values["engine"] == "tensorflow"
         assert values["gradient_evaluations"] == TRAIN * 2 * passes[name]
         assert values["val"]["top5_accuracy"] == 1
         # What was saved is the best epoch's, and scores what the metrics say.
         assert scores_on_val(model) == pytest.approx(values["val"], rel=1e-4)
-        rows = Path(f"plots/{name}.csv").read_text().splitlines()
+        logits = np.load(f"models/{item(name)}/val_logits.npy")
+        assert (logits.dtype, logits.shape) == (np.float32, (VAL, 3))
+        assert scores.score(logits, Records("data/records").labels("val")) == pytest.approx(values["val"], rel=1e-6)
+        rows = Path(f"plots/{item(name)}.csv").read_text().splitlines()
         assert rows[0] == "epoch,learning_rate,loss,accuracy,val_loss,val_accuracy"
         assert len(rows) == 3
         best = rows[values["best_epoch"]].split(",")
@@ -165,7 +178,7 @@ def test_stages_in_turn_write_what_they_trained(head: str, study: Path) -> None:
         for one, other in zip(selected, frozen, strict=True):
             np.testing.assert_array_equal(one, other)
     if head == "linear":
-        assert distance(saved_weights("models/finetune"), saved_weights("models/sam")) > 1e-3
+        assert distance(trained_weights("finetune"), trained_weights("sam")) > 1e-3
     else:  # resumed trainings show it of the linear one
         before = {name: written(name) for name in (f"extract/{BACKBONE}", "sam")}
         extract(settings)
@@ -183,10 +196,10 @@ def test_finetune_on_cached_views_trains_as_on_images(
     select(head)
     recipe = {"dropout": 0.0, "optimizer": "sgd", "learning_rate": 0.02, "batch_size": TRAIN, "epochs": 3}
     finetune(small(**recipe))
-    expected, on_images = saved_weights("models/finetune"), metrics("finetune")
+    expected, on_images = trained_weights("finetune"), metrics("finetune")
     finetune(small(**recipe, views=1))
     moved = distance(expected, saved_weights(SELECTED))
-    assert 0 < distance(expected, saved_weights("models/finetune")) < moved / 50
+    assert 0 < distance(expected, trained_weights("finetune")) < moved / 50
     on_views = metrics("finetune")
     assert on_views["val"]["loss"] == pytest.approx(on_images["val"]["loss"], rel=1e-2)
     assert (on_images["engine"], on_views["engine"]) == ("tensorflow", "litert")
@@ -208,7 +221,7 @@ def test_finetune_on_cached_views_trains_as_on_images(
 @pytest.mark.slow
 def test_finetune_that_diverges_is_an_error_and_writes_nothing(study: Path) -> None:
     before = {path for path in study.rglob("*") if "cache" not in path.parts}
-    with pytest.raises(InputError, match=r"^finetune: the training diverged in epoch"):
+    with pytest.raises(InputError, match=rf"^finetune@{SEED}: the training diverged in epoch"):
         finetune(small(learning_rate=1e38, epochs=1, runtime={"precision": "mixed_bfloat16"}))
     assert keras.config.dtype_policy().name == "float32"
     assert {path for path in study.rglob("*") if "cache" not in path.parts} == before
@@ -231,8 +244,8 @@ def test_finetune_draws_other_views_than_extract(jobs: list[stages.Job]) -> None
     finetune(settings)
     finetune(settings, Sam())
     extract_seed, finetune_seed, sam_seed = (job.seed for job in jobs)
-    assert extract_seed == settings.seed
-    assert finetune_seed == sam_seed == batches.derived_seed(settings.seed, 1) != extract_seed
+    assert extract_seed == settings.extract.seed == SEED
+    assert finetune_seed == sam_seed == batches.derived_seed(SEED, 1) != extract_seed
 
 
 @pytest.mark.slow
@@ -250,7 +263,7 @@ def test_sam_finetune_takes_finetunes_recipe_but_epochs_of_its_own(jobs: list[st
     finetune(settings, step)
     finetune(settings, Sam())
     plain, own, same = jobs
-    assert (plain.name, own.name) == ("finetune", "sam")
+    assert (plain.name, own.name) == (f"finetune@{SEED}", f"sam-finetune@{SEED}")
     assert plain.recipe == same.recipe == settings.finetune
     assert own.recipe == settings.finetune.model_copy(update={"epochs": 2})
     assert plain.step is PLAIN
@@ -264,16 +277,23 @@ def test_state_folder_is_keyed_by_what_the_result_depends_on(study: Path) -> Non
         pytest.fail("started")
 
     def folder(
-        settings: Params, workers: int = 1, replicas: int = 1, step: StepSettings = PLAIN, **depends_on: Any
+        settings: Params,
+        workers: int = 1,
+        replicas: int = 1,
+        step: StepSettings = PLAIN,
+        budget: Budget | None = None,
+        seed: int = SEED,
+        **depends_on: Any,
     ) -> str:
         job = stages.Job(
             "finetune",
-            settings.seed,
+            seed,
             settings.runtime,
             settings.augment,
             settings.finetune,
             start,
             step,
+            budget,
             files=(Path(SELECTED, classifier.MODEL), Path(SELECTED, classifier.WEIGHTS)),
             depends_on=depends_on,
         )
@@ -295,11 +315,15 @@ def test_state_folder_is_keyed_by_what_the_result_depends_on(study: Path) -> Non
         folder(small(), weights="others"),
         folder(small(), workers=2),
         folder(small(), workers=2, replicas=2),
-        folder(changed(seed=4)),
+        folder(small(), seed=4),
+        folder(small(), budget=Budget(2 * TRAIN, 1)),
+        folder(small(), budget=Budget(3 * TRAIN, 2)),
         folder(changed(augment=params.Augment(engine="none", crop=1))),
     ]
-    # evaluate's settings change nothing here.
-    assert base == folder(changed(evaluate=params.Evaluate(resamples=7)))
+    # evaluate's settings and other trainings' seeds change nothing here, nor does a budget of what the epochs take.
+    assert base == folder(changed(evaluate=params.Evaluate(ece_bins=7)))
+    assert base == folder(changed(seeds=[1, 2, SEED]))
+    assert base == folder(small(), budget=Budget(2 * TRAIN, 2))
     (study / SELECTED / "model.json").write_text("{}")
     others.append(folder(small()))
     assert len({base, *others}) == len(others) + 1
@@ -309,8 +333,15 @@ def one_worker() -> Workers:
     return Workers(runtime.strategy(params.Runtime(strategy="one")))
 
 
-def test_extract_of_a_nested_name_keeps_one_folder_of_states(jobs: list[stages.Job]) -> None:
-    extract(small())
-    (job,) = jobs
-    name = job.state_folder(Records("data/records"), one_worker()).name
-    assert name.startswith(f"extract-{BACKBONE}-")
+def test_states_of_stages_have_a_folder_each_with_the_stages_name(jobs: list[stages.Job]) -> None:
+    settings = small(batch_size=4)
+    extract(settings)
+    finetune(settings)
+    finetune(settings, Sam(rho=0.0))
+    Path("models/budget").mkdir()
+    Budget(2 * TRAIN, 2).write(f"models/budget/{SEED}.json")
+    control(settings)
+    folders = [job.state_folder(Records("data/records"), one_worker()) for job in jobs]
+    names = [folder.name.rpartition("-")[0] for folder in folders]
+    assert names == [f"extract-train@{BACKBONE}", f"finetune@{SEED}", f"sam-finetune@{SEED}", f"control@{SEED}"]
+    assert len({folder.parent for folder in folders}) == 1

@@ -11,15 +11,16 @@ from trainings import point_recipe, point_step
 
 from flatmin.common.errors import InputError
 from flatmin.common.params import Sam
-from flatmin.training.step import TrainStep, pad_empty_shard
+from flatmin.training.step import Sums, TrainStep, pad_empty_shard
 
 
 def run_epochs(step: TrainStep, epochs: int = 1) -> np.ndarray:
     """Run whole epochs; the sums of each step."""
     sums = []
     for number in range(epochs):
-        batches = iter(step.source.epoch(number, step.strategy))
-        sums += [step(batches) for _ in range(step.steps)]
+        epoch = step.source.epoch(number, step.strategy)
+        batches = iter(epoch)
+        sums += [step(batches) for _ in range(len(epoch))]
     return np.array(sums)
 
 
@@ -46,12 +47,48 @@ def test_train_step_plain_is_the_gradient_step_of_the_smoothed_loss_with_regular
             (kernel, bias, kernel_2, bias_2), tape.gradient(loss, [kernel, bias, kernel_2, bias_2]), strict=True
         )
     ]
-    ((total, correct, count),) = run_epochs(step)
+    ((total, correct, count, *wrong),) = run_epochs(step)
     assert total == pytest.approx(5 * float(loss), rel=1e-5)
     assert correct == np.sum(np.argmax(logits, axis=1) == labels.numpy())
     assert count == 5
+    assert wrong == [0, 0]
     for variable, value in zip(layers.trainable_variables, expected, strict=True):
         np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sam", [None, Sam(num_batch_splits=2)], ids=["plain", "sam in parts"])
+def test_train_step_with_wrong_labels_counts_them_and_trains_on_them_as_on_any(sam: Sam | None) -> None:
+    recipe = point_recipe(batch_size=5, learning_rate=1e-9)  # so that predictions stay
+    (clean, points), (coded, others) = (point_step(recipe, sam, count=12) for _ in range(2))
+    wrong = [1, 2, 4, 7, 8, 11]
+    others._labels[wrong] += 3
+    for layers in (points.layers, others.layers):
+        layers.head.layers[1].rate = 0.0
+    predicted = np.argmax(points.layers(points._inputs[:12], training=False), axis=1)
+    right = predicted == points._labels[:12]
+    assert 0 < right[wrong].sum() < right.sum() < 12
+    expected, received = run_epochs(clean), run_epochs(coded)
+    np.testing.assert_array_equal(received[:, :3], expected[:, :3])
+    assert received.shape == (3, Sums.SIZE)
+    assert received.sum(0)[1:].tolist() == [right.sum(), 12, right[wrong].sum(), len(wrong)]
+    assert expected.sum(0)[3:].tolist() == [0, 0]
+    for one, other in zip(weights(clean), weights(coded), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("totals", "expected"),
+    [
+        ([6, 3, 4, 0, 0], {"loss": 1.5, "accuracy": 0.75}),
+        ([6, 3, 4, 3, 4], {"loss": 1.5, "accuracy": 0.75}),  # all are wrong
+        ([5, 6, 10, 1, 4], {"loss": 0.5, "accuracy": 0.6, "accuracy_clean": 5 / 6, "accuracy_wrong": 0.25}),
+    ],
+    ids=["none wrong", "all wrong", "some wrong"],
+)
+def test_sums_means_of_clean_and_wrong_labels_where_there_are_both(
+    totals: list[int], expected: dict[str, float]
+) -> None:
+    assert Sums(np.array(totals, np.float64)).means() == expected
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from flatmin.common.errors import InputError
 from flatmin.common.params import Finetune, Sam
 from flatmin.training.optimizer import updates
 from flatmin.training.resume import State
-from flatmin.training.schedule import best_epoch
+from flatmin.training.schedule import Plan, best_epoch
 from flatmin.training.step import TrainStep
 
 METHODS = {
@@ -55,6 +55,62 @@ def test_trainer_interrupted_and_resumed_ends_as_an_uninterrupted_one(
     for one, other in zip(arrays(whole), arrays(resumed), strict=True):
         np.testing.assert_array_equal(one, other)
     assert resumed.rule.gradient_evaluations == whole.rule.gradient_evaluations > 0
+
+
+# Four validations of thirteen images in batches of four: within the first epoch, the second and the third.
+WITHIN_EPOCHS = Plan(steps=10, steps_per_epoch=4, validations=4)
+ENDS = [2, 5, 7, 10]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "looksam"])
+@pytest.mark.parametrize("interrupted", [1, 2, 3])
+def test_trainer_interrupted_within_an_epoch_resumes_at_its_next_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, interrupted: int
+) -> None:
+    sam, _ = METHODS[name]
+    recipe = point_recipe(ema=0.9, schedule={"name": "cosine", "warmup_epochs": 1})
+    trainer, whole, points = point_trainer(recipe, sam, WITHIN_EPOCHS)
+    history = trainer.train(State(tmp_path / "whole"))
+    assert [epoch["epoch"] for epoch in history] == [end / 4 for end in ENDS]
+    assert points.epochs == [0, 0, 1, 1, 1, 2]
+    state = State(tmp_path / "state")
+    trainer, _, _ = point_trainer(recipe, sam, WITHIN_EPOCHS)
+    with interrupted_after(interrupted), pytest.raises(KeyboardInterrupt):
+        trainer.train(state)
+    trainer, resumed, points = point_trainer(recipe, sam, WITHIN_EPOCHS)
+    capsys.readouterr()
+    assert trainer.train(state) == history
+    assert f"points: resuming after epoch {ENDS[interrupted - 1] / 4:g}\n" in capsys.readouterr().out
+    assert points.epochs == [0, 0, 1, 1, 1, 2][{1: 1, 2: 3, 3: 4}[interrupted] :]
+    for one, other in zip(arrays(whole), arrays(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_trainer_validated_within_epochs_takes_the_same_steps(tmp_path: Path) -> None:
+    """When val is scored changes neither the batches nor what they count for."""
+    recipe = point_recipe(schedule={"name": "cosine"}, epochs=3)
+    plans = {"whole": Plan(10, 4, 1), "within": WITHIN_EPOCHS}
+    trained = {}
+    for name, plan in plans.items():
+        trainer, step, _ = point_trainer(recipe, plan=plan)
+        state = State(tmp_path / name)
+        history = trainer.train(state)
+        assert state.epochs() == plan.validations
+        state.load(plan.validations, step.variables)  # after the last step, in place of the best
+        trained[name] = history, arrays(step)
+        assert step.rule.gradient_evaluations == 13 + 13 + 8
+        assert updates(step.optimizer) == 10
+    ((epoch,), last), (parts, last_within) = trained.values()
+    for one, other in zip(last, last_within, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert epoch["epoch"] == parts[-1]["epoch"] == 2.5
+    images = [4 + 4, 4 + 1 + 4, 4 + 4, 1 + 4 + 4]
+    for key in ("loss", "accuracy"):
+        mean = np.average([part[key] for part in parts], weights=images)
+        assert mean == pytest.approx(epoch[key], rel=1e-6)
+    assert parts[-1]["val_loss"] == epoch["val_loss"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])

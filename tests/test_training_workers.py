@@ -36,6 +36,7 @@ from trainings import (
 
 from flatmin.common.errors import InputError
 from flatmin.common.params import Params
+from flatmin.models import classifier
 from flatmin.training.resume import State
 from flatmin.training.workers import Workers
 
@@ -73,7 +74,8 @@ tf.config.set_logical_device_configuration(
 )
 import pytest
 from flatmin.common import params
-from trainings import finetune, interrupted_after, rename
+from flatmin.training.schedule import Budget
+from trainings import control, finetune, interrupted_after, rename
 
 def settings(strategy, **changes):
     values = params.load("params.json").model_dump()
@@ -85,12 +87,23 @@ for views in (2, 0):
     for strategy in ("one", "mirrored"):
         finetune(settings(strategy, views=views))
         rename("finetune", f"{strategy}_{views}")
+        Budget(20, 2).write("models/budget/3.json")  # seven steps, validated after three
+        control(settings(strategy, views=views))
+        rename("control", f"control_{strategy}_{views}")
 averaged = settings("mirrored", views=2, ema=0.7, schedule={"name": "cosine"}, learning_rate=0.01)
 finetune(averaged, averaged.sam)
-rename("sam", "whole")
+rename("sam", "whole_sam")
 with interrupted_after(1), pytest.raises(KeyboardInterrupt):
     finetune(averaged, averaged.sam)
 finetune(averaged, averaged.sam)
+rename("sam", "resumed_sam")
+Budget(33, 2).write("models/budget/3.json")  # twelve steps, validated after six
+control(averaged)
+rename("control", "whole_control")
+with interrupted_after(1), pytest.raises(KeyboardInterrupt):
+    control(averaged)
+control(averaged)
+rename("control", "resumed_control")
 """
 
 
@@ -112,13 +125,22 @@ def test_two_devices_train_as_one_and_resume_byte_for_byte(workspace: Path) -> N
         one, mirrored = metrics(f"one_{views}"), metrics(f"mirrored_{views}")
         assert one["val"] == pytest.approx(mirrored["val"], abs=1e-3)
         assert one["gradient_evaluations"] == mirrored["gradient_evaluations"] == TRAIN * 2
+        # Within an epoch both leave off, and go on, at the same batch.
+        assert_close(f"models/control_one_{views}", f"models/control_mirrored_{views}")
+        one, mirrored = metrics(f"control_one_{views}"), metrics(f"control_mirrored_{views}")
+        assert one["val"] == pytest.approx(mirrored["val"], abs=1e-3)
+        assert one["gradient_evaluations"] == mirrored["gradient_evaluations"] == TRAIN + 2 * 3
     start, trained = saved_weights(SELECTED), saved_weights("models/one_0")
     assert max(np.abs(trained[name] - start[name]).max() for name in start) > 1e-3
-    assert metrics("sam")["gradient_evaluations"] == 2 * TRAIN * 2
-    assert math.isfinite(metrics("sam")["val"]["loss"])
-    assert "sam: resuming after epoch 1\n" in done.stdout
-    for name in ("models/{}/classifier.weights.h5", "models/{}/model.json", "plots/{}.csv", "metrics/{}.json"):
-        assert Path(name.format("sam")).read_bytes() == Path(name.format("whole")).read_bytes()
+    assert metrics("whole_sam")["gradient_evaluations"] == 2 * TRAIN * 2
+    assert math.isfinite(metrics("whole_sam")["val"]["loss"])
+    assert "sam-finetune@3: resuming after epoch 1\n" in done.stdout
+    assert "control@3: resuming after epoch 1.2\n" in done.stdout
+    outputs = [f"models/{{}}/{file}" for file in (classifier.WEIGHTS, classifier.MODEL, classifier.VAL_LOGITS)]
+    for name in (*outputs, "plots/{}.csv", "metrics/{}.json"):
+        for training in ("sam", "control"):
+            whole, resumed = (Path(name.format(f"{which}_{training}")) for which in ("whole", "resumed"))
+            assert resumed.read_bytes() == whole.read_bytes(), resumed
 
 
 # Two workers
@@ -251,7 +273,7 @@ def test_two_workers_cache_together_the_views_of_one(trained: Path) -> None:
 
 @pytest.mark.slow
 def test_two_workers_one_of_which_is_killed_resume_to_the_same_bytes(trained: Path, workspace: Path) -> None:
-    for shared in ("data", "models/select", "sam.json"):
+    for shared in ("data", SELECTED, "sam.json"):
         (workspace / shared).parent.mkdir(exist_ok=True)
         (workspace / shared).symlink_to(trained / shared)
     logs = [workspace / f"worker_{index}/log" for index in range(2)]
@@ -266,14 +288,14 @@ def test_two_workers_one_of_which_is_killed_resume_to_the_same_bytes(trained: Pa
     other.kill()
     other.wait()
     assert chief.wait(120) == 1
-    assert "error: sam: expected all workers to the end, lost one; start" in logs[0].read_text()
+    assert "error: sam-finetune@3: expected all workers to the end, lost one; start" in logs[0].read_text()
     assert "AutoGraph" not in logs[0].read_text()
     # As if it had been killed before it saved its last epoch: they resume after the one before.
     (previous,) = (workspace / "worker_1/cache").rglob("worker_1_previous.npz")
     previous.replace(previous.with_name("worker_1.npz"))
     common = State(previous.parent, 1, 2).epochs()
     wait(start_workers(workspace, "sam"), workspace)
-    assert all(f"sam: resuming after epoch {common}\n" in log.read_text() for log in logs)
+    assert all(f"sam-finetune@3: resuming after epoch {common}\n" in log.read_text() for log in logs)
     assert written("sam", workspace / "worker_0") == written("sam", trained / "worker_0")
 
 

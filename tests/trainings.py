@@ -29,6 +29,7 @@ from flatmin.inputs import batches
 from flatmin.inputs.records import Records
 from flatmin.models import classifier, scores
 from flatmin.models.classifier import TrainedLayers
+from flatmin.training.schedule import Plan
 from flatmin.training.step import PLAIN, StepSettings, TrainStep
 from flatmin.training.trainer import Trainer
 from flatmin.training.validation import Validator
@@ -65,11 +66,11 @@ class Points:
         self.layers = _layers()
         self.epochs: list[int] = []
 
-    def epoch(self, number: int, strategy: tf.distribute.Strategy) -> Any:
+    def epoch(self, number: int, strategy: tf.distribute.Strategy, skipped: int = 0) -> Any:
         self.epochs.append(number)
         order = np.random.default_rng(number).permutation(self._count)
         points = tf.data.Dataset.from_tensor_slices((self._inputs[order], self._labels[order]))
-        return points.batch(self._batch_size)
+        return points.batch(self._batch_size).skip(skipped)
 
     def activations(self, inputs: Any) -> Any:
         return inputs
@@ -108,16 +109,19 @@ def point_recipe(**changes: Any) -> Finetune:
 
 def point_step(recipe: Finetune, sam: Sam | None = None, count: int = 13) -> tuple[TrainStep, Points]:
     points = Points(count, recipe.batch_size)
-    steps = math.ceil(count / recipe.batch_size)
+    steps = recipe.epochs * math.ceil(count / recipe.batch_size)
     strategy = tf.distribute.get_strategy()
     step = TrainStep(strategy, points, points.layers, recipe, sam_settings(sam), steps=steps, classes=3)
     return step, points
 
 
-def point_trainer(recipe: Finetune, sam: Sam | None = None) -> tuple[Trainer, TrainStep, Points]:
+def point_trainer(
+    recipe: Finetune, sam: Sam | None = None, plan: Plan | None = None
+) -> tuple[Trainer, TrainStep, Points]:
     step, points = point_step(recipe, sam)
+    plan = plan or Plan.of_epochs(recipe.epochs, 13, recipe.batch_size)
     validator = Validator(points, points, points, recipe.batch_size)  # type: ignore[arg-type]
-    return Trainer("points", recipe, step, validator, Workers(step.strategy)), step, points
+    return Trainer("points", recipe, plan, step, validator, Workers(step.strategy)), step, points
 
 
 # The stages, of a network that random weights leave something to see
@@ -125,6 +129,7 @@ def point_trainer(recipe: Finetune, sam: Sam | None = None) -> tuple[Trainer, Tr
 NAMES = ("blue", "green", "red")
 BACKBONE, SPLIT_POINT = "MobileNet025", "conv_dw_12"
 TRAIN, VAL = 13, 9  # in batches of 3 the last one of train is a single image
+SEED = 3
 VARIED = {"engine": "tensorflow", "n": 0, "flip": True, "crop": 4}
 SELECTED = "models/select"
 HEADS: dict[str, dict[str, Any]] = {"linear": {}, "levels": {"levels": "all", "hidden_units": 8}}
@@ -134,15 +139,23 @@ def small(**changes: Any) -> Params:
     """The params of a small study. changes: of the sections `runtime`, `augment` and `extract`, else of `finetune`."""
     recipe = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 3, "epochs": 2, "image_size": 32}
     values: dict[str, Any] = {
-        "seed": 3,
+        "seeds": [SEED],
         "runtime": changes.pop("runtime", {}),
-        "data": {"source": "folder", "name": "images", "splits": {"train": "train", "val": "val", "test": "test"}},
+        "data": {
+            "source": "folder",
+            "name": "images",
+            "seed": SEED,
+            "splits": {"train": "train", "val": "val", "test": "test"},
+        },
         "augment": changes.pop("augment", {"engine": "none"}),
         "backbones": [BACKBONE],
-        "extract": recipe | {"batch_size": 4, "weights": {BACKBONE: "base.weights.h5"}} | changes.pop("extract", {}),
+        "extract": recipe
+        | {"seed": SEED, "batch_size": 4, "weights": {BACKBONE: "base.weights.h5"}}
+        | changes.pop("extract", {}),
         "select": {},
         "finetune": recipe | {"fine_tune_at": {BACKBONE: SPLIT_POINT}} | changes,
         "sam": {"rho": 0.05},
+        "finalize": {},
         "evaluate": {},
     }
     return params.parse(values)
@@ -158,7 +171,7 @@ def write_images(folder: Path, train: int) -> None:
             path = folder / f"images/{split}/{NAMES[index % 3]}/{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
-    writer.write(small().data, 3, "data/records")
+    writer.write(small().data, "data/records")
 
 
 def write_classifier(head: str = "linear", folder: str = SELECTED) -> classifier.Classifier:
@@ -193,27 +206,42 @@ def extract(settings: Params) -> None:
 def finetune(settings: Params, step: Sam | None = None) -> None:
     """finetune; given a `sam` section, sam-finetune."""
     if step is None:
-        run_stage("finetune", settings)
+        run_stage("finetune", settings, str(SEED))
     else:
-        run_stage("sam_finetune", settings.model_copy(update={"sam": step}))
+        run_stage("sam_finetune", settings.model_copy(update={"sam": step}), str(SEED))
+
+
+def control(settings: Params) -> None:
+    """control, by the budget that the last sam-finetune left."""
+    run_stage("control", settings, str(SEED))
+
+
+def item(name: str) -> str:
+    """A training's place in models/, metrics/ and plots/."""
+    return f"{name}/{SEED}" if name in ("finetune", "control", "sam") else name
 
 
 def written(name: str, folder: Path | str = ".") -> dict[str, bytes]:
     """The bytes of what a training stage wrote, by the file's name."""
     root = Path(folder)
-    paths = [*(root / "models" / name).iterdir(), root / f"metrics/{name}.json", root / f"plots/{name}.csv"]
+    models, metrics, plot = root / "models" / item(name), root / f"metrics/{item(name)}.json", f"plots/{item(name)}.csv"
+    paths = [*models.iterdir(), metrics, root / plot]
     return {path.name: path.read_bytes() for path in paths}
 
 
 def rename(name: str, new_name: str) -> None:
     """Move what a training stage wrote out of the next one's way; nothing where this process is not to write."""
-    for path in (f"models/{name}", f"metrics/{name}.json", f"plots/{name}.csv"):
+    for path, new_path in (
+        (f"models/{item(name)}", f"models/{new_name}"),
+        (f"metrics/{item(name)}.json", f"metrics/{new_name}.json"),
+        (f"plots/{item(name)}.csv", f"plots/{new_name}.csv"),
+    ):
         if Path(path).exists():
-            shutil.move(path, path.replace(name, new_name))
+            shutil.move(path, new_path)
 
 
 def metrics(name: str, folder: Path | str = ".") -> dict[str, Any]:
-    return json.loads((Path(folder) / f"metrics/{name}.json").read_text())
+    return json.loads((Path(folder) / f"metrics/{item(name)}.json").read_text())
 
 
 def saved_weights(folder: Path | str) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Delete what extract-train wrote for backbones that params.yaml no longer lists: `python -m flatmin.prune`.
+"""Delete what stages wrote for backbones and seeds that params.yaml no longer lists: `python -m flatmin.prune`.
 
 DVC leaves the outputs of a matrix on disk when an item leaves its list.
 """

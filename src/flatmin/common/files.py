@@ -108,6 +108,19 @@ def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[A
         writer.writerows(rows)
 
 
+def read_csv(path: Path | str) -> list[dict[str, str]]:
+    """Read the rows of a table of `write_csv`, each by column.
+
+    Raises:
+        InputError: The file does not exist.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected a file that an earlier stage wrote, found none") from None
+
+
 def digest(arrays: Iterable[Any]) -> str:
     """Return the SHA-256, in hexadecimal, of the bytes of contiguous arrays."""
     sha = hashlib.sha256()

@@ -6,7 +6,6 @@ The whole file is checked before anything runs.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -23,9 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from flatmin.common import console, errors
 from flatmin.common.errors import InputError
-from flatmin.common.params_errors import InconsistentError, explain, read_yaml
+from flatmin.common.params_errors import InconsistentError, explain, read_yaml, shorten
 from flatmin.models.registry import BACKBONES
 from flatmin.sam.methods import METHODS, MethodSetting, method_settings
 from flatmin.sam.settings import Settings
@@ -40,11 +38,11 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
-def _refuse_repeated(names: list[str]) -> list[str]:
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise ValueError(f"distinct names, received {name!r} twice")
-    return names
+def _refuse_repeated(items: list[Any]) -> list[Any]:
+    for index, item in enumerate(items):
+        if item in items[:index]:
+            raise ValueError(f"distinct {'names' if isinstance(item, str) else 'numbers'}, received {item!r} twice")
+    return items
 
 
 def _by_type(expected: str) -> Discriminator:
@@ -67,6 +65,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 BackboneName = Annotated[str, BeforeValidator(_refuse_unknown_backbone)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 ImageSize = Annotated[int, Field(ge=8, le=4096)]
 ImageSizes = Annotated[
     Annotated[ImageSize, Tag("int")] | Annotated[dict[BackboneName, ImageSize], Tag("dict")],
@@ -143,6 +142,9 @@ class Data(Section):
         description="`bundled` (a data set in an installed package), `tfds` (TensorFlow Datasets) or `folder`."
     )
     name: Text = Field(description="`digits` for `bundled`, the builder's name for `tfds`, a path for `folder`.")
+    seed: Seed = Field(
+        42, description="Draws val, the images that `train_per_class` keeps, and wrong labels: 0 to 2**31 - 1."
+    )
     splits: Splits
     val_fraction: Fraction | None = Field(
         None,
@@ -164,7 +166,11 @@ class Data(Section):
     label_noise: Rate = Field(
         0.0,
         description="Fraction of the training images, in [0, 1), drawn at random, that get the label of another class"
-        " drawn at random.",
+        " drawn at random. The records keep the true label.",
+    )
+    shuffle_labels: bool = Field(
+        False,
+        description="Permute the labels among the training images: a negative control, whose accuracy is chance.",
     )
     class_names: Annotated[list[Text], Field(min_length=2)] | None = Field(
         None, description="Names of the classes in the order of their labels. Null: the source's."
@@ -181,6 +187,12 @@ class Data(Section):
         if len(given) != 1:
             received = " and ".join(given) or "none of them"
             raise ValueError(f"exactly one of splits.val, val_fraction and val_per_class, received {received}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.shuffle_labels and self.label_noise:
+            raise InconsistentError("label_noise", f"0 with shuffle_labels, received {self.label_noise:g}")
         return self
 
     @field_validator("class_names")
@@ -280,6 +292,9 @@ class Training(Section):
 class Extract(Training):
     """extract-train: trains a classifier head on each frozen backbone."""
 
+    seed: Seed = Field(
+        42, description="Draws the head's initial weights, its dropout, the order and the augmentation: 0 to 2**31 - 1."
+    )
     weights: dict[BackboneName, Text] = Field(
         {},
         description="Initial weights by backbone: `imagenet` (the default), `none` (random) or a weights file, relative"
@@ -303,7 +318,7 @@ class Extract(Training):
 
 
 class Finetune(Training):
-    """finetune and sam-finetune: train the layers from `fine_tune_at` on, and the head."""
+    """finetune, control and sam-finetune: train the layers from `fine_tune_at` on, and the head."""
 
     fine_tune_at: SplitPoints | None = Field(
         None,
@@ -407,15 +422,25 @@ class Evaluate(Section):
         False, description="Also score test by the mean of the predictions for an image and its mirror image."
     )
     ece_bins: Count = Field(15, description="Bins of the expected calibration error.")
-    resamples: Count = Field(10_000, description="Resamples of the paired bootstrap.")
     sharpness: Sharpness = Sharpness()
+
+
+class Finalize(Section):
+    """Which model is released, by val alone."""
+
+    tolerance: Annotated[Float, Field(ge=0, le=1)] = Field(
+        0.005,
+        description="Release the method with the fewest gradient evaluations whose mean val accuracy is within this"
+        " fraction of the best, 0 to 1.",
+    )
 
 
 class Params(Section):
     """All of `params.yaml`. Every section is required, if only as `{}`: DVC refuses a stage that misses one."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
-        description="Seed of everything random: splits, augmentation, initial weights: 0 to 2**31 - 1."
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(
+        description="Seeds of finetune, control and sam-finetune, each of which runs once for each seed. A seed draws"
+        " the dropout, the order and the augmentation of a training: 0 to 2**31 - 1."
     )
     runtime: Runtime
     data: Data
@@ -427,12 +452,21 @@ class Params(Section):
     select: Select
     finetune: Finetune
     sam: Sam
+    finalize: Finalize
     evaluate: Evaluate
 
-    @field_validator("backbones")
+    @model_validator(mode="before")
     @classmethod
-    def _check_backbones(cls, names: list[str]) -> list[str]:
-        return _refuse_repeated(names)
+    def _refuse_seed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "seed" in values:
+            expected = "seeds, a list, for finetune, control and sam-finetune, and data.seed and extract.seed"
+            raise InconsistentError("seed", f"{expected} in its place, received {shorten(values['seed'])}")
+        return values
+
+    @field_validator("backbones", "seeds")
+    @classmethod
+    def _check_distinct(cls, items: list[Any]) -> list[Any]:
+        return _refuse_repeated(items)
 
     @model_validator(mode="after")
     def _check_views(self) -> Self:
@@ -468,11 +502,3 @@ def parse(values: Any, where: str = "params.yaml") -> Params:
         return Params.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{where}: {explain(error, values)}") from None
-
-
-def _main(path: str = "params.yaml") -> None:
-    console.log(f"{path}: valid, seed {load(path).seed}")
-
-
-if __name__ == "__main__":
-    errors.run(_main, *sys.argv[1:])

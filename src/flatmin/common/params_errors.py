@@ -79,14 +79,14 @@ def explain(findings: ValidationError, values: Any) -> str:
     finding = findings.errors(include_url=False)[0]
     kind, context = finding["type"], finding.get("ctx", {})
     key = _key(finding["loc"], values, kind == "missing")
-    received = _shorten(finding["input"])
+    received = shorten(finding["input"])
     match kind:
         case "missing":
             return f"{key}: expected a value, found none"
         case "union_tag_not_found":
             return f"{key}.name: expected a value, found none"
         case "union_tag_invalid":
-            name = _shorten(finding["input"]["name"])
+            name = shorten(finding["input"]["name"])
             return f"{key}.name: expected {context['expected_tags'].replace(', ', ' or ')}, received {name}"
         case "value_error":
             error = context["error"]
@@ -99,6 +99,9 @@ def explain(findings: ValidationError, values: Any) -> str:
             expected = "a text key"
         case "model_type" | "model_attributes_type" | "dict_type":
             expected = "a mapping"
+        case "list_type":
+            example = f", such as [{received}]" if isinstance(finding["input"], str | int | float) else ""
+            expected = f"a list{example}"
         case "too_short":
             expected = f"a list of at least {context['min_length']}"
         case "string_too_short":
@@ -129,10 +132,10 @@ def _key(location: tuple[int | str, ...], values: Any, missing: bool) -> str:
 
 
 def _one_line(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 60 else _shorten(key)
+    return key if key.isprintable() and len(key) <= 60 else shorten(key)
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Describe any value, however large or deeply nested, in at most 60 characters."""
     try:
         text = _repr.repr(value)

@@ -11,7 +11,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import closing, redirect_stdout
+from contextlib import closing, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,7 @@ def choose(
         pixels = sample()  # an error of the augmenting processes is none of LiteRT's
         try:
             model = _converted(forward)
-            with console.quiet():  # the first run writes to file descriptor 2
-                received = load(model)(pixels)
+            received = load(model)(pixels)
             is_half = runtime.matmul != "float32" and (has_float16() or has_bfloat16())
             _compare(received, in_tensorflow(pixels), TOLERANCE["half" if is_half else "float32"])
         except Exception as error:  # an unknown network makes the converter raise anything
@@ -131,13 +130,15 @@ def _compiled(model: bytes, outputs: int, in_float16: bool) -> Run:
     buffers: dict[tuple[int, ...], tuple[list[Any], list[Any]]] = {}  # those of the last batch's shape
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:
-        if pixels.shape not in buffers:
+        is_new = pixels.shape not in buffers
+        if is_new:
             compiled.resize_input_tensor(0, pixels.shape, strict=False)
             buffers.clear()
             buffers[pixels.shape] = compiled.create_input_buffers(0), compiled.create_output_buffers(0)
         into, out = buffers[pixels.shape]
         into[0].write(pixels)
-        compiled.run_by_index(0, into, out)
+        with console.quiet() if is_new else nullcontext():  # the first run writes to file descriptor 2
+            compiled.run_by_index(0, into, out)
         shapes = [out[index].get_tensor_details()["shape"] for index in order]
         return [
             out[index].read(math.prod(shape), np.float32).reshape(shape)

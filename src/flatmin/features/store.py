@@ -222,19 +222,19 @@ class FeatureStore:
         self._examples = shard.examples(records.count("train"))
         self._opened = opened
 
-    def epoch(self, number: int, batch_size: int) -> tf.data.Dataset:
-        """The shard's parts of an epoch's batches: (tuple of float16 activations, int32 labels).
+    def epoch(self, number: int, batch_size: int, skipped: int = 0) -> tf.data.Dataset:
+        """The shard's parts of an epoch's batches but the first `skipped`: (tuple of float16 activations, labels).
 
         The batches are those of a single device. Each is split into one part for each replica, in the replicas' order;
         a part may be empty.
         """
         view = self.train[number % len(self.train)]
-        labels = self._records.labels("train")
+        labels = self._records.training_labels()
         order = np.random.default_rng([self._seed, number]).permutation(len(labels))
         first = self._shard.worker * self._shard.replicas
 
         def parts() -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
-            for start in range(0, len(order), batch_size):
+            for start in range(skipped * batch_size, len(order), batch_size):
                 examples = order[start : start + batch_size]
                 replicas = self._shard.replica_for(examples)
                 for replica in range(first, first + self._shard.replicas):

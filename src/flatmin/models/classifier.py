@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +23,7 @@ from flatmin.models.weights_files import weights_digest
 
 WEIGHTS = "classifier.weights.h5"
 MODEL = "model.json"
+VAL_LOGITS = "val_logits.npy"
 STANDARDIZED = "standardized"  # the layer that `fit_standardization` sets; the name stands in saved weights
 # These change an image's height and width a little, so their outputs count as no resolution of the network.
 _RESIZING_LAYERS = (keras.layers.ZeroPadding2D, keras.layers.Cropping2D)
@@ -43,6 +46,7 @@ class Description:
         multiply_adds: of the backbone, for one image.
         fine_tune_at: the split point, the first trained layer by name or index; None trains the head alone.
         levels, hidden_units: as in `extract` of params.yaml.
+        temperature: what its logits are divided by before softmax, fitted on val; None until finalize fits it.
     """
 
     backbone: str
@@ -57,6 +61,7 @@ class Description:
     fine_tune_at: str | int | None = None
     levels: Levels = "last"
     hidden_units: int = 0
+    temperature: float | None = None
 
 
 class TrainedLayers(keras.Model):
@@ -155,11 +160,16 @@ class Classifier:
         batches = console.progress(images, description, total, "batch")
         return np.concatenate([self._forward(pixels).numpy() for pixels, _ in batches])
 
-    def save(self, folder: Path | str) -> None:
-        """Write the weights and `model.json` into a folder. Equal weights give equal bytes."""
+    def save(self, folder: Path | str, val_logits: np.ndarray | None = None) -> None:
+        """Write the weights, `model.json` and, if given, `val_logits.npy` into a folder; equal ones give equal bytes.
+
+        val_logits: float32 [val images, classes], in the records' order.
+        """
         with files.atomic_write(folder) as temporary:
             temporary.mkdir()
             self.network.save_weights(temporary / WEIGHTS)
+            if val_logits is not None:
+                np.save(temporary / VAL_LOGITS, val_logits)
             files.write_json(temporary / MODEL, asdict(self.description))
 
 
@@ -315,9 +325,17 @@ def load(folder: Path | str, **changes: Any) -> Classifier:
     """
     folder = Path(folder)
     description = replace(describe(folder), **changes)
+    classifier = assemble(description)
+    _load_weights(classifier, folder)
+    if changes.get("image_size"):
+        counted = build.multiply_adds(classifier.base)
+        return replace(classifier, description=replace(description, multiply_adds=counted))
+    return classifier
+
+
+def _load_weights(classifier: Classifier, folder: Path) -> None:
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder / WEIGHTS}: expected weights that an earlier stage wrote, received no file")
-    classifier = assemble(description)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Keras warns about every layer that doesn't fit, before its error
@@ -325,9 +343,29 @@ def load(folder: Path | str, **changes: Any) -> Classifier:
     except (OSError, ValueError, KeyError) as error:
         received = " ".join(str(error).split())[:500]
         raise InputError(
-            f"{folder / WEIGHTS}: expected weights of {description.backbone}, received {received}"
+            f"{folder / WEIGHTS}: expected weights of {classifier.description.backbone}, received {received}"
         ) from None
-    if changes.get("image_size"):
-        counted = build.multiply_adds(classifier.base)
-        return replace(classifier, description=replace(description, multiply_adds=counted))
-    return classifier
+
+
+class Loader:
+    """Loads saved classifiers one after another, for inference: networks of one architecture share one Keras model.
+
+    So it is built and traced once. A classifier has its own weights only until the next one is loaded.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Classifier] = {}
+
+    def load(self, folder: Path | str) -> tuple[Classifier, str]:
+        """Load a classifier as `load` does; also return a digest, equal for classifiers that give equal logits."""
+        folder = Path(folder)
+        description = describe(folder)
+        # What draws or names weights, and what is done to the logits, is no part of the network.
+        values = asdict(replace(description, dropout=0, seed=0, temperature=None, pretrained="", weights_digest=None))
+        architecture = json.dumps(values, sort_keys=True)
+        if architecture in self._loaded:
+            _load_weights(self._loaded[architecture], folder)
+        else:
+            self._loaded[architecture] = load(folder)
+        digest = hashlib.sha256(f"{architecture} {files.sha256(folder / WEIGHTS)}".encode()).hexdigest()
+        return self._loaded[architecture], digest

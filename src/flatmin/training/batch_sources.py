@@ -22,8 +22,11 @@ class BatchSource(Protocol):
 
     engine: str  # what runs the frozen layers on train images
 
-    def epoch(self, number: int, strategy: tf.distribute.Strategy) -> Any:
-        """The batches of an epoch's train images, distributed over replicas: (inputs, int32 labels)."""
+    def epoch(self, number: int, strategy: tf.distribute.Strategy, skipped: int = 0) -> Any:
+        """The batches of an epoch's train images but the first `skipped`, distributed over replicas.
+
+        (inputs, int32 labels as `Records.training_labels` has them)
+        """
 
     def activations(self, inputs: Any) -> Any:
         """The activations at the split, in a graph: one tensor, or a list of several."""
@@ -43,12 +46,12 @@ class AugmentedImages:
         self._records, self._model, self._frozen, self._augmenter = records, model, frozen, augmenter
         self._seed, self._batch_size = seed, batch_size
 
-    def epoch(self, number: int, strategy: tf.distribute.Strategy) -> Any:
+    def epoch(self, number: int, strategy: tf.distribute.Strategy, skipped: int = 0) -> Any:
         size = self._model.description.image_size
         images = batches.augmented(self._records, self._augmenter, size, self._batch_size, self._seed, number)
         sharding = tf.data.Options()
         sharding.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-        return strategy.experimental_distribute_dataset(images.with_options(sharding))
+        return strategy.experimental_distribute_dataset(images.skip(skipped).with_options(sharding))
 
     def activations(self, inputs: Any) -> Any:
         return self._frozen(inputs, training=False)
@@ -69,8 +72,8 @@ class CachedActivations:
             lambda inputs: layers(self.activations(inputs), training=False), reduce_retracing=True
         )
 
-    def epoch(self, number: int, strategy: tf.distribute.Strategy) -> Any:
-        dataset = self._store.epoch(number, self._batch_size)
+    def epoch(self, number: int, strategy: tf.distribute.Strategy, skipped: int = 0) -> Any:
+        dataset = self._store.epoch(number, self._batch_size, skipped)
         return strategy.distribute_datasets_from_function(lambda _: dataset)
 
     def activations(self, inputs: Any) -> Any:

@@ -10,23 +10,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from flatmin.common.params import Cosine, Training
+from flatmin.common.params import Training
 
 SGD_MOMENTUM = 0.9
 
 
-def make_optimizer(recipe: Training, steps: float) -> keras.optimizers.Optimizer:
-    """Make the optimizer of a recipe with `steps` updates an epoch. Under mixed_float16 it scales the loss."""
-    rate: Any = recipe.learning_rate
-    if isinstance(recipe.schedule, Cosine):
-        warmup = round(recipe.schedule.warmup_epochs * steps)
-        rate = keras.optimizers.schedules.CosineDecay(
-            0.0 if warmup else rate,
-            max(1, round(recipe.epochs * steps) - warmup),
-            warmup_target=rate if warmup else None,
-            warmup_steps=warmup,
-        )
-    options: dict[str, Any] = {"learning_rate": rate, "weight_decay": recipe.weight_decay or None}
+def make_optimizer(recipe: Training) -> keras.optimizers.Optimizer:
+    """Make the optimizer of a recipe. Under mixed_float16 it scales the loss.
+
+    Its learning rate is a variable that the training sets: Keras would trace a schedule again for every weight.
+    """
+    options: dict[str, Any] = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay or None}
     if recipe.ema is not None:
         options |= {"use_ema": True, "ema_momentum": recipe.ema}
     match recipe.optimizer:

@@ -1,11 +1,10 @@
-"""The training stages: extract-train, finetune and sam-finetune, from records to weights, metrics and a plot."""
+"""The training stages: extract-train, finetune, control and sam-finetune, from records to weights, metrics, a plot."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from flatmin.models.weights_files import weights_digest
 from flatmin.training import resume
 from flatmin.training.batch_sources import AugmentedImages, BatchSource, CachedActivations
 from flatmin.training.resume import State
-from flatmin.training.schedule import Epoch, best_epoch
+from flatmin.training.schedule import Budget, Epoch, Plan, best_epoch
 from flatmin.training.step import PLAIN, StepSettings, TrainStep
 from flatmin.training.trainer import Trainer
 from flatmin.training.validation import Validator
@@ -39,11 +38,12 @@ STANDARDIZATION_IMAGES = 2000  # train images, or up to twice as many
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where a training stage writes: a classifier's folder, metrics as JSON, epochs as CSV."""
+    """Where a training stage writes: a classifier's folder, metrics as JSON, epochs as CSV, and what it took."""
 
     model: str
     metrics: str
     plot: str
+    budget: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Job:
         name: for messages and the resume state's folder.
         seed: of everything random in the training.
         start: makes the classifier to train.
+        budget: what the training may take; None trains for the recipe's epochs.
         files: whose contents the start depends on.
         depends_on: other values that the start depends on, as JSON can hold them.
     """
@@ -65,8 +66,16 @@ class Job:
     recipe: Training
     start: Callable[[Records], Classifier]
     step: StepSettings = PLAIN
+    budget: Budget | None = None
     files: Sequence[Path] = ()
     depends_on: Mapping[str, Any] = field(default_factory=dict)
+
+    def plan(self, records: Records) -> Plan:
+        """How long the training is."""
+        images, batch_size = records.count("train"), self.recipe.batch_size
+        if self.budget:
+            return Plan.of_budget(self.budget, images, batch_size)
+        return Plan.of_epochs(self.recipe.epochs, images, batch_size)
 
     def state_folder(self, records: Records, workers: Workers) -> Path:
         """The folder of the resume state: equal only where the results are."""
@@ -76,6 +85,7 @@ class Job:
             "augment": self.augment.model_dump(),
             "recipe": self.recipe.model_dump(),
             "step": dict(self.step.depends_on),
+            "plan": asdict(self.plan(records)),
             "records": records.digest,
             "machine": runtime.machine(),
             "workers": [workers.count, workers.replicas],
@@ -88,7 +98,6 @@ class Job:
 def extract(
     backbone: str,
     *,
-    seed: int,
     runtime: Runtime,
     augment: Augment,
     recipe: Extract,
@@ -96,6 +105,7 @@ def extract(
     outputs: Outputs,
 ) -> State:
     """extract-train: train a classifier behind a frozen backbone. Returns the resume state, to be removed."""
+    seed = recipe.seed
     weights = recipe.weights.get(backbone, "imagenet")
 
     def start(records: Records) -> Classifier:
@@ -116,7 +126,7 @@ def extract(
 
     depends_on = {"backbone": backbone, "weights": weights_digest(backbone, weights)}
     augmentation = augment if recipe.augment else Augment(engine="none")
-    job = Job(f"extract/{backbone}", seed, runtime, augmentation, recipe, start, depends_on=depends_on)
+    job = Job(f"extract-train@{backbone}", seed, runtime, augmentation, recipe, start, depends_on=depends_on)
     return _train(job, records, outputs)
 
 
@@ -131,11 +141,16 @@ def finetune(
     records: str,
     outputs: Outputs,
     step: StepSettings = PLAIN,
+    budget: Budget | None = None,
 ) -> State:
-    """finetune and sam-finetune: train the selected classifier from `fine_tune_at` on, by the update rule of `step`.
+    """finetune, control and sam-finetune: train the selected classifier from `fine_tune_at` on, by the rule of `step`.
+
+    With a budget the training takes what that has, in place of the recipe's epochs, and never stops early.
 
     Returns the resume state, to be removed.
     """
+    if budget:
+        recipe = recipe.model_copy(update={"early_stopping": None})
     # New augmented views, since the selected classifier has already fitted those that it was trained on.
     training_seed = derived_seed(seed, 1)
     backbone = classifier.describe(selected).backbone
@@ -152,6 +167,7 @@ def finetune(
         recipe,
         lambda _: classifier.load(selected, **changes),
         step,
+        budget,
         files=(Path(selected, classifier.MODEL), Path(selected, classifier.WEIGHTS)),
     )
     return _train(job, records, outputs)
@@ -171,6 +187,7 @@ def _train(job: Job, records_folder: str, outputs: Outputs) -> State:
     runtime.configure(job.runtime, job.seed)
     with runtime.dtype_policy(job.runtime.precision):
         records = Records(records_folder)
+        plan = job.plan(records)
         workers = Workers(strategy)
         resume.forget_abandoned()
         state = State(job.state_folder(records, workers), workers.number, workers.count)
@@ -179,7 +196,7 @@ def _train(job: Job, records_folder: str, outputs: Outputs) -> State:
             frozen, layers = _split(job, model)
         with ExitStack() as stack:
             stack.enter_context(workers.explain_lost_worker(job.name))
-            source = _source(job, records, model, frozen, layers, workers, stack)
+            source = _source(job, plan, records, model, frozen, layers, workers, stack)
             with strategy.scope():
                 step = TrainStep(
                     strategy,
@@ -187,11 +204,11 @@ def _train(job: Job, records_folder: str, outputs: Outputs) -> State:
                     layers,
                     job.recipe,
                     job.step,
-                    steps=math.ceil(records.count("train") / job.recipe.batch_size),
+                    steps=plan.steps,
                     classes=len(records.class_names),
                 )
             validator = Validator(source, model, records, job.recipe.batch_size)
-            history = Trainer(job.name, job.recipe, step, validator, workers).train(state)
+            history = Trainer(job.name, job.recipe, plan, step, validator, workers).train(state)
             if workers.writes_outputs:
                 _write(job, model, step, validator, history, outputs)
             workers.barrier()  # nobody removes a state before the first worker has written
@@ -210,6 +227,7 @@ def _split(job: Job, model: Classifier) -> tuple[keras.Model, TrainedLayers]:
 
 def _source(
     job: Job,
+    plan: Plan,
     records: Records,
     model: Classifier,
     frozen: keras.Model,
@@ -228,33 +246,46 @@ def _source(
         runtime=job.runtime,
         augment=job.augment,
         seed=job.seed,
-        views=min(recipe.views, recipe.epochs),
+        views=min(recipe.views, plan.epochs),
         shard=WorkerShard(workers.number, workers.count, workers.replicas),
     )
     stack.enter_context(closing(features))
     return CachedActivations(features, frozen, layers, recipe.batch_size, records.count("val"))
 
 
+def _whole(epochs: float) -> float:
+    """Epochs as an integer where they are whole, as all but those of control always are."""
+    return int(epochs) if epochs.is_integer() else epochs
+
+
 def _write(
     job: Job, model: Classifier, step: TrainStep, validator: Validator, history: Sequence[Epoch], outputs: Outputs
 ) -> None:
-    best = best_epoch(history)
-    model.save(outputs.model)
-    val = {key: history[best][f"val_{key}"] for key in ("accuracy", "top5_accuracy", "loss")}
+    best, last = history[best_epoch(history)], history[-1]
+    val_logits = step.source.val_logits()
+    model.save(outputs.model, val_logits)
+    val = {key: best[f"val_{key}"] for key in ("accuracy", "top5_accuracy", "loss")}
     metrics: dict[str, Any] = {
         "backbone": model.description.backbone,
-        "best_epoch": best + 1,
+        "best_epoch": _whole(best["epoch"]),
         "engine": step.source.engine,
-        "epochs": len(history),
+        "epochs": _whole(last["epoch"]),
         "gradient_evaluations": step.rule.gradient_evaluations,
         "image_size": model.description.image_size,
         "multiply_adds": model.description.multiply_adds,
         "val": val,
+        "validations": len(history),
     }
+    if job.recipe.early_stopping:
+        metrics["stopped_early"] = len(history) < job.recipe.epochs
     if job.recipe.views:
-        metrics["val_from_images"] = validator.compare_with_images()
+        metrics["val_from_images"] = validator.compare_with_images(val_logits)
     files.write_json(outputs.metrics, metrics)
-    columns = ("learning_rate", "loss", "accuracy", "val_loss", "val_accuracy")
-    rows = ([index + 1, *(f"{epoch[key]:.6g}" for key in columns)] for index, epoch in enumerate(history))
-    files.write_csv(outputs.plot, ["epoch", *columns], rows)
-    console.log(f"{job.name}: val accuracy {val['accuracy']:.4f} at epoch {best + 1} of {len(history)}")
+    if outputs.budget:
+        Budget(step.rule.gradient_evaluations, len(history)).write(outputs.budget)
+    # Part of an epoch may have no wrong label, or no other.
+    noise = [key for key in ("accuracy_clean", "accuracy_wrong") if any(key in epoch for epoch in history)]
+    columns = ("epoch", "learning_rate", "loss", "accuracy", *noise, "val_loss", "val_accuracy")
+    rows = ([f"{epoch[key]:.6g}" if key in epoch else "" for key in columns] for epoch in history)
+    files.write_csv(outputs.plot, columns, rows)
+    console.log(f"{job.name}: val accuracy {val['accuracy']:.4f} at epoch {best['epoch']:.6g} of {last['epoch']:.6g}")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from flatmin.common.errors import InputError
-from flatmin.common.params import Training
+from flatmin.common.params import Cosine, Training
 from flatmin.models.classifier import TrainedLayers
 from flatmin.training.batch_sources import BatchSource
-from flatmin.training.optimizer import make_optimizer
+from flatmin.training.optimizer import make_optimizer, updates
+from flatmin.training.schedule import cosine
 
 # A batch, or a part of it -> its mean loss, regularisation included, and the logits.
 Forward = Callable[[Any], tuple[tf.Tensor, Any]]
@@ -86,11 +87,30 @@ class PlainStep:
 PLAIN = StepSettings(PlainStep)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the images of some steps: float64 [SIZE], as `TrainStep` returns them."""
+
+    totals: np.ndarray
+    SIZE: ClassVar[int] = 5  # loss, right predictions, images; of wrongly labelled images right predictions and number
+
+    def means(self) -> dict[str, float]:
+        """The mean loss, and accuracy by the given labels; where some are wrong, also on clean and on wrong ones."""
+        loss, correct, count, correct_wrong, wrong = self.totals.tolist()
+        means = {"loss": loss / count, "accuracy": correct / count}
+        if wrong and wrong < count:
+            means["accuracy_clean"] = (correct - correct_wrong) / (count - wrong)
+            means["accuracy_wrong"] = correct_wrong / wrong
+        return means
+
+
 class TrainStep:
     """Trains layers on distributed batches: owns the optimizer and the update rule. Construct under `strategy.scope()`.
 
+    Labels of batches are those of `Records.training_labels`.
+
     Args:
-        steps: the number of batches in an epoch.
+        steps: the number of batches in all.
         classes: the number of classes.
 
     Raises:
@@ -108,14 +128,14 @@ class TrainStep:
         steps: int,
         classes: int,
     ) -> None:
-        if settings.accumulate > steps * recipe.epochs:
+        if settings.accumulate > steps:
             raise InputError(
-                f"sam.accumulate: expected at most {steps * recipe.epochs}, the batches of all epochs, "
-                f"received {settings.accumulate}"
+                f"sam.accumulate: expected at most {steps}, the batches of all epochs, received {settings.accumulate}"
             )
-        self.strategy, self.source, self.layers, self.settings, self.steps = strategy, source, layers, settings, steps
+        self.strategy, self.source, self.layers, self.settings = strategy, source, layers, settings
         self.replicated = strategy.num_replicas_in_sync > 1
-        self.optimizer = make_optimizer(recipe, steps / settings.accumulate)
+        self._recipe, self._updates = recipe, steps / settings.accumulate
+        self.optimizer = make_optimizer(recipe)
         self.optimizer.build(layers.trainable_variables)
         self.rule = settings.make(layers, self.optimizer)
         self._classes = classes
@@ -129,8 +149,16 @@ class TrainStep:
         """All that a resumed training needs: the layers' variables, the optimizer's and the update rule's."""
         return [*self.layers.variables, *self.optimizer.variables, *self.rule.variables]
 
+    def rate(self) -> float:
+        """The learning rate of the next update: the schedule's, or without one what the optimizer has."""
+        if isinstance(self._recipe.schedule, Cosine):
+            return cosine(updates(self.optimizer), self._updates, self._recipe)
+        return float(tf.convert_to_tensor(self.optimizer.learning_rate))
+
     def __call__(self, batches: Any) -> np.ndarray:
-        """Train on the next batch; return the sums of loss and correct predictions and the number of examples."""
+        """Train on the next batch; return float32 [Sums.SIZE]."""
+        if isinstance(self._recipe.schedule, Cosine):
+            self.optimizer.learning_rate = self.rate()
         return self._function(batches).numpy()
 
     def _distributed_step(self, batches: Any) -> tf.Tensor:
@@ -139,6 +167,8 @@ class TrainStep:
 
     def _replica_step(self, batch: tuple[Any, tf.Tensor]) -> tf.Tensor:
         inputs, labels = pad_empty_shard(*batch) if self.replicated else batch
+        wrong = labels >= self._classes
+        labels = tf.where(wrong, labels - self._classes, labels)
         present = tf.cast(labels >= 0, tf.float32)
         count = tf.reduce_sum(present) if self.replicated else tf.cast(tf.shape(labels)[0], tf.float32)
         global_count = count
@@ -160,8 +190,9 @@ class TrainStep:
 
         activations = self.source.activations(inputs)
         loss, logits = self.rule(forward, (activations, labels, present), count)
-        correct = tf.reduce_sum(tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32))
-        return tf.stack([loss * global_count, correct, count])
+        correct = tf.argmax(logits, axis=1, output_type=tf.int32) == labels
+        counts = [tf.reduce_sum(tf.cast(each, tf.float32)) for each in (correct, correct & wrong, wrong)]
+        return tf.stack([loss * global_count, counts[0], count, *counts[1:]])
 
 
 def pad_empty_shard(inputs: Any, labels: tf.Tensor) -> tuple[Any, tf.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from flatmin.inputs.records import Records
 from flatmin.models.classifier import Classifier
 from flatmin.models.scores import score
@@ -21,14 +23,16 @@ class Validator:
         scores = score(self._source.val_logits(), self._records.labels("val"))
         return {f"val_{key}": value for key, value in scores.items()}
 
-    def compare_with_images(self) -> dict[str, float]:
+    def compare_with_images(self, val_logits: np.ndarray) -> dict[str, float]:
         """Compare val's accuracy by the assembled network on images with that by the source, on val's first images.
 
         The two differ by the engine that runs the frozen layers and by rounding to float16.
+
+        val_logits: the source's, of all val images.
         """
         count = min(COMPARED_IMAGES, self._records.count("val"))
         labels = self._records.labels("val")[:count]
         logits = logits_from_images(self._model, self._records, self._batch_size, count)
         from_images = score(logits, labels)["accuracy"]
-        from_source = score(self._source.val_logits()[:count], labels)["accuracy"]
+        from_source = score(val_logits[:count], labels)["accuracy"]
         return {"images": count, "accuracy": from_images, "accuracy_difference": from_images - from_source}
