@@ -1,7 +1,8 @@
-"""Write results.json, tables.md, accuracy.png and a part of README.md here from the tables of this study's grids.
+"""Write results.json, tables.md, accuracy.png and a part of README.md here from the records in version-1/.
 
-    PYTHONPATH=src python studies/cifar100/results.py [--mix-versions]
+    PYTHONPATH=src python studies/cifar100/results.py
 
+The records are of results version 1, with one `seed` for everything and no stage control: they are read, not extended.
 A run that reached evaluate and sets `sam.epochs` is a control: it compares two of four methods. If finetune has as many
 epochs, it is compared with SAM in every fifth step; if it has twice as many, with SAM in every step, at equal gradient
 evaluations. Controls of one setting and several seeds make a table. A run that reached evaluate without `sam.epochs` is
@@ -10,7 +11,6 @@ a recipe. All other runs are trials, which no test image was used for.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -58,15 +58,15 @@ LATER_SECTIONS = {  # targets -> sections that come after them, so they say noth
     "finetune": ("sam", "evaluate"),
     "sam-finetune": ("evaluate",),
 }
+RECORDS = "version-1"  # the folder of the tables, of params.yaml and of the outputs of `make study`
 EARLIER = ("earlier", "removed")  # tables of settings that were given up, and of params that the schema no longer has
 FROZEN = "frozen"  # a grid whose runs fine-tune for one epoch only because evaluate needs all three classifiers
 TEXT = ("name", "targets", "commit", "lock", "machine", "records")  # digits in these are not a number
-ORIGIN = (*(column for column in PROVENANCE if column != "results_version"), "seconds", "grid")
+ORIGIN = (*PROVENANCE, "seconds", "grid")
 # What differs between the methods and seeds of a setting, or does not affect the results.
 VARIED = ("name", "targets", "seed", "finetune.epochs", "sam.epochs", "sam.every", "sam.method", *ORIGIN)
-# `make study` does not record where its results come from. This is what is known of its run of that name.
-STUDY = {"study-257340fa": {"commit": "31d7322", "dirty": False, "machine": "Intel Xeon with AMX", "cores": 2}}
-STUDY["study-257340fa"]["results_version"] = 1
+# `make study` does not record where its results come from. This is what is known of its run.
+STUDY = {"commit": "31d7322", "dirty": False, "machine": "Intel Xeon with AMX", "cores": 2, "results_version": 1}
 PANELS = 3  # of the picture, side by side
 
 
@@ -82,7 +82,7 @@ class Setting(NamedTuple):
     epochs: int
     ema: float | None
     rho: float
-    others: str  # all other params and the results version, as JSON
+    others: str  # all other params, as JSON
 
     @property
     def is_earlier(self) -> bool:
@@ -108,11 +108,11 @@ class Setting(NamedTuple):
 Controls = dict[Setting, dict[str, dict[int, Run]]]  # method -> seed -> its metrics, by METRICS' titles, and `pair`
 
 
-def collect(folder: Path, mix_versions: bool) -> list[Run]:
-    """The successful runs of all tables, and the run of `make study`.
+def collect(folder: Path) -> list[Run]:
+    """The successful runs of all tables of the records, and the run of `make study`.
 
     Raises:
-        InputError: two tables disagree about a run, or runs have different results versions.
+        InputError: two tables disagree about a run, or a run is not of results version 1.
     """
     runs: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.csv")):
@@ -126,18 +126,17 @@ def collect(folder: Path, mix_versions: bool) -> list[Run]:
             if name in runs:
                 refuse_contradiction(name, {other["grid"] + ".csv": other for other in (runs[name], run)})
             runs[name] = run
-    if (folder / "metrics/evaluate.json").exists():
-        run = study(folder)
-        runs[run["name"]] = run
-    versions = {str(run.get("results_version", UNKNOWN)): name for name, run in runs.items()}
-    if len(versions) > 1 and not mix_versions:
-        received = " and ".join(f"{version} ({name})" for version, name in versions.items())
-        raise InputError(f"{folder}: expected one results version, received {received}: or give --mix-versions")
+    run = study(folder)
+    runs[run["name"]] = run
+    for name, run in runs.items():
+        version = run.get("results_version", UNKNOWN)
+        if version != 1:
+            raise InputError(f"{folder}: {name}: expected results version 1, received {version}")
     return list(runs.values())
 
 
 def study(folder: Path) -> dict[str, Any]:
-    """What `make study` ran last. Its name has a digest of the params."""
+    """What `make study` ran. Its name has a digest of the params."""
     lock = yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))
     sections = dict[str, Any]()
     for stage in lock["stages"].values():
@@ -147,7 +146,7 @@ def study(folder: Path) -> dict[str, Any]:
     for file in ("select", "finetune", "sam", "evaluate"):
         run |= {f"{file}/{key}": value for key, value in files.leaves(files.read_json(folder / f"metrics/{file}.json"))}
     records = files.read_json(folder / "metrics/prepare.json")["digest"][:12]
-    return run | dict.fromkeys(PROVENANCE, UNKNOWN) | STUDY.get(name, {}) | {"records": records}
+    return run | dict.fromkeys(PROVENANCE, UNKNOWN) | STUDY | {"records": records}
 
 
 def _value(cell: str) -> Any:
@@ -284,11 +283,10 @@ def methods_table(methods: Mapping[str, Mapping[int, Run]]) -> str:
     return f"{markdown(columns, rows)}\n{markdown(over_images, pairs)}"
 
 
-def _recipe(run: Run) -> tuple[int, int, str, str, str]:
-    """What the seeds of one recipe have in common: image size, epochs, grid (empty if earlier), backbone, version."""
+def _recipe(run: Run) -> tuple[int, int, str, str]:
+    """What the seeds of one recipe have in common: image size, epochs, grid (empty if earlier), backbone."""
     grid = "" if run["grid"] in EARLIER else run["grid"]
-    version = str(run["results_version"])
-    return run["finetune/image_size"], run["finetune/epochs"], grid, run["finetune/backbone"], version
+    return run["finetune/image_size"], run["finetune/epochs"], grid, run["finetune/backbone"]
 
 
 def recipes(runs: Sequence[Run], present: bool) -> str:
@@ -429,8 +427,8 @@ def draw(grouped: Controls, path: Path) -> None:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
-def write(folder: Path, mix_versions: bool = False) -> None:
-    """Write everything in a study's folder that comes from its runs.
+def write(folder: Path) -> None:
+    """Write everything in the study's folder that comes from its records.
 
     Raises:
         InputError: a table, results or README.md are not as expected; nothing is written then.
@@ -439,8 +437,9 @@ def write(folder: Path, mix_versions: bool = False) -> None:
     text = page.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise InputError(f"{page}: expected the lines {BEGIN.strip()} and {END.strip()} once each")
-    params = dict(files.leaves(yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))))
-    runs = collect(folder, mix_versions)
+    records = folder / RECORDS
+    params = dict(files.leaves(yaml.safe_load((records / "params.yaml").read_text(encoding="utf-8"))))
+    runs = collect(records)
     grouped = controls(runs)
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     section = f"{summary(grouped)}\n{recipes(runs, present=True)}"
@@ -454,9 +453,7 @@ def write(folder: Path, mix_versions: bool = False) -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description="write this study's tables from the runs of its grids")
-    parser.add_argument("--mix-versions", action="store_true", help="allow runs of several results versions")
-    write(Path(__file__).parent, parser.parse_args().mix_versions)
+    write(Path(__file__).parent)
 
 
 if __name__ == "__main__":
