@@ -5,7 +5,8 @@ RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="src$${PYTHONPATH:+:$$PYTH
 LINT := ruff check . && ruff format --check . && mypy
 PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: help repro setup check-params check test format golden accept study sweep study-sweep lock
+.PHONY: help repro setup check-params check test format golden accept docs study sweep study-sweep
+.PHONY: negative test-looks lock
 .PHONY: image docker-repro docker-shell image-test bench
 .DELETE_ON_ERROR:
 
@@ -20,7 +21,7 @@ repro: setup check-params  ## run the study in params.yaml: only what changed
 setup: $(VENV)/$(or $(LOCK),cpu).done  ## make .venv from the locked requirements
 
 check-params: setup  ## check params.yaml without running anything
-	@$(RUN) python -m flatmin.common.params
+	@$(RUN) python -m flatmin.check
 
 # TESTS narrows either: make test TESTS=tests/test_sam_step.py
 check: setup $(VENV)/dev.done  ## lint, types and unit tests, in a minute
@@ -42,6 +43,9 @@ golden: setup $(VENV)/dev.done  ## write the golden test's numbers again
 accept: setup $(VENV)/dev.done  ## record in dvc.lock that a change of code changed no number, without a rerun
 	$(RUN) python scripts/accept.py
 
+docs: setup  ## fill the pages' tables with the numbers of metrics/
+	$(RUN) python scripts/pages.py
+
 $(VENV)/dev.done: | setup
 $(VENV)/%.done: requirements/%.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
@@ -59,6 +63,14 @@ sweep: setup check-params  ## run the grid of the default study: table and pictu
 study-sweep: setup  ## run the grid of a study in its clone: make study-sweep NAME=digits
 	@$(RUN) sh scripts/study.sh "$(NAME)" sweep $(if $(JOBS),--jobs $(JOBS)) $(if $(MIX_VERSIONS),--mix-versions)
 
+negative: setup check-params  ## run the negative controls of the default study: studies/digits/negative.md
+	@$(RUN) python scripts/sweep.py studies/digits/negative.yaml $(if $(JOBS),--jobs $(JOBS))
+	@$(RUN) dvc repro --quiet prepare
+	@$(RUN) python scripts/negative_controls.py
+
+test-looks: setup  ## count the sets of models that were ever scored on test
+	@$(RUN) python scripts/test_looks.py
+
 COMPILE := uv pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 lock:  ## compile the locks again (needs uv)
 	cd requirements && $(COMPILE) --override overrides.txt cpu.in -o cpu.txt
@@ -75,7 +87,7 @@ image:  ## build the image: Debian, Python and the locked wheels
 		--build-arg REVISION=$$(git log -1 --format=%H -- Dockerfile requirements) .
 
 docker-repro: image  ## run the study in the image, on the GPUs where there are any
-	$(INSIDE) sh -c 'export PYTHONPATH=src; python -m flatmin.common.params && python -m flatmin.prune && exec dvc repro'
+	$(INSIDE) sh -c 'export PYTHONPATH=src; python -m flatmin.check && python -m flatmin.prune && exec dvc repro'
 
 docker-shell: image  ## open a shell in the image
 	$(INSIDE) bash

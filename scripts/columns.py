@@ -1,4 +1,4 @@
-"""Print the named columns of a CSV on standard input:  columns.py name sam < predictions/predict.csv"""
+"""Print the named columns of a CSV on standard input:  columns.py name final < predictions/predict.csv"""
 
 import csv
 import sys

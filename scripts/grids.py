@@ -20,12 +20,16 @@ from flatmin.common import params
 from flatmin.common.errors import InputError
 
 FOLDER = Path(".dvc/tmp/sweep")
-METRICS = {  # stage -> its file in metrics/, for the stages that a table shows, in pipeline order
+METRICS = {  # stage -> its file in metrics/, or its folder with a file for each seed, of those that a table shows
     "select-best": "select",
     "finetune": "finetune",
     "sam-finetune": "sam",
+    "control": "control",
+    "finalize": "final",
     "evaluate": "evaluate",
 }
+SEEDED = ("finetune", "sam-finetune", "control")  # stages that run once for each of `seeds`
+SEEDS = ("seeds", "data.seed", "extract.seed")  # keys in which runs of one setting differ
 Pipeline = Mapping[str, Any]  # stage -> its definition in dvc.yaml
 
 

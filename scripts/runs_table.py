@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import provenance
-from grids import METRICS, Run
+from grids import METRICS, SEEDED, SEEDS, Run
 from matplotlib.figure import Figure
 from provenance import output
 
@@ -17,9 +18,8 @@ from flatmin.common import console, files
 from flatmin.common.errors import InputError
 
 Row = Mapping[str, Any]
-# Params that every row has besides the seed, set by the grid or not: they tell one study's data and training from
-# another's.
-DATA = ("data.name", "data.train_per_class", "data.label_noise", "finetune.ema")
+# Params that every row has, set by the grid or not: they tell one study's data and training from another's.
+SHOWN = ("seeds", "data.seed", "data.name", "data.train_per_class", "data.label_noise", "finetune.ema")
 
 
 def find(run: Run) -> str | None:
@@ -85,51 +85,65 @@ def table(
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Columns, and a row for each run.
 
-    They are name, status, targets, seed, DATA, the grid's keys, metrics, provenance and seconds. Metrics are those of
-    the stages that the run needs: an experiment's commit also holds old ones of other stages.
+    They are name, status, targets, SHOWN, the grid's keys, metrics, provenance and seconds. Metrics are those of the
+    stages that the run needs: an experiment's commit also holds old ones of other stages.
     """
-    keys = list(dict.fromkeys(["seed", *DATA, *(key for run in runs for key in run.values)]))
+    keys = list(dict.fromkeys([*SHOWN, *(key for run in runs for key in run.values)]))
     rows: list[dict[str, Any]] = []
     metrics: dict[str, None] = {}
     for run in runs:
         ref, before = find(run), previous.get(run.name, {})
         status = "succeeded" if ref or before else "failed" if run in failed else "not run"
         row = {"name": run.name, "status": status, "targets": " ".join(run.targets)}
-        row |= {key: _cell(_value(run.settings, key)) for key in keys}
-        for stage, file in METRICS.items() if ref else ():
-            if stage in run.stages:
-                values = json.loads(output("git", "show", f"{ref}:metrics/{file}.json"))
-                row |= {f"{file}/{key}": value for key, value in files.leaves(values)}
-        if not ref:
-            row |= {key: value for key, value in before.items() if "/" in key and value != ""}
+        row |= {key: cell(value(run.settings, key)) for key in keys}
+        row |= dict(_metrics(run, ref)) if ref else {key: each for key, each in before.items() if "/" in key and each}
         metrics |= {key: None for key in row if "/" in key}
         if status == "succeeded":
             known = {key: before[key] for key in provenance.COLUMNS if before.get(key)}
             made = provenance.read(run, ref) if ref else {}
             known |= {key: value for key, value in made.items() if value != provenance.UNKNOWN}
-            row |= {key: str(_cell(known.get(key, provenance.UNKNOWN))) for key in provenance.COLUMNS}
+            row |= {key: str(cell(known.get(key, provenance.UNKNOWN))) for key in provenance.COLUMNS}
         seconds = run.clock.read_text() if run.clock.exists() else ""
         rows.append({**row, "seconds": before.get("seconds") or seconds})
     return ["name", "status", "targets", *keys, *metrics, *provenance.COLUMNS, "seconds"], rows
 
 
-def _value(settings: Any, key: str) -> Any:
+def _metrics(run: Run, ref: str) -> Iterator[tuple[str, Any]]:
+    """The metrics of a run's stages: means over its seeds; what is no number only where all seeds have the same.
+
+    The seeds' own values in finalize and evaluate are left out, since their mean stands beside them.
+    """
+    for stage in (stage for stage in METRICS if stage in run.stages):
+        names = [f"{METRICS[stage]}/{seed}" for seed in run.settings["seeds"]] if stage in SEEDED else [METRICS[stage]]
+        found = [dict(files.leaves(json.loads(output("git", "show", f"{ref}:metrics/{name}.json")))) for name in names]
+        for key in (key for key in found[0] if ".seeds." not in key):
+            values = [each.get(key) for each in found]
+            numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
+            if len(numbers) == len(found):
+                yield f"{METRICS[stage]}/{key}", statistics.mean(numbers)
+            elif all(each == values[0] for each in values):
+                yield f"{METRICS[stage]}/{key}", values[0]
+
+
+def value(settings: Any, key: str) -> Any:
+    """The value of a key such as sam.rho; None without it."""
     for name in key.split("."):
         settings = settings.get(name) if isinstance(settings, dict) else None
     return settings
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
+    """A value of params or metrics as a table has it."""
     return json.dumps(value) if isinstance(value, dict | list | bool) else "" if value is None else value
 
 
 def spread(rows: Sequence[Row], x: str, y: str, keys: Sequence[str]) -> dict[str, dict[Any, list[float]]]:
-    """Each line of a picture -> each x, in order -> the seeds' y. The values of `keys` tell lines apart.
+    """Each line of a picture -> each x, in order -> the y of its runs, which differ in SEEDS. `keys` tell lines apart.
 
     Raises:
         InputError: a y is not a number.
     """
-    others = [key for key in keys if key not in (x, "seed") and len({row[key] for row in rows}) > 1]
+    others = [key for key in keys if key not in (x, *SEEDS) and len({row[key] for row in rows}) > 1]
     lines: dict[str, dict[Any, list[float]]] = {}
     for row in sorted(rows, key=lambda row: _order(row[x])):
         label = ", ".join(f"{key} {row[key]}" for key in others) or "mean of seeds"

@@ -69,7 +69,7 @@ cd "$clone"
 rm -rf metrics plots
 dvc config --local cache.dir "$cache"
 if [ -f src/flatmin/prune.py ]; then  # a commit before it has other commands for this; its stages check params too
-    PYTHONPATH=src python -m flatmin.common.params
+    PYTHONPATH=src python -m flatmin.check
     PYTHONPATH=src python -m flatmin.prune
 fi
 if [ -f "$root/studies/$name/dvc.lock" ]; then cp "$root/studies/$name/dvc.lock" dvc.lock; else rm -f dvc.lock; fi
@@ -82,7 +82,7 @@ rm -rf results  # complete here first: renamed, all of it appears at once
 mkdir results
 cp -R metrics plots dvc.lock results/
 if [ -f predictions/predict.csv ]; then  # of images whose labels are not known here
-    python "$root/scripts/columns.py" name finetune sam < predictions/predict.csv > results/test_predictions.csv
+    python "$root/scripts/columns.py" name final < predictions/predict.csv > results/test_predictions.csv
 fi
 cd results
 for file in metrics plots dvc.lock test_predictions.csv; do

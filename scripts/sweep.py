@@ -1,4 +1,4 @@
-"""Run a grid of DVC experiments, several at a time; write their table, and a picture, next to the grid's file.
+"""Run a grid of DVC experiments, several at a time; write their table, a picture and what val tells apart next to it.
 
     python scripts/sweep.py studies/digits/sweep.yaml [--jobs N] [--mix-versions]
 
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import on_val
 import provenance
 from grids import FOLDER, Run, read_grid
 from provenance import output
@@ -211,7 +212,7 @@ def _interrupt(*_: Any) -> None:
 
 
 def sweep(path: Path, jobs: int, mix_versions: bool = False) -> None:
-    """Run a grid's experiments; write the table next to its file (also when stopped), and the picture."""
+    """Run a grid's experiments; write the table next to its file (also when stopped), a picture and what val says."""
     runs, picture = read_grid(path)
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
@@ -236,7 +237,9 @@ def sweep(path: Path, jobs: int, mix_versions: bool = False) -> None:
     if failed:
         logs = ", ".join(str(run.log) for run in failed)
         raise InputError(f"{len(failed)} of {len(runs)} experiments: expected success, failed: {logs}")
-    outputs = [written]
+    outputs, apart = [written], path.with_suffix(".val.md")
+    if on_val.write(runs, apart):
+        outputs.append(apart)
     if picture:
         x, y = picture
         if y not in columns:
@@ -244,7 +247,7 @@ def sweep(path: Path, jobs: int, mix_versions: bool = False) -> None:
         outputs.append(path.with_suffix(".png"))
         keys = [column for column in columns[2:-1] if "/" not in column and column not in provenance.COLUMNS]
         draw(spread([row for row in rows if y in row], x, y, [*keys, "results_version"]), x, y, outputs[-1])
-    console.log(f"{len(runs)} experiments: {' and '.join(map(str, outputs))}")
+    console.log(f"{len(runs)} experiments: {', '.join(map(str, outputs))}")
 
 
 def _main() -> None:

@@ -1,13 +1,11 @@
-"""The CIFAR-100 study's results: its tables give the committed files, and wrong tables are refused."""
+"""The CIFAR-100 study's results: its records give the committed files, and wrong records are refused."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
 import json
-import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,6 @@ from repository import ROOT
 
 from flatmin.common import files
 from flatmin.common.errors import InputError
-
-sys.path.append(str(ROOT / "scripts"))
-import grids
-import runs_table
 
 STUDY = ROOT / "studies/cifar100"
 
@@ -53,7 +47,7 @@ def edit(table: Path, change: Callable[[list[dict[str, str]]], None]) -> None:
 
 
 @pytest.mark.slow
-def test_write_committed_tables_give_committed_files(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_write_committed_records_give_committed_files(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = ("results.json", "tables.md", "README.md")
     for name in ("results.json", "tables.md", "accuracy.png"):
         (study / name).unlink()
@@ -64,21 +58,6 @@ def test_write_committed_tables_give_committed_files(study: Path, capsys: pytest
     runs = json.loads((study / "results.json").read_text())["runs"]
     evaluated = sum("evaluate/sam.test.accuracy" in run for run in runs)
     assert capsys.readouterr().out == f"{evaluated} of {len(runs)} runs have test metrics\n"
-
-
-def test_study_tables_rows_are_runs_of_their_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change of the schema or of dvc.yaml that renames these runs would have all of them run again."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    shutil.copy(STUDY / "params.yaml", tmp_path)
-    compared = 0
-    for path in STUDY.glob("*.yaml"):
-        rows = runs_table.read_table(path.with_suffix(".csv")) if path.name != "params.yaml" else {}
-        if rows:
-            runs, _ = grids.read_grid(path)
-            assert rows.keys() <= {run.name for run in runs}, path.name
-            compared += len(rows)
-    assert compared == len(json.loads((STUDY / "results.json").read_text())["runs"]) - 3  # make study, and removed.csv
 
 
 def test_difference_of_three_seeds_has_the_interval_of_students_t() -> None:
@@ -100,7 +79,7 @@ def set_cells(row: int, **cells: str) -> Callable[[list[dict[str, str]]], None]:
 @pytest.mark.parametrize(
     ("table", "change", "message"),
     [
-        ("sweep", set_cells(0, results_version="2"), r"expected one results version, received .*: or give --mix-v"),
+        ("sweep", set_cells(0, results_version="2"), r"expected results version 1, received 2$"),
         ("sweep", set_cells(-1, **{"sam.every": "4"}), r"expected SAM with finetune of twice its epochs, .*every 4$"),
         ("sweep", set_cells(-1, **{"sam.every": ""}), r"sam.every: expected the grid to set it, as it sets sam.epochs"),
         ("sweep", set_cells(-1, seed="42"), r"expected one run of seed 42, received two of EfficientNetLite0, 72 px"),
@@ -109,7 +88,7 @@ def set_cells(row: int, **cells: str) -> Callable[[list[dict[str, str]]], None]:
 def test_write_wrong_table_is_refused_and_nothing_written(
     study: Path, table: str, change: Callable[[list[dict[str, str]]], None], message: str
 ) -> None:
-    edit(study / f"{table}.csv", change)
+    edit(study / f"version-1/{table}.csv", change)
     before = {path: path.read_bytes() for path in study.glob("*.*")}
     with pytest.raises(InputError, match=message) as caught:
         results.write(study)
@@ -119,22 +98,13 @@ def test_write_wrong_table_is_refused_and_nothing_written(
 
 @pytest.mark.slow
 def test_write_two_tables_that_disagree_about_a_run_are_refused(study: Path) -> None:
-    shutil.copy(study / "long.csv", study / "other.csv")
+    records = study / "version-1"
+    shutil.copy(records / "long.csv", records / "other.csv")
     results.write(study)
-    edit(study / "other.csv", set_cells(0, records="a"))
-    edit(study / "long.csv", set_cells(0, records="b"))
+    edit(records / "other.csv", set_cells(0, records="a"))
+    edit(records / "long.csv", set_cells(0, records="b"))
     with pytest.raises(InputError, match=r"expected one digest of the records, received b \(long.csv\) and a \(other"):
         results.write(study)
-
-
-@pytest.mark.slow
-def test_write_several_versions_when_told_are_not_averaged(study: Path) -> None:
-    edit(study / "halfhour.csv", set_cells(0, results_version="2"))
-    results.write(study, mix_versions=True)
-    seeds = re.findall(
-        r"\| EfficientNetLite0, 160 px, 6 epochs \| (.*?) \| finetune", (study / "tables.md").read_text()
-    )
-    assert seeds == ["43", "44", "all 2", "42"]
 
 
 def test_write_page_without_its_lines_is_refused(study: Path) -> None:

@@ -34,7 +34,7 @@ import sweep
 
 GRID: dict[str, Any] = {
     "targets": ["sam-finetune"],
-    "runs": [{"seed": [7, 8], "sam.rho": [0.02, 0.1]}],
+    "runs": [{"seeds": [[7], [8]], "sam.rho": [0.02, 0.1]}],
     "picture": {"x": "sam.rho", "y": "sam/val.accuracy"},
 }
 COMMAND = ("python", "scripts/sweep.py", "grid.yaml")
@@ -75,9 +75,11 @@ def runs(**changes: Any) -> list[grids.Run]:
     [
         ({"jobs": 3}, "jobs: expected targets, runs or picture, received this key"),
         ({"runs": []}, "runs: expected a list of grids, received []"),
-        ({"runs": [{"seed": []}]}, "runs.0.seed: expected a list of at least one value, received []"),
-        ({"runs": [{"seed": 3}]}, "runs.0.seed: expected a list of at least one value, received 3"),
-        ({"runs": [{"seed": [1]}, {}]}, "runs.1: expected a mapping from keys of params.yaml to lists, received {}"),
+        ({"runs": [{"seeds": []}]}, "runs.0.seeds: expected a list of at least one value, received []"),
+        ({"runs": [{"seeds": 3}]}, "runs.0.seeds: expected a list of at least one value, received 3"),
+        ({"runs": [{"seeds": [3]}]}, "runs.0: seeds: expected ... received 3"),
+        ({"runs": [{"seed": [3]}]}, "runs.0: seed: expected seeds, a list, for ... in its place, received 3"),
+        ({"runs": [{"seeds": [[1]]}, {}]}, "runs.1: expected a mapping from keys of params.yaml to lists, received {}"),
         ({"runs": [{"a b": [1]}]}, "runs.0: expected a key of params.yaml such as sam.rho, received 'a b'"),
         (
             {"runs": [{"data.name": ["${HOME}"]}]},
@@ -85,10 +87,10 @@ def runs(**changes: Any) -> list[grids.Run]:
         ),
         ({"runs": [{"sam.roh": [1]}]}, "runs.0: sam.roh: expected no such key, received 1"),
         ({"runs": [{"sam.rho": [0.1, -1]}]}, "runs.0: sam.rho: expected greater than or equal to 0, received -1"),
-        ({"runs": [{"seed.x": [1]}]}, "runs.0: seed.x: expected a key within mappings, received one within 7"),
+        ({"runs": [{"seeds.x": [1]}]}, "runs.0: seeds.x: expected a key within mappings, received one within [7]"),
         ({"runs": [{"sam.rho.x": [1]}]}, "runs.0: sam.rho.x: expected a key within mappings, received one within 0.05"),
         ({"runs": [{"backbones.0": ["A"]}]}, "runs.0: backbones.0: expected a key within ... ['EfficientNetLite0']"),
-        ({"runs": [{"seed": [datetime.date(2026, 1, 2)]}]}, "runs.0: seed: expected ... datetime.date(2026, 1, 2)"),
+        ({"runs": [{"seeds": [datetime.date(2026, 1, 2)]}]}, "runs.0: seeds: expected ... datetime.date(2026, 1, 2)"),
         ({"targets": ["train"]}, "targets: expected a list of prepare, ... evaluate, each once, received 'train'"),
         ({"targets": "finetune"}, "targets: expected a list of prepare, ... evaluate, each once, received 'finetune'"),
         (
@@ -96,11 +98,11 @@ def runs(**changes: Any) -> list[grids.Run]:
             "targets: expected a list of prepare, ... each once, received 'finetune'",
         ),
         ({"picture": None}, "picture: expected x and y, received None"),
-        ({"picture": {"x": "seed", "y": "sam/"}}, "picture.y: expected select or sam, ... received 'sam/'"),
-        ({"picture": {"x": "seeds", "y": "sam/epochs"}}, "picture.x: expected one of seed, sam.rho, received 'seeds'"),
-        ({"picture": {"x": ["seed"], "y": "sam/epochs"}}, "picture.x: expected one of ... received ['seed']"),
+        ({"picture": {"x": "seeds", "y": "sam/"}}, "picture.y: expected select or sam, ... received 'sam/'"),
+        ({"picture": {"x": "seed", "y": "sam/epochs"}}, "picture.x: expected one of seeds, sam.rho, received 'seed'"),
+        ({"picture": {"x": ["seeds"], "y": "sam/epochs"}}, "picture.x: expected one of ... received ['seeds']"),
         (
-            {"picture": {"x": "seed", "y": "evaluate/sam.test.accuracy"}},
+            {"picture": {"x": "seeds", "y": "evaluate/sam.test.accuracy"}},
             "picture.y: expected select or sam, a slash and a metric such as val.accuracy, "
             "received 'evaluate/sam.test.accuracy'",
         ),
@@ -125,13 +127,13 @@ def test_sweep_wrong_grid_prints_one_line(repository: Repository) -> None:
     assert len(output.splitlines()) == 1
     repository.variables["PYTHONPATH"] = ""
     assert "found no file" in repository.run("python", "scripts/sweep.py", "nothing.yaml", expect=1)
-    Path("grid.yaml").write_text("runs: [{seed: [2026-02-30]}]")
+    Path("grid.yaml").write_text("runs: [{seeds: [2026-02-30]}]")
     assert repository.run(*COMMAND, expect=1).startswith("error: grid.yaml: expected YAML, received ")
 
 
 @pytest.mark.slow
 def test_sweep_picture_of_text_prints_one_line(repository: Repository) -> None:
-    cells = [[run.name, "succeeded", "A"] for run in runs(picture={"x": "seed", "y": "select/backbone"})]
+    cells = [[run.name, "succeeded", "A"] for run in runs(picture={"x": "seeds", "y": "select/backbone"})]
     files.write_csv("grid.csv", ["name", "status", "select/backbone"], cells)
     output = repository.run(*COMMAND, expect=1).splitlines()
     assert output[-1] == "error: picture.y: expected a metric that is a number, received select/backbone: 'A'"
@@ -153,7 +155,7 @@ def test_make_base_odd_git_settings_keeps_uncommitted_changes(
     for key, value in settings.items():
         repository.run("git", "config", key, value)
     Path(".git/info/attributes").write_text("*.yaml diff=yaml\n")
-    text = Path("params.yaml").read_text().replace("seed: 7", "seed: 8")
+    text = Path("params.yaml").read_text().replace("  seed: 7", "  seed: 8")
     Path("params.yaml").write_text(text)
     sweep.make_base()
     assert (grids.FOLDER / "base/params.yaml").read_text() == text
@@ -166,7 +168,7 @@ def write_params(**changes: Any) -> None:
 @pytest.mark.usefixtures("repository")
 def test_run_name_begins_with_the_values_that_vary() -> None:
     first, *others = runs()
-    assert first.name.startswith("seed-7-rho-0.02-sam-finetune-")
+    assert first.name.startswith("seeds-7-rho-0.02-sam-finetune-")
     assert len({first.name, *(run.name for run in others)}) == 4
 
 
@@ -201,6 +203,8 @@ def test_run_name_other_code_is_the_same() -> None:
         (["finetune"], {"data": TINY["data"] | {"train_per_class": 5}}, True),
         (["extract-train"], {"select": {"tolerance": 0.5}}, False),
         (["extract-train"], {"backbones": ["MobileNet025"]}, True),
+        (["select-best"], {"seeds": [8]}, False),
+        (["finetune"], {"seeds": [8]}, True),
         (["prepare"], {"augment": {"engine": "none"}}, False),
         ([], {"evaluate": {"ece_bins": 3}}, True),
     ],
@@ -209,7 +213,7 @@ def test_run_name_other_code_is_the_same() -> None:
 def test_run_name_changed_section_matters_where_a_stage_uses_it(
     targets: list[str], section: dict[str, Any], changed: bool
 ) -> None:
-    values = {"targets": targets, "runs": [{"seed": [7]}]}
+    values = {"targets": targets, "runs": [{"sam.adaptive": [False]}]}
     (before,) = grids.read_grid(file_of(values))[0]
     write_params(**section)
     (after,) = grids.read_grid(file_of(values))[0]
@@ -221,12 +225,14 @@ def test_run_name_other_targets_is_another() -> None:
     assert len({runs(targets=targets)[0].name for targets in (["sam-finetune"], ["finetune", "sam-finetune"], [])}) == 3
 
 
-def test_grids_named_in_docs_fit_the_schema(repository: Repository) -> None:
+@pytest.mark.slow
+def test_read_grid_of_each_study_fits_the_schema(repository: Repository) -> None:
+    found = [path for study in ("cifar100", "digits") for path in (ROOT / "studies" / study).glob("*.yaml")]
     named = re.findall(r"^make study-sweep NAME=(\w+)(?:.* GRID=(\w+))?", (ROOT / "docs/sweeps.md").read_text(), re.M)
-    assert ("cifar100", "extract") in named
-    for study, name in named:
-        shutil.copy(ROOT / f"studies/{study}/params.yaml", repository.folder / "params.yaml")
-        assert grids.read_grid(ROOT / f"studies/{study}/{name or 'sweep'}.yaml")[0]
+    assert {ROOT / f"studies/{study}/{name or 'sweep'}.yaml" for study, name in named} < {*found}
+    for path in found:
+        shutil.copy(path.with_name("params.yaml"), repository.folder / "params.yaml")
+        assert path.name == "params.yaml" or grids.read_grid(path)[0]
 
 
 @pytest.mark.usefixtures("repository")
@@ -273,11 +279,15 @@ def test_run_command_sets_params_as_listed() -> None:
 def test_run_shared_names_stages_before_the_first_difference() -> None:
     first, other_rho, other_rate, other_seed = runs(
         targets=["finetune", "sam-finetune"],
-        runs=[{"seed": [1], "sam.rho": [0.1, 0.2]}, {"finetune.learning_rate": [0.1], "seed": [1]}, {"seed": [2]}],
+        runs=[
+            {"seeds": [[1]], "sam.rho": [0.1, 0.2]},
+            {"seeds": [[1]], "finetune.learning_rate": [0.1]},
+            {"seeds": [[2]]},
+        ],
     )
     assert {shared.split()[0] for shared in first.shared & other_rho.shared} == {"select-best", "finetune"}
     assert {shared.split()[0] for shared in first.shared & other_rate.shared} == {"select-best"}
-    assert not first.shared & other_seed.shared
+    assert {shared.split()[0] for shared in first.shared & other_seed.shared} == {"select-best"}
 
 
 def test_divide_cores_gives_equal_sets() -> None:
@@ -297,8 +307,7 @@ def make_experiment(
 ) -> None:
     """Make the experiment that a run would have left, with these metrics; origin None: made in another checkout."""
     for file, values in ({"prepare": {"digest": RECORDS}} | metrics).items():
-        Path("metrics").mkdir(exist_ok=True)
-        Path(f"metrics/{file}.json").write_text(json.dumps(values))
+        files.write_json(f"metrics/{file}.json", values)
     repository.commit(run.name)
     repository.run("git", "update-ref", f"refs/exps/ab/cdef/{run.name}", "HEAD")
     if origin:
@@ -307,44 +316,55 @@ def make_experiment(
 
 def test_table_has_a_row_per_run_with_metrics_of_its_stages_only(repository: Repository) -> None:
     trial, control, failed, pending = runs(runs=[*GRID["runs"]])
-    metrics = {"select": {"backbone": "A"}, "sam": {"val": {"accuracy": 0.5}}, "evaluate": {"sam": {"accuracy": 0.4}}}
+    metrics = {"select": {"backbone": "A"}, "sam/7": {"val": {"accuracy": 0.5}}, "evaluate": {"sam": {"accuracy": 0.4}}}
     make_experiment(repository, trial, metrics)
-    make_experiment(repository, control, {"sam": {"val": {"accuracy": 0.25}, "epochs": 3}}, origin=None)
+    make_experiment(repository, control, {"sam/7": {"val": {"accuracy": 0.25}, "epochs": 3}}, origin=None)
     trial.clock.write_text("12.5")
     columns, rows = runs_table.table([trial, control, failed, pending], {}, [failed])
-    data = ("digits", 6, "", "")
+    data = (7, "digits", 6, "", "")
     assert columns == [
-        *("name", "status", "targets", "seed", *runs_table.DATA, "sam.rho"),
+        *("name", "status", "targets", *runs_table.SHOWN, "sam.rho"),
         *("select/backbone", "sam/val.accuracy", "sam/epochs", *provenance.COLUMNS, "seconds"),
     ]
     origin = ("false", str(provenance.RESULTS_VERSION), "cpu-1", "M", "2", RECORDS[:12])
     first, second = (repository.run("git", "rev-parse", f"HEAD~{back}")[:7] for back in (2, 1))
     assert [[row.get(column) for column in columns[1:]] for row in rows] == [
-        ["succeeded", "sam-finetune", 7, *data, 0.02, "A", 0.5, None, first, *origin, "12.5"],
-        ["succeeded", "sam-finetune", 7, *data, 0.1, "A", 0.25, 3, second, *["unknown"] * 5, RECORDS[:12], ""],
-        ["failed", "sam-finetune", 8, *data, 0.02, *[None] * 10, ""],
-        ["not run", "sam-finetune", 8, *data, 0.1, *[None] * 10, ""],
+        ["succeeded", "sam-finetune", "[7]", *data, 0.02, "A", 0.5, None, first, *origin, "12.5"],
+        ["succeeded", "sam-finetune", "[7]", *data, 0.1, "A", 0.25, 3, second, *["unknown"] * 5, RECORDS[:12], ""],
+        ["failed", "sam-finetune", "[8]", *data, 0.02, *[None] * 10, ""],
+        ["not run", "sam-finetune", "[8]", *data, 0.1, *[None] * 10, ""],
     ]
-    (evaluated,) = runs(targets=[], runs=[{"sam.rho": [0.02]}])
-    make_experiment(repository, evaluated, {"finetune": {"epochs": 1}})
-    columns, rows = runs_table.table([evaluated], {}, [])
-    assert rows[0]["evaluate/sam.accuracy"] == 0.4
-    assert (rows[0]["seed"], rows[0]["data.name"]) == (7, "digits"), "of params.yaml, since the grid does not set them"
+
+
+def test_table_run_of_several_seeds_has_their_means(repository: Repository) -> None:
+    (run,) = runs(targets=[], runs=[{"seeds": [[7, 8]]}], picture={"x": "seeds", "y": "sam/epochs"})
+    means = {"test": {"accuracy": 0.4}, "seeds": {"7": {"test": {"accuracy": 0.3}}, "8": {"test": {"accuracy": 0.5}}}}
+    metrics: dict[str, Any] = {"select": {"backbone": "A"}, "final": {"sam": means}, "evaluate": {"sam": means}}
+    for seed, accuracy in ((7, 0.5), (8, 1)):
+        of_seed = {"backbone": "A", "epochs": 3, "early": seed == 7, "val": {"accuracy": accuracy}}
+        metrics |= {f"{method}/{seed}": of_seed for method in ("finetune", "control", "sam")}
+    make_experiment(repository, run, metrics)
+    _, (row,) = runs_table.table([run], {}, [])
+    assert (row["seeds"], row["data.name"]) == ("[7, 8]", "digits"), "the latter of params.yaml, not set by the grid"
+    of_method = {"backbone": "A", "epochs": 3, "val.accuracy": 0.75}
+    expected = {f"{method}/{key}": each for method in ("finetune", "control", "sam") for key, each in of_method.items()}
+    expected |= {"select/backbone": "A", "final/sam.test.accuracy": 0.4, "evaluate/sam.test.accuracy": 0.4}
+    assert {key: each for key, each in row.items() if "/" in key} == expected
 
 
 def test_table_takes_rows_of_another_clone(repository: Repository) -> None:
     one, two, *_ = runs(runs=[*GRID["runs"]])
-    make_experiment(repository, one, {"select": {"backbone": "A"}, "sam": {"epochs": 3}})
+    make_experiment(repository, one, {"select": {"backbone": "A"}, "sam/7": {"epochs": 3}})
     cells = {"select/backbone": "A", "sam/epochs": "5", "evaluate/none": "", "commit": "abc", "cores": "3"}
     cells |= {"results_version": "1", "seconds": "7.5"}
-    columns = ["name", "status", "seed", *cells]
+    columns = ["name", "status", "seeds", *cells]
     lines = [[two.name, "succeeded", "0", *cells.values()], ["other", "failed", "0", *[""] * len(cells)]]
     files.write_csv("grid.csv", columns, lines)
     previous = runs_table.read_table(Path("grid.csv"))
     assert list(previous) == [two.name]
     _, rows = runs_table.table([one, two], previous, [])
     assert rows[0]["sam/epochs"] == 3
-    assert (rows[1]["status"], rows[1]["seed"]) == ("succeeded", two.values["seed"])
+    assert (rows[1]["status"], rows[1]["seeds"]) == ("succeeded", str(two.values["seeds"]))
     assert {key: rows[1].get(key, "") for key in cells} == cells
     assert rows[1]["machine"] == "unknown"
     assert runs_table.read_table(Path("other.csv")) == {}
@@ -372,7 +392,9 @@ def test_sweep_row_of_another_version_is_refused_unless_told(
     assert output.startswith(expected)
     assert len(output.splitlines()) == 1
     assert Path("grid.csv").read_bytes() == before
-    monkeypatch.setattr(sweep, "run_all", lambda *_: make_experiment(repository, two, {"select": {}, "sam": {"a": 1}}))
+    monkeypatch.setattr(
+        sweep, "run_all", lambda *_: make_experiment(repository, two, {"select": {}, "sam/7": {"a": 1}})
+    )
     sweep.sweep(file_of({key: GRID[key] for key in ("targets", "runs")}), 1, mix_versions=True)
     with Path("grid.csv").open() as file:
         found = {row["name"]: row["results_version"] for row in csv.DictReader(file) if row["status"] == "succeeded"}
@@ -391,7 +413,7 @@ def test_check_versions_complete_table_of_an_older_version_is_noted(capsys: pyte
 
 def test_check_versions_row_and_experiment_that_disagree_are_refused(repository: Repository) -> None:
     one, *_ = runs()
-    make_experiment(repository, one, {"sam": {}})
+    make_experiment(repository, one, {"sam/7": {}})
     current = str(provenance.RESULTS_VERSION)
     for version, records, what in (
         ("0", RECORDS[:12], f"results version, received 0 (grid.csv) and {current} (its experiment)"),
@@ -407,7 +429,7 @@ def test_describe_edited_stage_is_dirty_and_edited_params_are_not(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(provenance, "_machine", lambda *_: "M")
-    write_params(seed=8)
+    write_params(seeds=[8])
     clean = provenance.describe(repository.folder, [min(os.sched_getaffinity(0))])
     Path("stages/finetune.py").write_text("# edited\n")
     edited = provenance.describe(repository.folder, [min(os.sched_getaffinity(0))])
@@ -419,12 +441,12 @@ def test_describe_edited_stage_is_dirty_and_edited_params_are_not(
 
 
 ROWS = [
-    {"targets": "sam-finetune", "seed": seed, "sam.rho": rho, "sam.method": method, "y": rho + seed}
+    {"targets": "sam-finetune", "seeds": seed, "sam.rho": rho, "sam.method": method, "y": rho + seed}
     for seed in (1, 2)
     for rho in (0.2, 0.1)
     for method in ("sam", "gsam")
 ]
-KEYS = ("targets", "seed", "sam.rho", "sam.method")
+KEYS = ("targets", "seeds", "sam.rho", "sam.method")
 
 
 def test_spread_gives_a_line_per_other_param_and_seeds_per_x() -> None:
@@ -463,7 +485,7 @@ def logs(repository: Repository) -> str:
 
 def stop_in_training(repository: Repository, number: int, jobs: int) -> tuple[int, str]:
     """Start a sweep and send it a signal once a run has ended its second epoch with SAM; exit code and output."""
-    line = f"sam 2/{EPOCHS}: loss"
+    line = f"sam-finetune@7 2/{EPOCHS}: loss"
     seen = logs(repository).count(line)
     process = repository.start(*COMMAND, "--jobs", str(jobs))
     until = time.monotonic() + 500
@@ -486,7 +508,11 @@ def rows_of(repository: Repository) -> list[dict[str, str]]:
 def curves(repository: Repository) -> dict[str, str]:
     """What each epoch of SAM gave in each experiment, by name."""
     refs = repository.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
-    return {ref.rpartition("/")[2]: repository.run("git", "show", f"{ref}:plots/sam.csv") for ref in refs}
+    names = {ref: repository.run("git", "ls-tree", "--name-only", ref, "plots/sam/").split() for ref in refs}
+    return {
+        ref.rpartition("/")[2]: "".join(repository.run("git", "show", f"{ref}:{name}") for name in found)
+        for ref, found in names.items()
+    }
 
 
 @pytest.mark.slow
@@ -496,13 +522,13 @@ def test_sweep_interrupted_and_killed_equals_undisturbed(tmp_path: Path) -> None
         "extract": TINY["extract"] | {"levels": "all"},  # the last has next to nothing to learn from random weights
         "finetune": TINY["finetune"] | {"epochs": EPOCHS, "views": 2, "fine_tune_at": "conv_pw_12"},
     }
-    three = GRID | {"runs": [{"seed": [7], "sam.rho": [0.02, 0.1]}, {"seed": [8], "sam.rho": [0.02]}]}
+    two = GRID | {"runs": [{"seeds": [[7]], "sam.rho": [0.02, 0.1]}]}
     whole, killed = (Repository(tmp_path / name, params) for name in ("whole", "killed"))
     for repository in (whole, killed):
-        (repository.folder / "grid.yaml").write_text(yaml.safe_dump(three, sort_keys=False))
+        (repository.folder / "grid.yaml").write_text(yaml.safe_dump(two, sort_keys=False))
     jobs = len(os.sched_getaffinity(0))
     output = whole.run(*COMMAND, "--jobs", str(jobs))
-    assert "3 experiments: 0 have succeeded, 3 to run" in output
+    assert "2 experiments: 0 have succeeded, 2 to run" in output
     with Image.open(whole.folder / "grid.png") as picture:
         assert picture.width >= 400
 
@@ -520,24 +546,24 @@ def test_sweep_interrupted_and_killed_equals_undisturbed(tmp_path: Path) -> None
         os.killpg(os.getpgid(orphans[0]), signal.SIGKILL)  # one worker dies with it
 
     output = killed.run(*COMMAND, "--jobs", str(jobs))
-    assert "3 experiments: grid.csv and grid.png" in output
-    assert re.search(r"^sam: \w.* after epoch \d+", logs(killed), re.M), "a training was resumed"
+    assert "2 experiments: grid.csv, grid.val.md, grid.png" in output
+    assert re.search(r"^sam-finetune@7: \w.* after epoch \d+", logs(killed), re.M), "a training was resumed"
     assert logs(killed).count("view 1/2: ") == logs(whole).count("view 1/2: ") > 0, "cached activations are used again"
     assert processes(killed) == []
     assert not list((killed.folder / grids.FOLDER).glob("clone-*"))
     assert rows_of(killed) == rows_of(whole)
     assert curves(killed) == curves(whole)
-    assert len(rows_of(killed)) == 3
+    assert len(rows_of(killed)) == 2
     assert {row["status"] for row in rows_of(killed)} == {"succeeded"}
 
     refs, table = killed.run("git", "for-each-ref", "refs/exps"), (killed.folder / "grid.csv").read_bytes()
-    assert "3 experiments: 3 have succeeded, 0 to run" in killed.run(*COMMAND)
+    assert "2 experiments: 2 have succeeded, 0 to run" in killed.run(*COMMAND)
     assert killed.run("git", "for-each-ref", "refs/exps") == refs
     assert (killed.folder / "grid.csv").read_bytes() == table
     assert rows_of(killed)[0]["name"] in killed.run("dvc", "exp", "show", "--csv")
     for ref in refs.split()[2::3]:
         killed.run("git", "update-ref", "-d", ref)
-    assert "3 experiments: 3 have succeeded, 0 to run" in killed.run(*COMMAND), "the table has them"
+    assert "2 experiments: 2 have succeeded, 0 to run" in killed.run(*COMMAND), "the table has them"
     assert (killed.folder / "grid.csv").read_bytes() == table
 
 
@@ -568,7 +594,7 @@ def experiment(repository: Repository) -> str:
 @pytest.mark.usefixtures("repository")
 def test_run_all_row_of_another_machine_provides_no_shared_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table has the first run, but DVC's cache lacks its start: one of the others computes it, the other waits."""
-    first, *others = runs(runs=[{"seed": [7], "sam.rho": [0.02, 0.05, 0.1]}])
+    first, *others = runs(runs=[{"seeds": [[7]], "sam.rho": [0.02, 0.05, 0.1]}])
     started: list[sweep.Worker] = []
 
     def start(run: grids.Run, slot: int, *_: Any) -> sweep.Worker:
@@ -603,7 +629,7 @@ def test_sweep_interrupted_keeps_table_of_other_params_until_a_run_succeeds(
         sweep.sweep(path, 1)
     assert table.read_text() == earlier
     assert capsys.readouterr().out == "note: grid.csv: 1 runs there are not in the grid with these params\n"
-    make_experiment(repository, runs()[0], {"select": {"backbone": "A"}, "sam": {"epochs": 3}})
+    make_experiment(repository, runs()[0], {"select": {"backbone": "A"}, "sam/7": {"epochs": 3}})
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(path, 1)
     assert table.read_text().count("succeeded") == 1
@@ -680,7 +706,7 @@ def test_study_checkout_moved_continues(tmp_path: Path) -> None:
     )
     later = repository.folder / "studies/later"
     later.mkdir()
-    (later / "params.yaml").write_text("seed: 1\n")
+    (later / "params.yaml").write_text("seeds: [1]\n")
     assert repository.run("env", f"COMMIT={start}", "sh", "scripts/study.sh", "later", expect=1) == (
         f"error: COMMIT: expected one with studies/later/params.yaml, received '{start}'\n"
     )
@@ -705,8 +731,8 @@ def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
     repository = Repository(tmp_path, TINY)
     changed = {
         "targets": ["select-best"],
-        "runs": [{"seed": [9]}],
-        "picture": {"x": "seed", "y": "select/val.accuracy"},
+        "runs": [{"extract.seed": [9]}],
+        "picture": {"x": "extract.seed", "y": "select/val.accuracy"},
     }
     study = repository.folder / "studies/other"
     study.mkdir()
@@ -725,17 +751,17 @@ def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
     ]
     with (study / "sweep.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert (row["seed"], row["select/backbone"], row["status"]) == ("9", "EfficientNetLite0", "succeeded")
+    assert (row["extract.seed"], row["select/backbone"], row["status"]) == ("9", "EfficientNetLite0", "succeeded")
     assert (row["dirty"], row["cores"]) == ("false", str(len(os.sched_getaffinity(0)))), "params.yaml is no code"
     assert row["machine"]
     assert "unknown" not in {row[column] for column in provenance.COLUMNS}
     ref = repository.run("git", "-C", ".studies/other", "for-each-ref", "--format=%(refname)", "refs/exps").strip()
     params = repository.run("git", "-C", ".studies/other", "show", f"{ref}:params.yaml")
-    assert yaml.safe_load(params) == {**TINY, "seed": 9, "select": {"tolerance": 0.25}}
+    assert yaml.safe_load(params) == {**TINY, "extract": TINY["extract"] | {"seed": 9}, "select": {"tolerance": 0.25}}
     # A later commit is left out where COMMIT names an earlier one, its params too.
     start = repository.run("git", "rev-parse", "HEAD").strip()
     (study / "params.yaml").write_text(yaml.safe_dump({**TINY, "select": {"tolerance": 0.5}}))
-    for script in ("src/flatmin/selection.py", "scripts/sweep.py"):
+    for script in ("src/flatmin/selection/backbone.py", "scripts/sweep.py"):
         (repository.folder / script).write_text("raise SystemExit('broken')\n")
     repository.commit("broken")
     output = repository.run("env", f"COMMIT={start}", "sh", "scripts/study.sh", "other", "sweep")
