@@ -33,12 +33,12 @@ def original_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, An
     numbers = itertools.count()
 
     def vary(images: np.ndarray) -> np.ndarray:
-        return np.stack(augment(list(images), settings.augment, settings.seed, 0, next(numbers)))
+        return np.stack(augment(list(images), settings.augment, settings.seeds[0], 0, next(numbers)))
 
     def varied(images: Any, labels: Any) -> tuple[Any, Any]:
         return tf.ensure_shape(tf.numpy_function(vary, [images], tf.uint8), images.shape), labels
 
-    train = records.images("train").cache().shuffle(records.count("train"), seed=settings.seed).batch(batch_size)
+    train = records.images("train").cache().shuffle(records.count("train"), seed=settings.seeds[0]).batch(batch_size)
     val = records.images("val").cache().batch(batch_size)
     return train.map(varied, tf.data.AUTOTUNE).prefetch(2), val.prefetch(2)
 
@@ -60,7 +60,7 @@ def keras_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, Any]:
         return images, labels
 
     train = records.images("train").map(resized, tf.data.AUTOTUNE).cache()
-    train = train.shuffle(records.count("train"), seed=settings.seed).batch(batch_size)
+    train = train.shuffle(records.count("train"), seed=settings.seeds[0]).batch(batch_size)
     val = records.images("val").map(resized, tf.data.AUTOTUNE).cache().batch(batch_size)
     return train.map(varied, tf.data.AUTOTUNE).prefetch(2), val.prefetch(2)
 
@@ -92,12 +92,12 @@ def starting_point(settings: Any, records: Any, stage: str) -> Any:
             records.class_names,
             image_size=recipe.image_size,
             dropout=recipe.dropout,
-            seed=settings.seed,
+            seed=settings.seeds[0],
             weights=recipe.weights.get(name, "imagenet"),
         )
         start.base.trainable = False
         return start
-    start = classifier.load("models/select", dropout=settings.finetune.dropout, seed=settings.seed)
+    start = classifier.load("models/select", dropout=settings.finetune.dropout, seed=settings.seeds[0])
     split_at = settings.finetune.fine_tune_at or registry.find(name).fine_tune_at
     for layer in start.base.layers[: split.layer_index(start.base, split_at)]:
         layer.trainable = False
@@ -117,14 +117,14 @@ def main(pipeline: str, stage: str, epochs: str) -> None:
     settings = params.load()
     recipe = getattr(settings, stage)
     runtime.set_matmul(settings.runtime)
-    keras.utils.set_random_seed(settings.seed)
+    keras.utils.set_random_seed(settings.seeds[0])
     records = Records("data/records")
     data = {"original": original_data, "keras": keras_data}[pipeline]
     train, val = data(records, settings, recipe.batch_size)
     pixels = keras.Input(train.element_spec[0].shape[1:], dtype=train.element_spec[0].dtype)
     model = network(starting_point(settings, records, stage), pixels, resize=pipeline == "original")
     model.compile(
-        make_optimizer(recipe, records.count("train") / recipe.batch_size),
+        make_optimizer(recipe),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )

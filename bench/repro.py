@@ -25,9 +25,11 @@ IMPORTS = {  # what each stage imports once it runs
     "prepare": "from flatmin.common import params, stage; from flatmin.data import writer",
     "augment-preview": "from flatmin.common import params, stage; from flatmin.inputs import preview",
     "extract-train": "from flatmin.common import params, stage; from flatmin.training import stages",
-    "select-best": "from flatmin.common import params, stage; from flatmin import selection",
+    "select-best": "from flatmin.common import params, stage; from flatmin.selection import backbone",
     "finetune": "from flatmin.common import params, stage; from flatmin.training import stages",
+    "control": "from flatmin.common import params, stage; from flatmin.training import stages",
     "sam-finetune": "from flatmin.common import params, stage; from flatmin.training import stages",
+    "finalize": "from flatmin.common import params, stage; from flatmin.selection import finalize",
     "evaluate": "from flatmin.common import params, stage; from flatmin.evaluation import evaluate",
 }
 PARTS = ("importing", "views", "epochs", "rest")

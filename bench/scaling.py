@@ -33,11 +33,17 @@ from flatmin.common.errors import InputError
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("scaling.json")
 BACKBONE = "EfficientNetLite0"
+SEED = "42"  # the trainings'
 STAGES = {
     "extract-train": ["stages/extract_train.py", BACKBONE],
-    "finetune": ["stages/finetune.py"],
-    "sam-finetune": ["stages/sam_finetune.py"],
+    "finetune": ["stages/finetune.py", SEED],
+    "sam-finetune": ["stages/sam_finetune.py", SEED],
     "evaluate": ["stages/evaluate.py"],
+}
+# What later ones need besides, after which stage it can run. control takes about as long as sam-finetune.
+UNMEASURED = {
+    "extract-train": [["stages/select_best.py"]],
+    "sam-finetune": [["stages/control.py", SEED], ["stages/finalize.py"]],
 }
 STORED = 72  # side in pixels of the images that the studies store
 EXTRACT = 10  # extract-train's epochs for each of finetune's: they are too quick to be seen else
@@ -192,8 +198,8 @@ def train(study: Study) -> Iterator[tuple[str, Point]]:
         for stage, command in STAGES.items():
             epochs = {"epochs": study.epochs * (EXTRACT if stage == "extract-train" else 1)}
             yield stage, {"stage": stage} | asdict(study) | epochs | run(folder, stage, command)
-            if stage == "extract-train":
-                run(folder, stage, ["stages/select_best.py"])
+            for needed in UNMEASURED.get(stage, ()):
+                run(folder, Path(needed[0]).stem, needed)
 
 
 def copy_code(folder: Path) -> None:
@@ -221,6 +227,7 @@ def write_params(folder: Path, study: Study, splits: Mapping[str, str]) -> None:
     """The default study's params with the images and settings of this one."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     recipe = {"image_size": study.size, "views": study.views, "epochs": study.epochs, "batch_size": 50}
+    params["seeds"] = [int(SEED)]
     params["data"] = {"source": "folder", "name": "pictures", "splits": dict(splits)}
     params["augment"] = {"engine": "imgaug", "n": 3, "m": 7, "flip": True}
     params["backbones"] = [BACKBONE]
@@ -312,7 +319,7 @@ NEED = {"size": 160, "views": 4, "epochs": 10}
 LATER = 1.2  # images of train and val, for each of train
 ALL = 1.4
 CLASSES = 1000
-MODELS = ("extract", "finetune", "sam")  # that evaluate scores
+MODELS = ("extract", "finetune", "sam")  # that evaluate scored when the points were measured
 LIMIT = 50e9  # bytes, the default of $FLATMIN_CACHE_LIMIT
 # What can't be measured here: assumptions, with their sources in docs/sizing.md.
 SOURCE_BYTES = 115_000
@@ -380,7 +387,13 @@ def bytes_of_views(boundaries: Mapping[str, Any]) -> str:
         fitting = LIMIT / (large["bytes"] * (NEED["views"] + LATER - 1))
         of_sizes = [f"{sizes[str(size)]['bytes']:,}" for size in SIZES]
         rows.append([name, f"`{large['split']}`", f"{large['pooled_bytes']:,}", *of_sizes, f"{fitting:,.0f}"])
-    header = ["backbone", "split of finetune", "extract", *(f"finetune, {size} px" for size in SIZES), "images in 50 GB"]
+    header = [
+        "backbone",
+        "split of finetune",
+        "extract",
+        *(f"finetune, {size} px" for size in SIZES),
+        "images in 50 GB",
+    ]
     return markdown(header, rows)
 
 
@@ -501,10 +514,10 @@ def source_images() -> Iterator[tuple[bytes, int]]:
 
     splits = Splits(train="train", val="train", test="train")
     if has_cifar():
-        data = Data(source="tfds", name=CIFAR, splits=splits)
+        data = Data(source="tfds", name=CIFAR, seed=0, splits=splits)
     else:
-        data = Data(source="bundled", name="digits", splits=splits)
-    source = sources.open_source(data, seed=0)
+        data = Data(source="bundled", name="digits", seed=0, splits=splits)
+    source = sources.open_source(data)
     while True:
         for example in source.examples("train"):
             yield example.image, example.label
@@ -575,7 +588,7 @@ def of_index(images: str) -> dict[str, Any]:
 
 
 def of_boundaries() -> dict[str, Any]:
-    """Bytes of an image's view at each backbone's default split point, and the share of multiply-additions before it."""
+    """Bytes of an image's view at each backbone's default split point, and the share of multiply-adds before it."""
     from flatmin.models import build, classifier, registry
 
     found: dict[str, Any] = {}

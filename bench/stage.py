@@ -17,15 +17,15 @@ def main(stage: str, *backbone: str) -> None:
         from flatmin.training.stages import Outputs, extract, finetune
 
     settings = params.load()
-    shared = {"seed": settings.seed, "runtime": settings.runtime, "augment": settings.augment}
-    shared["records"] = "data/records"
+    shared = {"runtime": settings.runtime, "augment": settings.augment, "records": "data/records"}
     name = "/".join([stage, *backbone])
     outputs = Outputs(f"models/{name}", f"metrics/{name}.json", f"plots/{name}.csv")
     print("ready", flush=True)
     if stage == "extract":
         state = extract(*backbone, recipe=settings.extract, outputs=outputs, **shared)
     else:
-        state = finetune(stage, recipe=settings.finetune, selected="models/select", outputs=outputs, **shared)
+        start = {"seed": settings.seeds[0], "selected": "models/select"}
+        state = finetune(stage, recipe=settings.finetune, outputs=outputs, **start, **shared)
     state.remove()
 
 

@@ -117,7 +117,7 @@ class Batches:
 
         epoch, number, chosen = key
         images = list(self.images.numpy()[chosen])
-        varied = augment(images, self.settings.augment, self.settings.seed, epoch, number)
+        varied = augment(images, self.settings.augment, self.settings.seeds[0], epoch, number)
         return torch.from_numpy(np.stack(varied)), self.labels[chosen]
 
 
@@ -125,7 +125,7 @@ def augmented(images: Any, labels: Any, settings: Any, epochs: int) -> Iterator[
     """The batches of all epochs; one iterator, so that the processes stay and go on while val is scored."""
     from torch.utils.data import DataLoader
 
-    random, size = np.random.default_rng(settings.seed), settings.extract.batch_size
+    random, size = np.random.default_rng(settings.seeds[0]), settings.extract.batch_size
     order = []
     for epoch in range(epochs):
         chosen = random.permutation(len(images))
@@ -196,7 +196,7 @@ def main(epochs: str) -> None:
         raise errors.InputError(f"backbones: expected {BACKBONE} first, received {settings.backbones[0]}")
     tf.config.set_visible_devices([], "GPU")  # it reads the records and no more
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seeds[0])
     for epoch, (loss, accuracy) in enumerate(fit(Records("data/records"), settings, int(epochs)), start=1):
         print(f"torch extract {epoch}/{epochs}: loss {loss:.4f}, val accuracy {accuracy:.4f}", flush=True)
 

@@ -89,7 +89,7 @@ def interrupted() -> None:
 
 @pytest.mark.slow
 def test_folder_run_that_fails_prints_its_output(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("seed: 1\n")
+    (tmp_path / "params.yaml").write_text("seeds: [1]\n")
     with pytest.raises(RuntimeError, match=r"exited 1:\n(ready\n)?error: params.yaml: .*"):
         speed.Folder(tmp_path).run(speed.HERE / "stage.py", "finetune")
 
@@ -110,6 +110,7 @@ def test_stage_and_baselines_small_run_is_timed(tmp_path: Path, monkeypatch: pyt
     folder.prepare(params)
     runs = {"flatmin": folder.run(speed.HERE / "stage.py", "extract", speed.BACKBONE)}
     shutil.copytree(folder.path / "models/extract" / speed.BACKBONE, folder.path / "models/select")
+    runs["flatmin finetune"] = folder.run(speed.HERE / "stage.py", "finetune")
     for pipeline, stage in (("keras", "extract"), ("original", "finetune")):
         runs[f"{pipeline} {stage}"] = folder.run(speed.HERE / "baselines.py", pipeline, stage, 2)
     for name, found in runs.items():

@@ -141,7 +141,7 @@ def test_stages_stand_in_an_order_in_which_they_can_run() -> None:
     made: set[str] = set()
     for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
         needed = {path for path in stage["deps"] if path.startswith(("data/", "models/"))}
-        assert all(any(path.startswith(need) for path in made) for need in needed), name
+        assert all(any(path.startswith(need) or f"{path}/" in need for path in made) for need in needed), name
         made |= {path for path in stage.get("outs", []) if isinstance(path, str)}
 
 
@@ -181,28 +181,37 @@ class Pod:
 QUICK = """
 stages:
   prepare:
-    cmd: mkdir -p data metrics && echo ${seed} > data/records && echo {\\"seed\\":${seed}} > metrics/prepare.json
-    params: [seed]
+    cmd:
+      - mkdir -p data metrics && echo ${data.seed} > data/records
+      - echo {\\"seed\\":${data.seed}} > metrics/prepare.json
+    params: [data.seed]
     outs: [data/records]
     metrics: [metrics/prepare.json: {cache: false}]
   sam-finetune:
-    cmd: mkdir -p models && echo ${seed} > models/sam && echo {\\"rho\\":${sam.rho}} > metrics/sam.json
+    matrix: {seed: "${seeds}"}
+    cmd: sh stages/quick.sh ${item.seed} ${sam.rho}
     deps: [data/records]
     params: [sam]
-    outs: [models/sam]
-    metrics: [metrics/sam.json: {cache: false}]
+    outs: ["models/sam/${item.seed}"]
+    metrics: ["metrics/sam/${item.seed}.json": {cache: false}]
   evaluate:
     cmd: mkdir -p plots && touch plots/confusion.csv && cp data/records metrics/evaluate.json
     deps: [models/sam]
     metrics: [metrics/evaluate.json: {cache: false}]
 """
+TRAIN = """
+mkdir -p models/sam metrics/sam
+echo "$1" > "models/sam/$1"
+echo "{\\"rho\\":$2}" > "metrics/sam/$1.json"
+"""
 
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Repository:
-    """A git repository with the results of QUICK at seed 7; the DVC remote has nothing yet."""
+    """A git repository with the results of QUICK at seed 7, of data and training; the DVC remote has nothing yet."""
     origin = Repository(tmp_path, tiny_params())
     (origin.folder / "dvc.yaml").write_text(QUICK)
+    (origin.folder / "stages/quick.sh").write_text(TRAIN)
     origin.run("dvc", "repro")
     origin.commit("quick")
     return origin
@@ -236,7 +245,7 @@ def test_revision_is_a_branch_a_tag_or_a_commit(quick: Repository) -> None:
 def test_second_study_pushes_to_the_same_branch(quick: Repository) -> None:
     seen: list[str] = []
     for seed in (8, 9):
-        quick.write_params(tiny_params(seed=seed))
+        quick.write_params(tiny_params(data={"seed": seed}))
         quick.commit(f"seed {seed}")
         run(quick, f"pod_{seed}", "study.sh", PUSH_BRANCH="results")
         assert json.loads(quick.run("git", "show", "results:metrics/prepare.json")) == {"seed": seed}
@@ -258,22 +267,23 @@ def test_second_study_pushes_to_the_same_branch(quick: Repository) -> None:
 def test_experiment_runs_its_targets_and_refuses_the_name_of_another(quick: Repository) -> None:
     combinations = quick.folder.parent / "combinations"
     settings = {"JOB_COMPLETION_INDEX": "0", "COMBINATIONS": str(combinations), "PUSH_EXPERIMENTS": "yes"}
-    combinations.write_text("seed=1 sam.rho=0.1\n")
+    combinations.write_text("data.seed=1 sam.rho=0.1 seeds=[1,2]\n")
     pod = run(quick, "first", "experiment.sh", **settings)
-    assert stages_run(pod.log) == ["prepare", "sam-finetune"]
+    assert stages_run(pod.log) == ["prepare", "sam-finetune@1", "sam-finetune@2"]
     assert [line for line in pod.log.splitlines() if " metrics/" in line and line.startswith("0 ")] == [
-        '0 seed=1 sam.rho=0.1 metrics/prepare.json {"seed":1}',
-        '0 seed=1 sam.rho=0.1 metrics/sam.json {"rho":0.1}',
+        '0 data.seed=1 sam.rho=0.1 seeds=[1,2] metrics/prepare.json {"seed":1}',
+        '0 data.seed=1 sam.rho=0.1 seeds=[1,2] metrics/sam/1.json {"rho":0.1}',
+        '0 data.seed=1 sam.rho=0.1 seeds=[1,2] metrics/sam/2.json {"rho":0.1}',
     ]
     pod = run(quick, "again", "experiment.sh", **settings)  # the same, whose name it may have
     assert stages_run(pod.log) == []
 
-    combinations.write_text("seed=7 sam.rho=0.2\n")  # prepare is the revision's: pulled, with no run recorded
+    combinations.write_text("sam.rho=0.2 seeds=[7]\n")  # prepare is the revision's: pulled, with no run recorded
     quick.run("dvc", "remote", "add", "--local", "--default", "cluster", str(quick.folder.parent / "remote"))
     quick.run("dvc", "push")
     pod = Pod(quick, quick.folder.parent / "other")
     assert pod.start("experiment.sh", **settings).wait(200) == 1
-    assert stages_run(pod.log) == ["sam-finetune"]
+    assert stages_run(pod.log) == ["sam-finetune@7"]
     assert pod.log.splitlines()[-1].startswith("error: SWEEP: expected a name that is new at this revision")
     run(quick, "named", "experiment.sh", SWEEP="second", **settings)
     assert {"sweep-0", "second-0"} <= set(re.findall(r"(?:sweep|second)-\d", quick.run("dvc", "exp", "list")))
@@ -307,7 +317,7 @@ def test_two_workers_train_together_and_another_machine_restores_their_runs(tmp_
     assert metrics in origin.run("git", "ls-tree", "-r", "--name-only", "results")
 
     # Elsewhere with the remote alone, as an experiment of the same params: nothing runs, and every file is there.
-    (tmp_path / "combinations").write_text("seed=1\nseed=7 +runtime.strategy=multi_worker\n")
+    (tmp_path / "combinations").write_text("data.seed=1\ndata.seed=7 +runtime.strategy=multi_worker\n")
     experiment = pods[2].start(
         "experiment.sh",
         TARGETS="augment-preview extract-train",

@@ -168,7 +168,7 @@ def made(repository: Repository) -> dict[str, bytes]:
 def assert_nothing_runs(output: str, machine: Machine) -> None:
     """Assert that DVC says of every stage that the study ran that it didn't change."""
     ran = stages_run((machine.folder / "repro.log").read_text())
-    assert {"prepare", "sam-finetune"} <= set(ran)
+    assert {"prepare", "sam-finetune@7", "control@7"} <= set(ran)
     assert [line.split("'")[1] for line in output.splitlines() if "didn't change, skipping" in line] == ran
     assert stages_run(output) == []
     assert output.rstrip().endswith("Data and pipelines are up to date.")
@@ -184,15 +184,16 @@ def test_second_checkout_pulls_and_runs_nothing(machine: Machine, server: Server
     assert re.search(r"^\d\d files pushed$", machine.script(block), re.MULTILINE)
     assert_nothing_runs(machine.cloned(), machine)
     assert made(machine.clone) == made(machine.study)
-    assert {"models/sam/classifier.weights.h5", "metrics/sam.json", "plots/sam.csv"} <= set(made(machine.clone))
+    expected = {"models/sam/7/classifier.weights.h5", "models/budget/7.json", "metrics/sam/7.json", "plots/sam/7.csv"}
+    assert expected <= set(made(machine.clone))
     assert machine.clone.run("git", "status", "--porcelain") == ""
     # Metrics come with the commit and not from the remote.
-    lost = machine.clone.folder / "metrics/sam.json"
+    lost = machine.clone.folder / "metrics/sam/7.json"
     lost.unlink()
     machine.clone.run("dvc", "pull")
     assert not lost.exists()
-    assert "metrics/sam.json" in machine.clone.run("dvc", "status")
-    machine.clone.run("git", "checkout", "metrics/sam.json")
+    assert "metrics/sam/7.json" in machine.clone.run("dvc", "status")
+    machine.clone.run("git", "checkout", "metrics/sam/7.json")
     assert "up to date" in machine.clone.run("dvc", "status")
 
 
@@ -252,7 +253,7 @@ def test_pushed_experiment_is_pulled_in_another_checkout(machine: Machine, serve
     machine.script(scripts(S3)[0])
     before = made(machine.study)
     run, pull = scripts(EXPERIMENTS)
-    assert stages_run(machine.script(run)) == ["sam-finetune", "evaluate"]
+    assert stages_run(machine.script(run)) == ["sam-finetune@7", "finalize", "evaluate"]
     machine.cloned()
     assert made(machine.clone) == before
     machine.script(pull, machine.clone)

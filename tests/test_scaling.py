@@ -115,5 +115,5 @@ def test_boundaries_follow_from_the_networks(monkeypatch: pytest.MonkeyPatch) ->
     assert scaling.of_boundaries() == {name: {"160": sizes["160"]} for name, sizes in boundaries.items()}
     for sizes in boundaries.values():
         bytes_of_view = sizes["160"]["bytes"] * 224**2 // 160**2
-        share = pytest.approx(sizes["160"]["trunk_share"], rel=2e-3)
-        assert sizes["224"] == sizes["160"] | {"bytes": bytes_of_view, "trunk_share": share}
+        share = pytest.approx(sizes["160"]["frozen_share"], rel=2e-3)
+        assert sizes["224"] == sizes["160"] | {"bytes": bytes_of_view, "frozen_share": share}

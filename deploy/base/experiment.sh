@@ -1,6 +1,6 @@
 #!/bin/sh
 # One experiment of a sweep: line $JOB_COMPLETION_INDEX + 1 of $COMBINATIONS, a file with a combination of params a line
-# as in `sam.rho=0.1 seed=1`. Its runs go to the DVC remote, where the same experiment finds them again; its metrics to
+# as in `sam.rho=0.1 seeds=[42]`. Its runs go to the DVC remote, where the same experiment finds them again; its metrics to
 # the log; with PUSH_EXPERIMENTS=yes itself to the git repository. It runs $TARGETS and the stages that they need.
 set -eu
 scripts=$(cd "$(dirname "$0")" && pwd)
