@@ -56,7 +56,7 @@ def tiny_records(folder: Path, **data: Any) -> Any:
     from flatmin.inputs.records import Records
 
     settings = params.parse(tiny_params(data=data))
-    writer.write(settings.data, settings.seed, folder)
+    writer.write(settings.data, folder)
     return Records(folder)
 
 

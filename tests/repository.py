@@ -15,11 +15,12 @@ ROOT = Path(__file__).parents[1]
 
 # The default study cut to seconds: random weights, tiny images, two epochs.
 TINY: dict[str, Any] = {
-    "seed": 7,
+    "seeds": [7],
     "runtime": {},
     "data": {
         "source": "bundled",
         "name": "digits",
+        "seed": 7,
         "image_size": 16,
         "splits": {"train": "train[:10%]", "val": "train[10%:13%]", "test": "train[90%:]"},
         "train_per_class": 6,
@@ -27,6 +28,7 @@ TINY: dict[str, Any] = {
     "augment": {"engine": "imgaug", "n": 1, "m": 3, "crop": 1},
     "backbones": ["EfficientNetLite0"],
     "extract": {
+        "seed": 7,
         "optimizer": "adam",
         "learning_rate": 0.01,
         "batch_size": 25,
@@ -44,6 +46,7 @@ TINY: dict[str, Any] = {
     },
     "select": {"tolerance": 0.0},
     "sam": {"method": "sam", "rho": 0.05, "adaptive": False, "every": 1},
+    "finalize": {"tolerance": 0.0},
     "evaluate": {"sharpness": {"images": 8, "steps": 5, "probes": 2}},
 }
 

@@ -107,7 +107,7 @@ def freeze_a_stage_and_edit_rho(checkout: Repository) -> None:
 
 
 def drop_a_param_and_edit_it(checkout: Repository) -> None:
-    change_train(checkout, params=["seed", toy.VERSION])
+    change_train(checkout, params=["data", toy.VERSION])
     edit_rho(checkout)
 
 

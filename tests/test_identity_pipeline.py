@@ -45,11 +45,11 @@ def views_computed(output: str) -> list[str]:
 
 def kill_in_training(checkout: Repository, epochs: int) -> None:
     """Run finetune, and kill it with its workers once this number of epochs is saved."""
-    process = checkout.start("python", "stages/finetune.py", start_new_session=True)
+    process = checkout.start("python", "stages/finetune.py", "7", start_new_session=True)
     assert process.stdout
     finished = 0
     for line in process.stdout:
-        finished += line.startswith("finetune ")
+        finished += line.startswith("finetune@7 ")
         if finished > epochs:
             break
     os.killpg(process.pid, signal.SIGKILL)
@@ -71,21 +71,21 @@ def test_views_after_unaccepted_edit_of_augmentation_are_computed_again(trained:
     checkout = toy.duplicate(trained, tmp_path)
     with (checkout.folder / "src/flatmin/inputs/augment.py").open("a") as file:
         file.write("# A comment\n")
-    output = checkout.run("dvc", "repro", "--single-item", "finetune")
-    assert stages_run(output) == ["finetune"]
+    output = checkout.run("dvc", "repro", "--single-item", "finetune@7")
+    assert stages_run(output) == ["finetune@7"]
     assert views_computed(output) == ["val activations", "view 1/2", "view 2/2"]
 
 
 def test_rename_after_accept_finds_views_and_resumes_a_killed_training(trained: Repository, tmp_path: Path) -> None:
     checkout = toy.duplicate(trained, tmp_path)
     checkout.write_params(with_learning_rate(0.02))
-    model = checkout.folder / "models/finetune/classifier.weights.h5"
+    model = checkout.folder / "models/finetune/7/classifier.weights.h5"
     before = model.read_bytes()
     kill_in_training(checkout, epochs=1)
 
     checkout.write_params(STUDY)
     rename_in_augmentation_and_training(checkout)
-    assert set(json.loads(checkout.run("dvc", "status", "--json"))) >= {"extract-train@EfficientNetLite0", "finetune"}
+    assert set(json.loads(checkout.run("dvc", "status", "--json"))) >= {"extract-train@EfficientNetLite0", "finetune@7"}
     checkout.run("python", "scripts/accept.py")
     assert json.loads(checkout.run("dvc", "status", "--json")) == {}
     assert stages_run(checkout.run("dvc", "repro")) == []
@@ -93,9 +93,9 @@ def test_rename_after_accept_finds_views_and_resumes_a_killed_training(trained: 
 
     checkout.write_params(with_learning_rate(0.02))
     output = checkout.run("dvc", "repro")
-    assert stages_run(output) == ["finetune"]
+    assert stages_run(output) == ["finetune@7"]
     assert views_computed(output) == []
-    assert re.search(r"^finetune: resuming after epoch [123]$", output, re.MULTILINE)
+    assert re.search(r"^finetune@7: resuming after epoch [123]$", output, re.MULTILINE)
     assert model.read_bytes() != before
 
 
@@ -105,7 +105,7 @@ def test_training_whose_params_are_edited_meanwhile_keeps_its_resume_state(train
     checkout.write_params(with_learning_rate(0.02))
     process = checkout.start("dvc", "repro")
     assert process.stdout
-    next(line for line in process.stdout if line.startswith("finetune 1/4"))
+    next(line for line in process.stdout if line.startswith("finetune@7 1/4"))
     checkout.write_params(with_learning_rate(0.03))  # for the next experiment
     output, _ = process.communicate()
     assert process.returncode != 0
@@ -114,7 +114,7 @@ def test_training_whose_params_are_edited_meanwhile_keeps_its_resume_state(train
 
     checkout.write_params(with_learning_rate(0.02))
     output = checkout.run("dvc", "repro")
-    assert "finetune: resuming after epoch 4" in output
-    assert not re.search(r"^finetune \d/4", output, re.MULTILINE), "nothing is trained twice"
-    recorded = yaml.safe_load(toy.lock(checkout))["stages"]["finetune"]["params"]["params.yaml"]
+    assert "finetune@7: resuming after epoch 4" in output
+    assert not re.search(r"^finetune@7 \d/4", output, re.MULTILINE), "nothing is trained twice"
+    recorded = yaml.safe_load(toy.lock(checkout))["stages"]["finetune@7"]["params"]["params.yaml"]
     assert recorded["finetune"]["learning_rate"] == 0.02

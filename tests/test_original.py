@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the records, which are the same for every backbone."""
     made = tmp_path_factory.mktemp("study")
     settings = few_images("ResNet50")
-    writer.write(settings.data, settings.seed, made / "data/records")
+    writer.write(settings.data, made / "data/records")
     return made
 
 

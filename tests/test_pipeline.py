@@ -121,11 +121,11 @@ def test_imports_within_functions_count_and_imports_for_types_do_not(tmp_path: P
 if TYPE_CHECKING:
     from flatmin.evaluation import evaluate
 def function():
-    from flatmin import selection
+    from flatmin import prune
 """
     (tmp_path / "script.py").write_text(code)
-    assert imported_rooms(tmp_path / "script.py") == {"src/flatmin/selection.py"} | imported_rooms(
-        SOURCE / "flatmin/selection.py"
+    assert imported_rooms(tmp_path / "script.py") == {"src/flatmin/prune.py"} | imported_rooms(
+        SOURCE / "flatmin/prune.py"
     )
 
 
@@ -159,8 +159,12 @@ def rows(path: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_repro_runs_every_stage_and_prints_nothing_of_tensorflow(finished_study: Repository) -> None:
     output = (finished_study.folder.parent / "repro.log").read_text()
-    assert set(stages_run(output)) == {*DVC, "extract-train@EfficientNetLite0"} - {"extract-train"}
+    assert stages_run(output) == [
+        *("prepare", "augment-preview", "extract-train@EfficientNetLite0", "select-best"),
+        *("finetune@7", "sam-finetune@7", "control@7", "finalize", "evaluate"),
+    ]
     assert "prepare: train 60, val 54, test 180; 10 classes" in output.splitlines()
+    assert "prepare: 180 test images show differences" in output
     assert "oneDNN" not in output, "what TensorFlow writes as it is imported"
 
 
@@ -169,35 +173,40 @@ def test_metrics_hold_the_keys_that_other_programs_rely_on(finished_study: Repos
     study = finished_study
     records = json.loads((study.folder / "data/records/dataset.json").read_text())
     assert read(study, "prepare")["digest"] == records["digest"]
-    for name, epochs, gradients in (("extract/EfficientNetLite0", 2, 1), ("finetune", 5, 1), ("sam", 5, 2)):
+    trainings = {"extract/EfficientNetLite0": (2, 1), "finetune/7": (5, 1), "sam/7": (5, 2), "control/7": (10, 1)}
+    for name, (epochs, gradients) in trainings.items():
         metrics = read(study, name)
         assert set(metrics["val"]) == {"accuracy", "top5_accuracy", "loss"}
         assert metrics["epochs"] == epochs
+        assert metrics["validations"] == (2 if name.startswith("extract") else 5)
         assert 1 <= metrics["best_epoch"] <= epochs
         assert metrics["gradient_evaluations"] == 60 * epochs * gradients
     assert read(study, "select")["backbone"] == "EfficientNetLite0"
     assert read(study, "select")["val"]["accuracy"] == read(study, "extract/EfficientNetLite0")["val"]["accuracy"]
     evaluated = read(study, "evaluate")
-    for name in ("extract", "finetune", "sam"):
-        assert set(evaluated[name]["test"]) == {"accuracy", "top5_accuracy", "loss", "ece"}
-    for name in ("finetune", "sam"):
+    scores = {"accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy", "loss", "ece"}
+    for name in ("extract", "finetune", "control", "sam", "final"):
+        assert set(evaluated[name]["test"]) == scores | {"calibrated_loss", "calibrated_ece"}
+    for name in ("finetune", "control", "sam"):
         eigenvalues = [evaluated[name]["sharpness"].pop(f"eigenvalue_{index}") for index in range(1, 6)]
         assert eigenvalues == sorted(eigenvalues, reverse=True)
-        assert set(evaluated[name]["sharpness"]) == {"gradient_rise", "adaptive_rise", "trace"}
-    difference = evaluated["sam_minus_finetune"]
-    assert set(difference) == {"accuracy", "low", "high", "p_value"}
-    assert difference["accuracy"] == pytest.approx(
-        evaluated["sam"]["test"]["accuracy"] - evaluated["finetune"]["test"]["accuracy"]
-    )
+        assert set(evaluated[name]["sharpness"]) == {"loss", "gradient_rise", "adaptive_rise", "trace"}
+    for other in ("control", "finetune"):
+        difference = evaluated[f"sam_minus_{other}"]
+        assert {"accuracy", "low", "high", "covers", "seeds"} <= set(difference)
+        assert difference["covers"] == "images", "of one seed"
+        assert difference["accuracy"] == pytest.approx(
+            evaluated["sam"]["test"]["accuracy"] - evaluated[other]["test"]["accuracy"]
+        )
 
 
 @pytest.mark.slow
 def test_predictions_name_every_test_image(finished_study: Repository) -> None:
     study = finished_study
     found = rows(study.folder / "predictions/test.csv")
-    assert list(found[0]) == ["name", "label", "extract", "finetune", "sam"]
+    assert list(found[0]) == ["name", "label", "extract", "finetune@7", "control@7", "sam@7", "final"]
     assert len({row["name"] for row in found}) == len(found)
-    right = sum(row["label"] == row["sam"] for row in found) / len(found)
+    right = sum(row["label"] == row["sam@7"] for row in found) / len(found)
     assert right == pytest.approx(read(study, "evaluate")["sam"]["test"]["accuracy"])
 
 
@@ -213,18 +222,19 @@ def test_second_repro_runs_nothing_and_git_tracks_metrics_but_no_models(study: R
     assert stages_run(study.run("dvc", "repro")) == []
     assert study.run("git", "status", "--porcelain") == ""
     tracked = study.run("git", "ls-files").split()
-    assert {"dvc.lock", "metrics/sam.json", "plots/sam.csv", "plots/augment.png"} <= set(tracked)
+    assert {"dvc.lock", "metrics/sam/7.json", "plots/sam/7.csv", "plots/augment.png"} <= set(tracked)
     assert not [name for name in tracked if name.startswith(("data/records", "models/", "predictions"))]
     assert not list(study.cache.rglob("*.npz")), "resume state is left behind"
 
 
 # What is edited -> the stages whose deps that changes.
-TRAINING = {"extract-train@EfficientNetLite0", "finetune", "sam-finetune"}
+TRAINING = {"extract-train@EfficientNetLite0", "finetune@7", "control@7", "sam-finetune@7"}
 EDITS = {
     "evaluation/evaluate.py": {"evaluate"},
+    "selection/release.py": {"select-best", "finalize"},
     "data/sources": {"prepare"},
     "models/build.py": TRAINING | {"evaluate"},
-    "sam": {"sam-finetune", "evaluate"},
+    "sam": {"sam-finetune@7", "evaluate"},
     "training": TRAINING,
 }
 
@@ -262,7 +272,33 @@ def test_exp_run_small_number_stays_a_number(study: Repository) -> None:
     # DVC writes 1e-05, which YAML 1.1 takes for text.
     study.run("dvc", "exp", "run", "-S", "sam.rho=0.00001", "--name", "small-rho", "select-best")
     assert "1e-05" in (study.folder / "params.yaml").read_text()
-    study.run("python", "-m", "flatmin.common.params")
+    study.run("python", "-m", "flatmin.check")
+
+
+def experiment(repository: Repository, change: str) -> list[str]:
+    return stages_run(repository.run("dvc", "exp", "run", "-S", change))
+
+
+@pytest.mark.slow
+def test_exp_run_reruns_what_a_change_concerns(study: Repository) -> None:
+    def model(name: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (study.folder / "models" / name / "7").iterdir()}
+
+    assert experiment(study, "finalize.tolerance=0.02") == ["finalize"]
+    assert experiment(study, "sam.rho=0.1") == ["sam-finetune@7", "finalize", "evaluate"]
+    before = {name: model(name) for name in ("finetune", "control")}
+    assert before["finetune"] != before["control"]
+    # Without perturbation SAM takes what finetune took: control takes as little, and gives the same bytes.
+    assert experiment(study, "sam.rho=0") == ["sam-finetune@7", "control@7", "finalize", "evaluate"]
+    assert model("control") == model("finetune") == before["finetune"]
+    assert read(study, "control/7") == read(study, "finetune/7")
+    assert read(study, "evaluate")["sam_minus_finetune"]["discordance"] == 0
+    # A seed more trains that seed, and one that left is pruned and not read.
+    ran = experiment(study, "seeds=[8]")
+    assert ran == ["finetune@8", "sam-finetune@8", "control@8", "finalize", "evaluate"]
+    assert set(read(study, "evaluate")["finetune"]["seeds"]) == {"8"}
+    assert "pruned: finetune@7" in study.run("python", "-m", "flatmin.prune")
+    assert not (study.folder / "models/finetune/7").exists()
 
 
 @pytest.mark.slow
@@ -271,8 +307,8 @@ def test_repro_new_backbone_runs_only_itself_and_prune_deletes_one_that_left(stu
     study.write_params(STUDY | {"backbones": ["EfficientNetLite0", "MobileNet025"]})
     ran = stages_run(study.run("dvc", "repro"))
     assert ran[:2] == ["extract-train@MobileNet025", "select-best"]
-    chosen = read(study, "select")["backbone"]
-    assert ran[2:] == ([] if chosen == "EfficientNetLite0" else ["finetune", "sam-finetune", "evaluate"])
+    assert read(study, "select")["backbone"] == "EfficientNetLite0"
+    assert ran[2:] == []
     study.write_params(STUDY)
     study.run("python", "-m", "flatmin.prune")
     assert not (study.folder / "metrics/extract/MobileNet025.json").exists()
@@ -296,7 +332,9 @@ for command in sys.argv[1:]:
 def failures(repository: Repository, stages: Iterable[str]) -> list[str]:
     """Run the scripts of stages that fail; return the lines that each prints, each followed by its exit code."""
     commands = [DVC[stage]["cmd"].split("python ")[1] for stage in stages]
-    commands = [command.replace("${item.backbone}", "EfficientNetLite0") for command in commands]
+    commands = [
+        command.replace("${item.backbone}", "EfficientNetLite0").replace("${item.seed}", "7") for command in commands
+    ]
     return repository.run("python", "-c", ONE_PROCESS, *commands).splitlines()
 
 
@@ -324,12 +362,12 @@ def test_every_stage_missing_input_is_one_line(tmp_path: Path) -> None:
 def test_second_clone_gives_the_same_bytes_though_killed(finished_study: Repository, tmp_path: Path) -> None:
     killed = Repository(tmp_path, STUDY)
     killed.run("dvc", "repro", "select-best")
-    kill_after(killed, 2, "python", "stages/sam_finetune.py")
+    kill_after(killed, 2, "python", "stages/sam_finetune.py", "7")
     lines = killed.run("dvc", "repro").splitlines()
-    (log,) = [line for line in lines if re.search(r"^sam: .* after epoch \d+$", line)]
+    (log,) = [line for line in lines if re.search(r"^sam-finetune@7: .* after epoch \d+$", line)]
     done = int(log.split()[-1])
     assert done >= 2
-    assert len([line for line in lines if re.match(r"sam \d/5: loss", line)]) == 5 - done
+    assert len([line for line in lines if re.match(r"sam-finetune@7 \d/5: loss", line)]) == 5 - done
     assert killed.results() == finished_study.results()
 
 
@@ -381,7 +419,7 @@ def test_study_script_leaves_the_root_clean_and_predicts(tmp_path: Path) -> None
     repository = Repository(tmp_path, TINY)
     other = repository.folder / "studies/other"
     other.mkdir()
-    (other / "params.yaml").write_text(yaml.safe_dump(TINY | {"seed": 8, "data": data}))
+    (other / "params.yaml").write_text(yaml.safe_dump(TINY | {"seeds": [8], "data": data}))
     repository.commit("another study")
     repository.run("sh", "scripts/study.sh", "other")
     changed = repository.run("git", "status", "--porcelain").split()
@@ -393,9 +431,9 @@ def test_study_script_leaves_the_root_clean_and_predicts(tmp_path: Path) -> None
     found = rows(repository.folder / ".studies/other/predictions/predict.csv")
     assert len(found) == predicted
     assert all(row["label"] == "-1" and row["name"].startswith(named) for row in found)
-    assert all(int(row["sam"]) in range(prepared["classes"]) for row in found)
+    assert all(int(row["final"]) in range(prepared["classes"]) for row in found)
     given = rows(other / "test_predictions.csv")
-    assert given == [{key: row[key] for key in ("name", "finetune", "sam")} for row in found]
+    assert given == [{key: row[key] for key in ("name", "final")} for row in found]
     assert stages_run(repository.run("sh", "scripts/study.sh", "other")) == []
     for wrong in ("", "nothing", "../other"):
         output = repository.run("sh", "scripts/study.sh", wrong, expect=1)

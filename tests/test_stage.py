@@ -22,12 +22,17 @@ DVC: dict[str, dict[str, Any]] = {
         "train": {
             "cmd": "python stages/train.py",
             "deps": ["data/records", "src/toy", "stages/train.py"],
-            "params": ["seed", "sam", {"src/toy/step.py": ["VERSION"]}],
+            "params": ["seeds", "sam", {"src/toy/step.py": ["VERSION"]}],
         },
         "extract": {
             "matrix": {"backbone": "${backbones}", "fold": [1, 2]},
             "cmd": "python stages/train.py ${item.backbone}",
             "deps": ["models/${item.backbone}"],
+        },
+        "tune": {
+            "matrix": {"seed": "${seeds}"},
+            "cmd": "python stages/train.py ${item.seed}",
+            "deps": ["models/budget/${item.seed}.json"],
         },
     }
 }
@@ -55,7 +60,7 @@ def params_with(section: str, **values: Any) -> dict[str, Any]:
 
 def test_declared_params_are_the_declared_sections_and_no_other() -> None:
     declared = stage.declare("train")
-    assert declared.params.seed == 7
+    assert declared.params.seeds == [7]
     assert declared.params.sam.rho == 0.05
     with pytest.raises(AttributeError, match=r"^dvc.yaml does not declare `finetune` for train$"):
         _ = declared.params.finetune
@@ -79,7 +84,7 @@ def touch_no_value() -> None:
 
 
 def edit_other_sections() -> None:
-    write("params.yaml", params_with("evaluate", resamples=5) | {"backbones": ["MobileNet025"]})
+    write("params.yaml", params_with("evaluate", ece_bins=5) | {"backbones": ["MobileNet025"]})
 
 
 def edit_other_files() -> None:
@@ -112,7 +117,7 @@ def add_alpha() -> None:
 
 
 def edit_seed() -> None:
-    write("params.yaml", TINY | {"seed": 8})
+    write("params.yaml", TINY | {"seeds": [7, 8]})
 
 
 def break_params() -> None:
@@ -158,7 +163,7 @@ def remove_data() -> None:
     [
         (edit_rho, rf"^params\.yaml: sam\.rho: changed from 0\.05 to 0\.4 {END}$"),
         (add_alpha, rf"^params\.yaml: sam\.alpha: changed from nothing to 0\.2 {END}$"),
-        (edit_seed, rf"^params\.yaml: seed: changed from 7 to 8 {END}$"),
+        (edit_seed, rf"^params\.yaml: seeds: changed from \[7\] to \[7, 8\] {END}$"),
         (break_params, rf"^params\.yaml: changed {END} \(params\.yaml: sam\.rho: expected .*, received -1\)$"),
         (remove_params, rf"^params\.yaml: changed {END} \(params\.yaml: expected a file, found none\)$"),
         (edit_source, rf"^src/toy/loss\.py: changed {END}$"),
@@ -202,6 +207,21 @@ def test_run_passes_matrix_items_and_checks_their_dependencies(capsys: pytest.Ca
         stage.run("extract", main, "EfficientNetLite0", "2")
     assert received == [("EfficientNetLite0", "2")]
     assert capsys.readouterr().err.startswith("error: models/EfficientNetLite0: added while extract ran")
+
+
+def test_declare_for_a_seed_checks_that_seeds_dependencies(checkout: Path) -> None:
+    write("params.yaml", TINY | {"seeds": [7, 42]})
+    Path("models/budget").mkdir(parents=True)
+    for seed in (7, 42):
+        Path(f"models/budget/{seed}.json").write_text("{}")
+    of_7, of_42 = (stage.declare("tune", seed) for seed in ("7", "42"))
+    Path("models/budget/42.json").unlink()
+    write("params.yaml", TINY)  # `tune` declares no section: the list of seeds is in no seed's results
+    of_7.check_unchanged()
+    with pytest.raises(InputError, match=r"^models/budget/42\.json: removed while tune ran"):
+        of_42.check_unchanged()
+    with pytest.raises(InputError, match=r"^seeds: expected one of 7, received 42$"):
+        stage.declare("tune", "42")
 
 
 @pytest.mark.parametrize(

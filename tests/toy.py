@@ -16,14 +16,14 @@ DVC: dict[str, Any] = {
         "count": {
             "cmd": "PYTHONPATH=src python stages/count.py",
             "deps": ["images.txt", "stages/count.py", "src/flatmin/common"],
-            "params": ["seed", VERSION],
+            "params": ["data", VERSION],
             "outs": ["models/count"],
             "metrics": [{"metrics/count.json": {"cache": False}}],
         },
         "train": {
             "cmd": "PYTHONPATH=src python stages/train.py",
             "deps": ["models/count", "stages/train.py", "src/flatmin/common", "src/flatmin/inputs"],
-            "params": ["seed", "sam", VERSION],
+            "params": ["data", "sam", VERSION],
             "outs": ["models/train"],
         },
     }
@@ -35,7 +35,7 @@ from flatmin.common import files, stage
 
 
 def main(declared):
-    count = len(Path("images.txt").read_text().split()) + declared.params.seed
+    count = len(Path("images.txt").read_text().split()) + declared.params.data.seed
     Path("models").mkdir(exist_ok=True)
     Path("models/count").write_text(str(count))
     files.write_json("metrics/count.json", {"count": count})
