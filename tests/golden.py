@@ -11,6 +11,7 @@ written for a raised RESULTS_VERSION alone, so delete golden.json after a change
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -28,16 +29,16 @@ with console.importing_tensorflow():
     import keras
     import tensorflow as tf
 
-    from flatmin import runtime, sam, sharpness
+    from flatmin import power, runtime, sam, sharpness
     from flatmin.data import writer
-    from flatmin.evaluation import metrics
+    from flatmin.evaluation import comparison, metrics
     from flatmin.inputs import batches
     from flatmin.inputs.augment import augment
     from flatmin.inputs.records import Records
     from flatmin.models import classifier, registry
-    from flatmin.selection import choose
+    from flatmin.selection import backbone, calibration, release
     from flatmin.training import optimizer, schedule, stages
-    from flatmin.training.step import PLAIN, StepSettings, TrainStep
+    from flatmin.training.step import PLAIN, StepSettings, Sums, TrainStep
 
 Numbers = dict[str, Any]
 FILE = Path(__file__).with_name("golden.json")
@@ -45,6 +46,7 @@ BACKBONE = "EfficientNetLite0"
 DATA = {
     "source": "bundled",
     "name": "digits",
+    "seed": 3,
     "image_size": 32,
     "splits": {"train": "train[:20%]", "val": "train[20%:24%]", "test": "train[60%:64%]"},
     "train_per_class": 5,
@@ -84,7 +86,7 @@ TOLERANCES = {
 def compute_records(folder: Path) -> Numbers:
     """The digest of all that prepare stores."""
     data = params.Data.model_validate(DATA)
-    described = writer.write(data, 3, folder / "records")
+    described = writer.write(data, folder / "records")
     return {"digest": described["digest"], "train": described["roles"]["train"]["count"]}
 
 
@@ -150,10 +152,9 @@ def compute_activations(folder: Path) -> Numbers:
 
 
 def compute_training(folder: Path) -> Numbers:
-    """The losses of each epoch of extract-train and sam-finetune, as the stages run them."""
+    """The losses of each epoch of extract-train, sam-finetune and control, as the stages run them."""
     _records(folder)
     shared: dict[str, Any] = {
-        "seed": 3,
         "runtime": params.Runtime.model_validate({"engine": os.environ.get("GOLDEN_ENGINE", "auto")}),
         "augment": AUGMENT,
         "records": str(folder / "records"),
@@ -162,18 +163,19 @@ def compute_training(folder: Path) -> Numbers:
     os.environ["FLATMIN_CACHE"] = str(folder / "cache")
     try:
         # By SGD, whose steps are smooth in the gradients: Adam's first ones follow the signs of rounding errors.
-        head = params.Extract.model_validate(RECIPE | {"optimizer": "sgd", "learning_rate": 0.002})
+        head = params.Extract.model_validate(RECIPE | {"seed": 3, "optimizer": "sgd", "learning_rate": 0.002})
         stages.extract(BACKBONE, recipe=head, outputs=_outputs(folder, "extract"), **shared).remove()
         changes = {"optimizer": "sgd", "learning_rate": 0.0002, "fine_tune_at": "block7a_expand_conv"}
         recipe = params.Finetune.model_validate(RECIPE | changes)
-        outputs = _outputs(folder, "sam")
-        start = str(folder / "models/extract")
-        step = _sam_settings(rho=0.1)
-        stages.finetune("sam", recipe=recipe, selected=start, outputs=outputs, step=step, **shared).remove()
+        shared |= {"seed": 3, "recipe": recipe, "selected": str(folder / "models/extract")}
+        outputs = dataclasses.replace(_outputs(folder, "sam"), budget=str(folder / "budget.json"))
+        stages.finetune("sam", outputs=outputs, step=_sam_settings(rho=0.1), **shared).remove()
+        budget = schedule.Budget.read(folder / "budget.json")
+        stages.finetune("control", outputs=_outputs(folder, "control"), budget=budget, **shared).remove()
     finally:
         os.environ.pop("FLATMIN_CACHE") if before is None else os.environ.update(FLATMIN_CACHE=before)
     numbers: Numbers = {}
-    for name in ("extract", "sam"):
+    for name in ("extract", "sam", "control"):
         header, *rows = (line.split(",") for line in (folder / f"{name}.csv").read_text().splitlines())
         for row in rows:
             values = dict(zip(header, row, strict=True))
@@ -191,6 +193,9 @@ def _sam_settings(**settings: Any) -> StepSettings:
     return StepSettings(lambda model, optimizer: sam.Step(checked, model, optimizer), accumulate=checked.accumulate)
 
 
+STEPS = 5  # of an epoch of `_Points`
+
+
 class _Points:
     """A source of batches of random images with four classes, for a network of three layers."""
 
@@ -201,8 +206,8 @@ class _Points:
         self.labels = random.integers(0, 4, 48).astype(np.int32)
         self.images = (random.normal(size=(48, 8, 8, 3)) + 0.7 * self.labels[:, None, None, None]).astype(np.float32)
 
-    def epoch(self, number: int, strategy: tf.distribute.Strategy) -> Any:
-        return tf.data.Dataset.from_tensor_slices((self.images, self.labels)).batch(10)
+    def epoch(self, number: int, strategy: tf.distribute.Strategy, skipped: int = 0) -> Any:
+        return tf.data.Dataset.from_tensor_slices((self.images, self.labels)).batch(10).skip(skipped)
 
     def activations(self, inputs: Any) -> Any:
         return inputs
@@ -234,16 +239,15 @@ def _small_network() -> keras.Model:
 def _train_step(settings: StepSettings, **changes: Any) -> TrainStep:
     recipe = params.Finetune.model_validate(RECIPE | {"batch_size": 10, "learning_rate": 0.02} | changes)
     strategy = tf.distribute.get_strategy()
-    return TrainStep(strategy, _Points(), _small_network(), recipe, settings, steps=5, classes=4)
+    return TrainStep(strategy, _Points(), _small_network(), recipe, settings, steps=2 * STEPS, classes=4)
 
 
 def _losses(step: TrainStep) -> Iterator[float]:
     """The loss of each of the steps of two epochs."""
     for epoch in range(2):
         iterator = iter(step.source.epoch(epoch, step.strategy))
-        for _ in range(step.steps):
-            loss, _, count = step(iterator)
-            yield loss / count
+        for _ in range(STEPS):
+            yield Sums(step(iterator)).means()["loss"]
 
 
 def steps_to_compute() -> dict[str, StepSettings]:
@@ -271,7 +275,7 @@ def compute_schedules(folder: Path) -> Numbers:
     step = _train_step(PLAIN)
     numbers: Numbers = {}
     for index, _ in enumerate(_losses(step)):
-        numbers[f"cosine rate {index + 1}"] = float(tf.convert_to_tensor(step.optimizer.learning_rate))
+        numbers[f"cosine rate {index + 1}"] = step.rate()
     losses = [1.0, 0.9, 0.95, 0.9, 0.91, 0.92, 0.89, 0.95, 0.96, 0.97]
     history = [{"val_loss": loss, "val_accuracy": 1 - loss / 2} for loss in losses]
     rule = params.Plateau(name="plateau", patience=2)
@@ -315,25 +319,38 @@ def _logits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def compute_selection(folder: Path) -> Numbers:
-    """The backbone that select-best chooses, by tolerance."""
+    """The backbone that select-best chooses and the method that finalize does, by tolerance."""
     values = {"large": (9, 0.90), "small": (1, 0.88), "middle": (4, 0.895), "equal": (4, 0.896)}
     metrics = {name: {"multiply_adds": n, "val": {"accuracy": val}} for name, (n, val) in values.items()}
-    return {f"within {tolerance}": choose(metrics, tolerance) for tolerance in (0.0, 0.005, 0.02)}
+    numbers: Numbers = {f"within {each}": backbone.choose(metrics, each) for each in (0.0, 0.005, 0.02)}
+    trained = {"extract": [(0.90, 9)], "finetune": [(0.94, 30), (0.95, 30)], "sam": [(0.95, 60), (0.95, 60)]}
+    methods = {
+        name: [release.Trained(seed, accuracy, 1.0, count) for seed, (accuracy, count) in enumerate(each)]
+        for name, each in trained.items()
+    }
+    return numbers | {f"released within {each}": str(release.choose(methods, each)) for each in (0.0, 0.01, 0.1)}
 
 
 def compute_scores(folder: Path) -> Numbers:
-    """Accuracy, top-5 accuracy, loss and calibration of fixed logits."""
+    """Accuracies, loss and calibration of fixed logits, and their temperature."""
     first, second, labels = _logits()
     settings = params.Evaluate()
+    temperature = calibration.fit_temperature(first, labels)
     averaged = metrics.scores(metrics.average_predictions(first, second), labels, settings)
-    return dict(metrics.scores(first, labels, settings)) | {f"averaged {key}": value for key, value in averaged.items()}
+    scores = {"temperature": temperature, **metrics.scores(first, labels, settings, temperature)}
+    return scores | {f"averaged {key}": value for key, value in averaged.items()}
 
 
 def compute_comparison(folder: Path) -> Numbers:
-    """The difference between two classifiers on the same images."""
+    """The difference between two classifiers on the same images, over seeds too, and the power to see one."""
     first, second, labels = _logits()
     correct = [logits.argmax(axis=1) == labels for logits in (first, second)]
-    return dict(metrics.difference(correct[0], correct[1], 2000, 4))
+    numbers: Numbers = dict(comparison.difference(correct[0], correct[1]))
+    seeds = [np.stack([np.roll(each, shift) for shift in (0, 7, 31)]) for each in correct]
+    numbers |= {f"crossed {key}": value for key, value in comparison.crossed_difference(*seeds).items()}
+    for images in (360, 1078):
+        numbers[f"smallest difference of {images}"] = power.smallest_difference(images)
+    return numbers
 
 
 def compute_defaults(folder: Path) -> Numbers:

@@ -17,10 +17,11 @@ import pytest
 import tensorflow as tf
 
 from flatmin import sam
+from flatmin.common import params
 from flatmin.evaluation import metrics
 from flatmin.inputs import augment, batches
 from flatmin.models import split
-from flatmin.training import optimizer
+from flatmin.training import optimizer, schedule
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +95,7 @@ def break_ema(monkeypatch: pytest.MonkeyPatch) -> None:
     original = optimizer.make_optimizer
     monkeypatch.setattr(
         "flatmin.training.step.make_optimizer",
-        lambda recipe, steps: original(recipe.model_copy(update={"ema": recipe.ema + 0.05}), steps),
+        lambda recipe: original(recipe.model_copy(update={"ema": recipe.ema + 0.05})),
     )
 
 
@@ -124,11 +125,12 @@ def break_split_point(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The warm-up is one step too long."""
-    original = keras.optimizers.schedules.CosineDecay
+    original = schedule.cosine
+    warmed = {"name": "cosine", "warmup_epochs": 0.7}  # of two epochs of five steps: half an epoch is 2, this is 4
+    changed = {"schedule": params.Cosine.model_validate(warmed)}
     monkeypatch.setattr(
-        keras.optimizers.schedules,
-        "CosineDecay",
-        lambda *args, warmup_steps, **options: original(*args, warmup_steps=warmup_steps + 1, **options),
+        "flatmin.training.step.cosine",
+        lambda update, updates, recipe: original(update, updates, recipe.model_copy(update=changed)),
     )
 
 
