@@ -12,6 +12,8 @@ import toy
 import yaml
 from repository import Repository, stages_run
 
+from flatmin.common import identity
+
 pytestmark = pytest.mark.slow
 
 
@@ -125,7 +127,8 @@ def forget_all_runs(checkout: Repository) -> None:
 
 
 def raise_the_version(checkout: Repository) -> None:
-    replace(checkout.folder / "src/flatmin/common/identity.py", "RESULTS_VERSION = 1\n", "RESULTS_VERSION = 2\n")
+    line, version = "RESULTS_VERSION = {}\n", identity.RESULTS_VERSION
+    replace(checkout.folder / "src/flatmin/common/identity.py", line.format(version), line.format(version + 1))
 
 
 def raise_the_version_and_write_golden(checkout: Repository) -> None:
@@ -165,7 +168,7 @@ def remove_the_golden_test(checkout: Repository) -> None:
         (drop_a_data_dependency, [r"train: dependency models/count: is in dvc\.lock alone: run `dvc repro` first"]),
         (empty_the_lock, [r"dvc\.lock: expected stages, as `dvc repro` writes them, found none"]),
         (forget_all_runs, [r"count: never ran: run .*", r"train: never ran: run .*"]),
-        (raise_the_version, [r"RESULTS_VERSION: expected 1, as accepted\.json has it, received 2: .*"]),
+        (raise_the_version, [r"RESULTS_VERSION: expected \d+, as accepted\.json has it, received \d+: .*"]),
         (
             raise_the_version_and_write_golden,
             [

@@ -211,7 +211,7 @@ def test_key_differs_by_values_files_versions_and_unaccepted_source(
         patch.setattr(cache, "_versions", lambda: {"tensorflow": "0"})
         keys.append(cache.key({"a": 1}, rooms=rooms))
     with monkeypatch.context() as patch:
-        patch.setattr(identity, "RESULTS_VERSION", 2)
+        patch.setattr(identity, "RESULTS_VERSION", identity.RESULTS_VERSION + 1)
         identity.write_accepted()
         keys.append(cache.key({"a": 1}, rooms=rooms))
         identity.ACCEPTED.unlink()

@@ -11,6 +11,8 @@ from repository import ROOT
 from flatmin.common import identity
 from flatmin.common.errors import InputError
 
+VERSION = identity.RESULTS_VERSION
+
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -79,15 +81,15 @@ def test_source_digest_of_unknown_room_is_an_error_that_names_it(package: Path, 
 def test_source_identity_holds_digests_of_unaccepted_rooms_only(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rooms = ("inputs", "runtime.py")
     digests = {room: identity.source_digest(room) for room in rooms}
-    assert identity.source_identity(rooms) == {"results_version": 1, "unaccepted": digests}
+    assert identity.source_identity(rooms) == {"results_version": VERSION, "unaccepted": digests}
     identity.write_accepted()
     accepted = identity.source_identity(rooms)
-    assert accepted == {"results_version": 1, "unaccepted": {}}
+    assert accepted == {"results_version": VERSION, "unaccepted": {}}
 
     (package / "inputs/augment.py").write_text("magnitude = 4\n")
     next_process(monkeypatch)
     edited = identity.source_identity(rooms)
-    assert edited == {"results_version": 1, "unaccepted": {"inputs": identity.source_digest("inputs")}}
+    assert edited == {"results_version": VERSION, "unaccepted": {"inputs": identity.source_digest("inputs")}}
     assert edited["unaccepted"]["inputs"] != digests["inputs"]
     assert identity.source_identity(("runtime.py",)) == accepted, "another room's edit"
     identity.write_accepted()
@@ -98,11 +100,11 @@ def test_source_identity_of_a_raised_version_accepts_nothing_of_the_former(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identity.write_accepted()
-    monkeypatch.setattr(identity, "RESULTS_VERSION", 2)
+    monkeypatch.setattr(identity, "RESULTS_VERSION", VERSION + 1)
     digest = identity.source_digest("inputs")
-    assert identity.source_identity(("inputs",)) == {"results_version": 2, "unaccepted": {"inputs": digest}}
+    assert identity.source_identity(("inputs",)) == {"results_version": VERSION + 1, "unaccepted": {"inputs": digest}}
     identity.write_accepted()
-    assert identity.source_identity(("inputs",)) == {"results_version": 2, "unaccepted": {}}
+    assert identity.source_identity(("inputs",)) == {"results_version": VERSION + 1, "unaccepted": {}}
 
 
 @pytest.mark.parametrize("damaged", ["<<<<<<< HEAD\n", "[]", "{}", '{"results_version": "1", "source": {}}'])

@@ -94,7 +94,7 @@ def plot(name: str) -> list[dict[str, str]]:
 
 
 def rate(step: TrainStep) -> float:
-    return float(step.optimizer.learning_rate)
+    return step.rate()
 
 
 @pytest.mark.slow

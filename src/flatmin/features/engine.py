@@ -130,14 +130,13 @@ def _compiled(model: bytes, outputs: int, in_float16: bool) -> Run:
     buffers: dict[tuple[int, ...], tuple[list[Any], list[Any]]] = {}  # those of the last batch's shape
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:
-        is_new = pixels.shape not in buffers
-        if is_new:
-            compiled.resize_input_tensor(0, pixels.shape, strict=False)
-            buffers.clear()
-            buffers[pixels.shape] = compiled.create_input_buffers(0), compiled.create_output_buffers(0)
-        into, out = buffers[pixels.shape]
-        into[0].write(pixels)
-        with console.quiet() if is_new else nullcontext():  # the first run writes to file descriptor 2
+        with nullcontext() if pixels.shape in buffers else console.quiet():  # the first run writes to descriptor 2
+            if pixels.shape not in buffers:
+                compiled.resize_input_tensor(0, pixels.shape, strict=False)
+                buffers.clear()
+                buffers[pixels.shape] = compiled.create_input_buffers(0), compiled.create_output_buffers(0)
+            into, out = buffers[pixels.shape]
+            into[0].write(pixels)
             compiled.run_by_index(0, into, out)
         shapes = [out[index].get_tensor_details()["shape"] for index in order]
         return [
