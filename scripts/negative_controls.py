@@ -1,6 +1,6 @@
 """Write studies/digits/negative.md: the negative controls of the default study.
 
-It reads the table of negative.yaml, beside it, and data/records/ of the default study; `make negative` makes both.
+It reads the table of negative.yaml and the default study's data/records/; `make negative` makes both.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from flatmin.common import console, files, params
 from flatmin.common.errors import InputError
 from flatmin.evaluation import comparison
 
-LEVEL = 0.95  # of all intervals of a choice together
+LEVEL = 0.95  # of all the intervals of one choice taken together
 Seeds = tuple[int, ...]  # of a training, where it has its own; of data, of extract
 Groups = dict[str, dict[str, list[Run]]]  # what is chosen from -> setting -> its runs, which differ in SEEDS
 

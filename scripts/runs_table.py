@@ -111,7 +111,7 @@ def table(
 def _metrics(run: Run, ref: str) -> Iterator[tuple[str, Any]]:
     """The metrics of a run's stages: means over its seeds; what is no number only where all seeds have the same.
 
-    The seeds' own values in finalize and evaluate are left out, since their mean stands beside them.
+    The seeds' own values in finalize and evaluate are left out, since the table has their mean.
     """
     for stage in (stage for stage in METRICS if stage in run.stages):
         names = [f"{METRICS[stage]}/{seed}" for seed in run.settings["seeds"]] if stage in SEEDED else [METRICS[stage]]

@@ -1,4 +1,4 @@
-"""Count the looks at test: the distinct sets of models that evaluate has scored, in every commit of all refs.
+"""Count the looks at test: the distinct sets of models that evaluate has scored, over all commits of all refs.
 
     python scripts/test_looks.py
 
