@@ -103,7 +103,7 @@ def _read(commit: str, path: str, name: str) -> Scores:
     """Whether each val image gets its label from logits, float32 [images, classes]."""
     filesystem = DVCFileSystem(rev=commit)
     try:
-        with filesystem.open("data/records/val.csv", "r", encoding="utf-8") as file:
+        with filesystem.open("data/records/val/index.csv", "r", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         with filesystem.open(path, "rb") as file:
             logits = np.load(file, allow_pickle=False)

@@ -19,7 +19,7 @@ def main(declared: stage.Declared) -> None:
         method: [Candidate(seed, f"{models}/{seed}", f"{metrics}/{seed}.json") for seed in params.seeds]
         for method, (models, metrics) in folders.items()
     }
-    metrics = finalize(candidates, params.finalize.tolerance, val="data/records/val.csv", released="models/final")
+    metrics = finalize(candidates, params.finalize.tolerance, val="data/records/val/index.csv", released="models/final")
     files.write_json("metrics/final.json", metrics)
 
 

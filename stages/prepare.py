@@ -1,17 +1,20 @@
 """prepare: read the source of `data`, check every image, write records.
 
-Reads `data` of params.yaml. Writes data/records/ and metrics/prepare.json.
+Reads `data`, `backbones` and their image sizes in params.yaml. Writes data/records/ and metrics/prepare.json.
 """
 
 from flatmin import power
 from flatmin.common import console, files, stage
+from flatmin.common.params import largest_image_size
 
 
 def main(declared: stage.Declared) -> None:
     with console.importing_tensorflow():
         from flatmin.data import writer
 
-    metrics = writer.write(declared.params.data, "data/records")
+    params = declared.params
+    largest = largest_image_size(params.backbones, params.extract.image_size, params.finetune.image_size)
+    metrics = writer.write(params.data, "data/records", largest)
     counts = {role: described["count"] for role, described in metrics["roles"].items()}
     scored = {role: counts[role] for role in ("test", "val")}
     found = {role: power.smallest_difference(count) for role, count in scored.items()}

@@ -30,7 +30,7 @@ def read_runs(**keys: list[Any]) -> list[grids.Run]:
 def keep(repository: Repository, run: grids.Run, first_image: int = 0) -> None:
     """Make the experiment that a run would have left: labels and logits of val. first_image: the number of one."""
     names = [f"image{first_image + number}" for number in range(100)]
-    files.write_csv("data/records/val.csv", ("name", "label"), ((name, 1) for name in names))
+    files.write_csv("data/records/val/index.csv", ("name", "label"), ((name, 1) for name in names))
     for seed in run.settings["seeds"]:
         right = np.roll(np.arange(100) < RIGHT[run.values["sam.rho"]], seed)
         Path(f"models/sam/{seed}").mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,6 +15,7 @@ LEVEL = 0.05
 TAIL = 1e-9  # of the number of discordant images, on either side; moves the power by no more than that
 
 
+@functools.cache
 def smallest_difference(
     images: int, discordance: float = DISCORDANCE, power: float = POWER, level: float = LEVEL
 ) -> float | None:

@@ -24,6 +24,7 @@ from pydantic import (
 
 from flatmin.common.errors import InputError
 from flatmin.common.params_errors import InconsistentError, explain, read_yaml, shorten
+from flatmin.images import LARGEST, MAX_PIXELS, Fit
 from flatmin.models.registry import BACKBONES
 from flatmin.sam.methods import METHODS, MethodSetting, method_settings
 from flatmin.sam.settings import Settings
@@ -157,10 +158,22 @@ class Data(Section):
     train_per_class: Count | None = Field(
         None, description="Number of images of each class to keep in train, after val was taken out. Null: all."
     )
-    image_size: ImageSize | None = Field(
-        None,
-        description="Side in pixels of the square to which images are resized before they are stored, 8 to 4096. Null:"
-        " stored in their own size.",
+    image_size: Annotated[
+        Annotated[Literal["auto", "original"], Tag("str")] | Annotated[ImageSize, Tag("int")],
+        _by_type("auto, original or an integer"),
+    ] = Field(
+        "auto",
+        description="Pixels to which the shorter side of a picture is brought before it is stored, 8 to 4096; the"
+        " proportions stay. `auto`: the largest `image_size` of extract and finetune over the backbones, but no picture"
+        " is enlarged. `original`: stored in their own size.",
+    )
+    fit: Fit = Field(
+        "squash",
+        description="How a picture becomes the network's square: `squash` changes the proportions, `crop` takes the"
+        " largest square in the middle, `pad` adds grey borders.",
+    )
+    max_pixels: Annotated[int, Field(ge=1, le=LARGEST)] = Field(
+        MAX_PIXELS, description="Pixels of the largest picture that is read; a larger one counts as broken."
     )
     skip_broken: CountOrZero = Field(0, description="Maximum number of unreadable images to skip; more are an error.")
     label_noise: Rate = Field(
@@ -275,9 +288,9 @@ class Training(Section):
     )
     early_stopping: EarlyStopping | None = Field(None, description="When to stop before the last epoch. Null: never.")
     image_size: ImageSizes | None = Field(
-        None,
         description="Side in pixels of the network's input, 8 to 4096: one for all backbones, or a mapping from"
-        " backbones to sizes. Null: for extract the backbone's default, for finetune that of extract.",
+        " backbones to sizes. Null: for extract the backbone's default, for finetune that of extract. The key is"
+        " required, because DVC refuses prepare, which depends on it, without it.",
     )
 
     @model_validator(mode="after")
@@ -325,6 +338,17 @@ class Finetune(Training):
         description="First layer of the backbone to train, by its name or its index: one for all backbones, or a"
         " mapping from backbones to layers. Null: the backbone's default.",
     )
+
+
+def for_backbone(setting: Any, backbone: str) -> Any:
+    """A setting that is one value for all backbones, or a mapping from backbones to values; None where it has none."""
+    return setting.get(backbone) if isinstance(setting, dict) else setting
+
+
+def largest_image_size(backbones: list[str], extract: ImageSizes | None, finetune: ImageSizes | None) -> int:
+    """The side in pixels of the largest network input that any backbone has in any stage."""
+    sizes = [for_backbone(extract, backbone) or BACKBONES[backbone].image_size for backbone in backbones]
+    return max([*sizes, *(for_backbone(finetune, backbone) or 0 for backbone in backbones)])
 
 
 class Select(Section):

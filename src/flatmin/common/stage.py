@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -48,7 +48,7 @@ class Declared:
 
     Attributes:
         stage: the stage's name.
-        params: the sections of params.yaml that it declares; reading another raises AttributeError.
+        params: the sections and keys of params.yaml that it declares; reading another raises AttributeError.
     """
 
     stage: str
@@ -58,9 +58,9 @@ class Declared:
     _at_start: Mapping[str, Mapping[str, Any]]
 
     def check_unchanged(self) -> None:
-        """Check that the declared sections, code and data are what they were when the stage started.
+        """Check that the declared params, code and data are what they were when the stage started.
 
-        Sections are compared by value, source by content, data by the size and time of modification of each file.
+        Params are compared by value, source by content, data by the size and time of modification of each file.
 
         Raises:
             InputError: one of them changed, or params.yaml can't be read any more.
@@ -99,22 +99,35 @@ def declare(name: str, *items: str) -> Declared:
             identity.source_digest(Path(dep).name)  # taken now, before `main` imports it
     return Declared(
         name,
-        cast(Params, _Sections(name, {section: getattr(settings, section) for section in sections})),
+        cast(Params, _select(name, settings, sections)),
         sections,
         deps,
         _state(settings, sections, deps),
     )
 
 
-class _Sections:
-    """Sections of params.yaml as attributes."""
+class _Declared:
+    """The params that dvc.yaml declares for a stage, as attributes."""
 
-    def __init__(self, stage: str, sections: Mapping[str, Any]) -> None:
+    def __init__(self, stage: str, values: Mapping[str, Any]) -> None:
         self._stage = stage
-        self.__dict__.update(sections)
+        self.__dict__.update(values)
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"dvc.yaml does not declare `{name}` for {self._stage}")
+
+
+def _select(stage: str, settings: Any, names: Iterable[str]) -> _Declared:
+    """Sections of `settings` by name, such as `data`, and single keys of others, such as `extract.image_size`."""
+    keys: dict[str, list[str]] = {}
+    for name in names:
+        section, _, key = name.partition(".")
+        keys.setdefault(section, []).extend([key] if key else [])
+    values = {}
+    for section, chosen in keys.items():
+        value = getattr(settings, section)
+        values[section] = _select(stage, value, chosen) if chosen else value
+    return _Declared(stage, values)
 
 
 def _read_stage(name: str) -> dict[str, Any]:
@@ -141,11 +154,13 @@ def _choose(name: str, matrix: Mapping[str, Any], items: Sequence[str], settings
 
 def _state(settings: Params, sections: Sequence[str], deps: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The present values of sections, digests of source and signatures of data, each by key or file."""
-    values = settings.model_dump(include=set(sections))
+    values = dict(files.leaves(settings.model_dump()))
+    prefixes = tuple(f"{section}." for section in sections)
+    declared = {key: value for key, value in values.items() if f"{key}.".startswith(prefixes)}
     code = (path for dep in deps if dep.startswith(CODE) for path in identity.source_files(Path(dep)))
     data = (path for dep in deps if not dep.startswith(CODE) for path in _files(Path(dep)))
     return {
-        "params.yaml": dict(files.leaves(values)),
+        "params.yaml": declared,
         "code": {path.as_posix(): files.sha256(path) for path in code},
         "data": {path.as_posix(): (status.st_size, status.st_mtime_ns) for path, status in data},
     }

@@ -1,107 +1,169 @@
-"""One picture: checks it, turns it upright and converts it to an encoding that records hold."""
+"""One picture on its way into the records: checked, brought to its stored size, without metadata."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
 import warnings
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-_ORIENTATION = 0x0112  # the EXIF tag
+from flatmin import images
+from flatmin.images import MAX_PIXELS, BrokenImageError
 
+# A marker of a JPEG file: not a stuffed byte, a restart, or padding.
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_END = 0xD9
+_NEEDED_SEGMENTS = (0xE0, 0xEE)  # JFIF and Adobe say how colours are stored
+_NEEDED_CHUNKS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"))
+_BITS_PER_SAMPLE = 258  # the TIFF tag
+_QUARTER = 64  # of the range of 8 bits
 _PNG_BIT_DEPTH = 24  # offset of that byte in a PNG file
-
-
-class BrokenImageError(Exception):
-    """An image cannot be decoded. The message, which dataset.json records, says why."""
 
 
 class Picture(NamedTuple):
     """A picture as the records hold it.
 
     Attributes:
-        encoded: A PNG or JPEG that TensorFlow decodes to this picture.
-        height: In pixels.
-        width: In pixels.
+        encoded: a PNG or JPEG without metadata, which `flatmin.images.read` decodes with `orientation`.
+        orientation: EXIF's, 1 to 8, which the file came with.
+        height, width: in pixels, of the upright picture.
         digest: 16 bytes, equal for equal pixels before any resizing.
+        frames: whether the file has more frames or pages than this one.
+        dark: whether its 16 bits use less than a quarter of their range.
     """
 
     encoded: bytes
+    orientation: int
     height: int
     width: int
     digest: bytes
+    frames: bool
+    dark: bool
 
 
-def read_picture(image: bytes, size: int | None = None) -> Picture:
-    """Decode an image completely with Pillow, and encode it again only if TensorFlow would decode it differently.
+class Stored(NamedTuple):
+    """How large pictures are stored.
 
-    The picture is RGB, upright according to its EXIF orientation and without its alpha channel. An animation gives
-    its first frame, and 16-bit values are reduced to their upper 8 bits.
+    Attributes:
+        side: pixels of the shorter side; None keeps each picture's size.
+        enlarge: whether smaller pictures are enlarged.
+    """
+
+    side: int | None = None
+    enlarge: bool = True
+
+    @classmethod
+    def by_setting(cls, image_size: int | str, largest: int | None) -> Stored:
+        """The stored size that `data.image_size` asks for; `largest` is the side that `auto` stands for."""
+        if image_size == "auto":
+            return cls(largest, enlarge=False)
+        return cls(None if image_size == "original" else int(image_size))
+
+    def describe(self) -> str:
+        """One line."""
+        if self.side is None:
+            return "pictures are stored in their own size"
+        if self.enlarge:
+            return f"pictures are stored with a shorter side of {self.side} pixels"
+        return f"pictures are stored with a shorter side of at most {self.side} pixels, the largest network input"
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """The stored width and height, which keep the proportions."""
+        shorter = min(width, height)
+        if self.side is None or self.side == shorter or (self.side > shorter and not self.enlarge):
+            return width, height
+        return max(1, round(width * self.side / shorter)), max(1, round(height * self.side / shorter))
+
+
+OWN_SIZE = Stored()
+
+
+def read_picture(encoded: bytes, stored: Stored = OWN_SIZE, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Read a picture, bring it to its stored size, and encode it without loss.
+
+    A JPEG or an 8-bit PNG that keeps its size keeps its data too, all but metadata.
 
     Args:
-        image: The bytes of a file in any format that Pillow reads.
-        size: Side in pixels of a square to resize to, bicubically. None keeps the size.
+        encoded: the bytes of a file.
+        stored: the stored size.
+        max_pixels: of the largest picture that is read.
 
     Raises:
-        BrokenImageError: It is not an image, is damaged, or is so large that Pillow suspects a decompression bomb.
+        BrokenImageError: it is not a picture, is damaged, or is too large.
     """
-    if not image:
-        raise BrokenImageError("no bytes could be read")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(image)) as opened:
-                opened.load()
-                unchanged = _tensorflow_agrees(opened, image)
-                rgb = _to_rgb(ImageOps.exif_transpose(opened))
-    except Exception as error:  # Pillow's readers raise almost anything on damaged files
-        unknown = isinstance(error, UnidentifiedImageError)  # its message contains an address in memory
-        reason = "it is of no format that Pillow knows" if unknown else str(error) or type(error).__name__
-        raise BrokenImageError(reason) from None
-    digest = hashlib.blake2b(repr(rgb.size).encode() + rgb.tobytes(), digest_size=16).digest()
-    if size is not None and rgb.size != (size, size):
-        rgb, unchanged = rgb.resize((size, size), Image.Resampling.BICUBIC), False
-    encoded = image if unchanged and _tensorflow_decodes(image, rgb.size) else to_png(rgb)
-    return Picture(encoded, rgb.height, rgb.width, digest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, and of a size that max_pixels allows
+        with images.broken_if_unreadable(), images.open_image(encoded, max_pixels) as opened:
+            kind, deep = opened.format, _bits(opened, encoded) > 8
+            opened.load()
+            frames = bool(getattr(opened, "is_animated", False))
+            orientation = images.file_orientation(opened)
+            rgb = images.to_rgb(opened, orientation)
+    pixels = rgb.tobytes()
+    digest = hashlib.blake2b(repr(rgb.size).encode() + pixels, digest_size=16).digest()
+    dark = deep and kind != "PPM" and int(np.frombuffer(pixels, np.uint8).max()) < _QUARTER
+    size = stored.size(*rgb.size)
+    if size[0] * size[1] > max(max_pixels, rgb.width * rgb.height):
+        raise BrokenImageError(f"of {rgb.width} x {rgb.height} pixels it would be stored with more than max_pixels")
+    if size != rgb.size:
+        rgb = rgb.resize(size, Image.Resampling.BICUBIC)
+    elif (kept := _without_metadata(encoded, kind, deep)) and _decodes_to(kept, orientation, pixels, max_pixels):
+        return Picture(kept, orientation, rgb.height, rgb.width, digest, frames, dark)
+    return Picture(to_png(rgb), 1, rgb.height, rgb.width, digest, frames, dark)
 
 
 def to_png(image: Image.Image) -> bytes:
-    """Encode a Pillow image as PNG."""
+    """Encode a Pillow image as PNG, without metadata."""
+    image.info.clear()
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _tensorflow_agrees(image: Image.Image, encoded: bytes) -> bool:
-    """Whether TensorFlow decodes these bytes to the same RGB pixels as `_to_rgb`, if it can decode them at all."""
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        return False
-    if image.format in {"JPEG", "MPO"}:  # MPO, from phones and cameras, is a JPEG followed by more images
-        return image.mode in {"L", "RGB"}
-    plain = image.mode in {"1", "L", "LA", "P", "RGB", "RGBA"} and "transparency" not in image.info
-    return image.format == "PNG" and plain and encoded[_PNG_BIT_DEPTH] <= 8
+def _bits(image: Image.Image, encoded: bytes) -> int:
+    """Bits of each value in the file, of the formats that have more than 8."""
+    if image.format == "PNG":
+        return encoded[_PNG_BIT_DEPTH]
+    if image.format == "TIFF":
+        bits: tuple[int, ...] = image.tag_v2.get(_BITS_PER_SAMPLE, (8,))  # type: ignore[attr-defined]
+        return max(bits)
+    return 16 if image.mode.startswith("I") else 8
 
 
-def _tensorflow_decodes(encoded: bytes, size: tuple[int, int]) -> bool:
-    """Whether TensorFlow can decode the image.
-
-    Pillow tolerates damage, such as a PNG without its end, that would stop TensorFlow during training.
-    """
+def _decodes_to(encoded: bytes, orientation: int, pixels: bytes, max_pixels: int) -> bool:
     try:
-        height, width, _ = tf.io.decode_image(encoded, channels=3, expand_animations=False).shape
-    except tf.errors.InvalidArgumentError:
+        return images.read(encoded, orientation, max_pixels).tobytes() == pixels
+    except BrokenImageError:
         return False
-    return (width, height) == size
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")  # Pillow itself would clip
-    if image.mode in {"I", "F"}:
-        raise BrokenImageError(f"its numbers (Pillow's mode {image.mode}) have no known range")
-    return image.convert("RGB")
+def _without_metadata(encoded: bytes, kind: str | None, deep: bool) -> bytes | None:
+    """A JPEG or PNG file with what its pixels follow from, and nothing else. None of other formats and damaged files.
+
+    deep: whether it has more than 8 bits a value, which no record keeps.
+    """
+    if kind in {"JPEG", "MPO"}:
+        return _jpeg_without_metadata(encoded)
+    if kind == "PNG" and not deep:
+        chunks = [chunk for name, chunk in images.png_chunks(encoded) if name in _NEEDED_CHUNKS]
+        return encoded[: len(images.PNG)] + b"".join(chunks)
+    return None
+
+
+def _jpeg_without_metadata(encoded: bytes) -> bytes | None:
+    """Leave out EXIF data, profiles and comments of a JPEG file, and all that follows its first picture."""
+    parts, start = [encoded[:2]], 2
+    while found := _MARKER.search(encoded, start):
+        parts.append(encoded[start : found.start()])  # a scan's data, after its header; else nothing
+        marker, start = encoded[found.start() + 1], found.end()
+        if marker == _END:
+            return b"".join([*parts, found[0]])
+        end = start + int.from_bytes(encoded[start : start + 2], "big")
+        if not (0xE0 <= marker <= 0xEF or marker == 0xFE) or marker in _NEEDED_SEGMENTS:
+            parts.append(found[0] + encoded[start:end])
+        start = end
+    return None

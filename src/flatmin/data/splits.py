@@ -10,8 +10,8 @@ from flatmin.common import console
 from flatmin.common.errors import InputError
 from flatmin.common.params import Data
 from flatmin.data import images
-from flatmin.data.images import BrokenImageError
 from flatmin.data.sources.base import Slice, Source
+from flatmin.images import BrokenImageError
 
 # Codes in the array of `assign_roles`. The first two are positions in `params.ROLES`.
 TRAIN, VAL, LEFT_OUT = 0, 1, -1
@@ -65,7 +65,7 @@ def assign_roles(source: Source, data: Data, class_names: list[str], broken: lis
         examples = source.examples(data.splits.train)
         for index, example in enumerate(console.progress(examples, "check", len(labels), "image")):
             try:
-                images.read_picture(example.image)
+                images.read_picture(example.image, max_pixels=data.max_pixels)
             except BrokenImageError as error:
                 broken.append(f"{example.name} ({error})")
                 readable[index] = False

@@ -1,17 +1,22 @@
-"""Writes a data set as sharded TFRecords for each role, described by `dataset.json`.
+"""Writes a data set as records: a folder of sharded TFRecords for each role, and `dataset.json`, which describes all.
 
-A folder of records holds `{role}-00000-of-00003.tfrecord`, `{role}.csv` (names and labels in the records' order) and
-`dataset.json`. Equal sources, settings and seeds give equal bytes.
+A role's folder, which is empty where the data set has no such role, holds `00000-of-00003.tfrecord`, `role.json` (what
+a reader needs to know) and `index.csv` (a row for each example, in order). The index says where in its shard the
+encoded picture lies, so that a process reads it without TensorFlow. Nothing in a role's folder depends on other roles.
+Equal sources, settings and seeds give equal bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import operator
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -20,22 +25,27 @@ from flatmin.common import console, files
 from flatmin.common.errors import InputError
 from flatmin.common.params import ROLES, Data
 from flatmin.data import images, sources, splits
-from flatmin.data.images import BrokenImageError, Picture
+from flatmin.data.images import Picture, Stored
 from flatmin.data.sources.base import UNKNOWN, Example, Source
+from flatmin.images import BrokenImageError
 
 # A shard is full when it reaches either limit.
 SHARD_EXAMPLES = 4096
 SHARD_BYTES = 2**27
 
-MAX_LISTED_DUPLICATES = 20
+MAX_LISTED = 20  # examples that dataset.json names of a kind
+
+RECORD_HEADER, RECORD_FOOTER = 12, 4  # bytes before and after the serialized example in a TFRecord file
 
 
-def write(data: Data, folder: Path | str) -> dict[str, Any]:
+def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[str, Any]:
     """Read the source image by image and write its records to `folder`, which appears complete or not at all.
 
     Args:
         data: The `data` section.
         folder: Replaced if it exists.
+        largest: Height and width of the largest network input, to which `image_size: auto` reduces pictures; None: it
+            keeps their size.
 
     Returns:
         The metrics (counts, duplicates, the digest): numbers and short strings in nested dicts.
@@ -43,6 +53,8 @@ def write(data: Data, folder: Path | str) -> dict[str, Any]:
     Raises:
         InputError: The source does not fit the settings. The message names the key.
     """
+    stored = Stored.by_setting(data.image_size, largest)
+    console.log(f"prepare: {stored.describe()}")
     source = sources.open_source(data)
     class_names = _class_names(data, source)
     expressions = {role: text for role in ROLES if (text := getattr(data.splits, role)) is not None}
@@ -52,20 +64,20 @@ def write(data: Data, folder: Path | str) -> dict[str, Any]:
     drawn_labels = splits.draw_labels(source, data, class_names, roles)
     with files.atomic_write(folder) as temporary:
         temporary.mkdir()
-        writer = RecordsWriter(temporary)
+        writer = RecordsWriter(temporary, class_names, data.fit)
         examples = _examples_with_roles(source, expressions, roles, drawn_labels)
         for role, example in console.progress(examples, "prepare", sum(sizes.values()), "image"):
             if role is None:
                 continue
             try:
-                picture = images.read_picture(example.image, data.image_size)
+                picture = images.read_picture(example.image, stored, data.max_pixels)
             except BrokenImageError as error:
                 broken.append(f"{example.name} ({error})")
             else:
                 writer.add(role, example, picture)
         splits.refuse_broken(broken, data.skip_broken)
-        writer.close()
         _check(writer, data, class_names)
+        writer.close()
         info = _describe(writer, data, source, class_names, broken)
         files.write_json(temporary / "dataset.json", info)
     return _metrics(info)
@@ -104,28 +116,43 @@ def _examples_with_roles(
 
 
 class RecordsWriter:
-    """Writes the records of all roles. Memory holds only names, labels, sizes and digests.
+    """Writes the records of all roles. Memory holds only the rows of the index, and digests.
 
     Attributes:
         roles: The writer of each role that has examples; after `close`, in the order of `ROLES`.
-        files: After `close`, the size in bytes and the SHA-256 of each file by its name.
+        described: After `close`, the `role.json` of each of them.
+        first_frames: The number of pictures whose file has more frames or pages.
+        dark: The names of pictures whose 16 bits use less than a quarter of their range.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, class_names: Sequence[str], fit: str) -> None:
         self._folder = folder
+        self._same_in_all = {"class_names": class_names, "fit": fit}
         self.roles: dict[str, ShardWriter] = {}
-        self.files: dict[str, dict[str, Any]] = {}
+        self.described: dict[str, dict[str, Any]] = {}
+        self.first_frames = 0
+        self.dark: list[str] = []
 
     def add(self, role: str, example: Example, picture: Picture) -> None:
         if role not in self.roles:
-            self.roles[role] = ShardWriter(self._folder, role)
+            self.roles[role] = ShardWriter(self._folder / role)
         self.roles[role].add(example, picture)
+        self.first_frames += picture.frames
+        if picture.dark:
+            self.dark.append(example.name)
 
     def close(self) -> None:
         self.roles = {role: self.roles[role] for role in ROLES if role in self.roles}
-        for writer in self.roles.values():
-            for path in writer.close():
-                self.files[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+        for role in ROLES:
+            (self._folder / role).mkdir(exist_ok=True)
+        for role, writer in self.roles.items():
+            written = {
+                path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in writer.close()
+            }
+            digest = _digest({**self._same_in_all, "files": written})
+            described = {**self._same_in_all, **writer.describe(self._same_in_all["class_names"])}
+            self.described[role] = {**described, "files": written, "digest": digest}
+            files.write_json(self._folder / role / "role.json", self.described[role])
 
     def duplicates(self) -> dict[str, list[tuple[str, str]]]:
         """Find the pictures that two roles share.
@@ -136,25 +163,48 @@ class RecordsWriter:
         duplicates: dict[str, list[tuple[str, str]]] = {}
         for first, second in itertools.combinations(self.roles, 2):
             # Reversed, so that of equal pictures in the first role the first is named.
-            names = dict(zip(reversed(self.roles[first].digests), reversed(self.roles[first].names), strict=True))
-            pictures = zip(self.roles[second].digests, self.roles[second].names, strict=True)
+            rows = {role: [row.name for row in self.roles[role].rows] for role in (first, second)}
+            names = dict(zip(reversed(self.roles[first].digests), reversed(rows[first]), strict=True))
+            pictures = zip(self.roles[second].digests, rows[second], strict=True)
             duplicates[f"{first}_{second}"] = [(names[digest], name) for digest, name in pictures if digest in names]
         return duplicates
+
+
+class Row(NamedTuple):
+    """A row of `index.csv`.
+
+    Attributes:
+        name, label: The example's.
+        true_label: The source's label. The column is there if wrong labels were drawn.
+        shard: The number of the file.
+        offset, bytes: Where in the file the encoded picture lies.
+        crc32: zlib's, of these bytes.
+        orientation: EXIF's, 1 to 8, with which they are decoded.
+        height, width: In pixels, upright.
+    """
+
+    name: str
+    label: int
+    true_label: int | None
+    shard: int
+    offset: int
+    bytes: int
+    crc32: int
+    orientation: int
+    height: int
+    width: int
 
 
 class ShardWriter:
     """Writes the shards of one role. They are renamed at the end, when their number is known."""
 
-    def __init__(self, folder: Path, role: str) -> None:
-        self._folder, self._role = folder, role
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
         self._writer: Any = None
         self._in_shard = self._bytes = self._shards = 0
-        self.names: list[str] = []
-        self.labels: list[int] = []
-        self.true_labels: list[int] = []  # as many as labels, or none where all labels are the source's
+        self.rows: list[Row] = []
         self.digests: list[bytes] = []
-        self.heights: list[int] = []
-        self.widths: list[int] = []
 
     def add(self, example: Example, picture: Picture) -> None:
         if "\r" in example.name:  # which a CSV reader would take for the end of a line
@@ -163,15 +213,23 @@ class ShardWriter:
             self._start_shard()
         record = _serialize(picture.encoded, example)
         self._writer.write(record)
-        self._in_shard += 1
-        self._bytes += len(record)
-        self.names.append(example.name)
-        self.labels.append(example.label)
-        if example.true_label is not None:
-            self.true_labels.append(example.true_label)
+        self.rows.append(
+            Row(
+                example.name,
+                example.label,
+                example.true_label,
+                self._shards - 1,
+                self._bytes + RECORD_HEADER + record.index(picture.encoded),
+                len(picture.encoded),
+                zlib.crc32(picture.encoded),
+                picture.orientation,
+                picture.height,
+                picture.width,
+            )
+        )
         self.digests.append(picture.digest)
-        self.heights.append(picture.height)
-        self.widths.append(picture.width)
+        self._in_shard += 1
+        self._bytes += RECORD_HEADER + len(record) + RECORD_FOOTER
 
     def _start_shard(self) -> None:
         if self._writer is not None:
@@ -181,24 +239,31 @@ class ShardWriter:
         self._shards += 1
 
     def _path(self, shard: int, suffix: str = "") -> Path:
-        return self._folder / f"{self._role}-{shard:05d}{suffix}.tfrecord"
+        return self._folder / f"{shard:05d}{suffix}.tfrecord"
 
     def close(self) -> Iterator[Path]:
         """Finish the files and yield the path of each."""
         self._writer.close()
         for shard in range(self._shards):
             yield self._path(shard).rename(self._path(shard, f"-of-{self._shards:05d}"))
-        path = self._folder / f"{self._role}.csv"
-        columns = {"name": self.names, "label": self.labels}
-        if self.true_labels:
-            columns["true_label"] = self.true_labels
-        files.write_csv(path, list(columns), zip(*columns.values(), strict=True))
+        path = self._folder / "index.csv"
+        columns = [column for column in Row._fields if column != "true_label" or self.rows[0].true_label is not None]
+        files.write_csv(path, columns, ([getattr(row, column) for column in columns] for row in self.rows))
         yield path
 
-    @property
-    def wrong_labels(self) -> int:
-        """The number of labels that are not the true ones."""
-        return sum(label != true for label, true in zip(self.labels, self.true_labels, strict=False))
+    def describe(self, class_names: Sequence[str]) -> dict[str, Any]:
+        """Return counts and sizes."""
+        counts = Counter(row.label for row in self.rows)
+        heights, widths = [row.height for row in self.rows], [row.width for row in self.rows]
+        return {
+            "count": len(self.rows),
+            "unlabelled": counts[UNKNOWN],
+            "classes": {name: counts[label] for label, name in enumerate(class_names)},
+            "height": {"min": min(heights), "max": max(heights)},
+            "width": {"min": min(widths), "max": max(widths)},
+            "mean_pixels": sum(map(operator.mul, heights, widths)) / len(self.rows),
+            "wrong_labels": sum(row.true_label not in {None, row.label} for row in self.rows),
+        }
 
 
 def _serialize(image: bytes, example: Example) -> bytes:
@@ -226,7 +291,7 @@ def _check(writer: RecordsWriter, data: Data, class_names: list[str]) -> None:
     for role, key in {**keys, "predict": "data.splits.predict"}.items():
         if role not in writer.roles and (role != "predict" or data.splits.predict):
             raise InputError(f"{key}: expected readable images, received none")
-    labels = {role: np.array(writer.roles[role].labels) for role in keys}
+    labels = {role: np.array([row.label for row in writer.roles[role].rows]) for role in keys}
     if (labels["test"] == UNKNOWN).all():
         del labels["test"]  # nothing can be scored on it then, which evaluate reports
     for role, role_labels in labels.items():
@@ -248,34 +313,20 @@ def _describe(
         "name": data.name,
         "version": source.version,
         "class_names": class_names,
-        "roles": {role: _describe_role(writer.roles[role], class_names) for role in writer.roles},
+        "roles": writer.described,
         "duplicates": {
-            pair: {"count": len(names), "names": [list(two) for two in names[:MAX_LISTED_DUPLICATES]]}
+            pair: {"count": len(names), "names": [list(two) for two in names[:MAX_LISTED]]}
             for pair, names in writer.duplicates().items()
         },
         "broken": broken,
-        "files": writer.files,
-        "digest": _digest(writer.files),
-        "wrong_labels": writer.roles["train"].wrong_labels,
+        "first_frames": writer.first_frames,
+        "dark": {"count": len(writer.dark), "names": writer.dark[:MAX_LISTED]},
+        "digest": _digest({role: described["digest"] for role, described in writer.described.items()}),
     }
 
 
-def _describe_role(writer: ShardWriter, class_names: list[str]) -> dict[str, Any]:
-    counts = Counter(writer.labels)
-    pixels = sum(height * width for height, width in zip(writer.heights, writer.widths, strict=True))
-    return {
-        "count": len(writer.labels),
-        "unlabelled": counts[UNKNOWN],
-        "classes": {name: counts[label] for label, name in enumerate(class_names)},
-        "height": {"min": min(writer.heights), "max": max(writer.heights)},
-        "width": {"min": min(writer.widths), "max": max(writer.widths)},
-        "mean_pixels": pixels / len(writer.labels),
-    }
-
-
-def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = "".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files))
-    return hashlib.sha256(lines.encode()).hexdigest()
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _metrics(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,7 +342,9 @@ def _metrics(info: Mapping[str, Any]) -> dict[str, Any]:
         **{key: info[key] for key in ("source", "name", "version", "digest")},
         "classes": len(info["class_names"]),
         "broken": len(info["broken"]),
-        "wrong_labels": info["wrong_labels"],
+        "first_frames": info["first_frames"],
+        "dark": info["dark"]["count"],
+        "wrong_labels": info["roles"]["train"]["wrong_labels"],
         "duplicates": {pair: described["count"] for pair, described in info["duplicates"].items()},
         "roles": {role: role_metrics(described) for role, described in info["roles"].items()},
     }

@@ -1,0 +1,170 @@
+"""The one way from a file to the pixels that a network sees: for prepare, training, evaluate and every later use.
+
+`read` gives a picture as a person sees it, `to_square` fits it to the network's input. Both are Pillow's own
+arithmetic, so another program gets the same pixels: open the file, apply its orientation, convert it to RGB, resize it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Fit = Literal["squash", "crop", "pad"]
+
+LARGEST = 178_956_970  # pixels: Pillow itself refuses pictures of more
+MAX_PIXELS = 120_000_000  # a little more than the 108 million of a phone's
+PAD = 128  # the value of the border that the fit `pad` adds, as of augmentation's
+ORIENTATION = 0x0112  # the EXIF tag
+
+# What Pillow reads by starting another program, or only names.
+_NOT_READ = frozenset(("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"))
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT = frozenset((b"iCCP", b"zTXt", b"tEXt"))
+_XMP = b"XML:com.adobe.xmp"  # the one text that Pillow finds an orientation in
+
+
+class BrokenImageError(Exception):
+    """A picture cannot be read. The message says why."""
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read: all that it decodes by itself."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - _NOT_READ))
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of the formats that are read, such as `.jpg`, in lower case."""
+    known = (*formats(), "MPO")  # from phones and cameras: a JPEG followed by more pictures
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
+
+
+def read(encoded: bytes, orientation: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a picture completely: RGB, upright, its first frame, without its alpha channel.
+
+    16-bit values are reduced to their upper 8 bits. Colour profiles are not applied. Pillow may warn of odd metadata.
+
+    Args:
+        encoded: the bytes of a file in any of `formats()`.
+        orientation: EXIF's, 1 to 8, in place of the file's own; None takes that.
+        max_pixels: of the largest picture that is decoded.
+
+    Raises:
+        BrokenImageError: it is not a picture, is damaged, or is too large.
+    """
+    with broken_if_unreadable(), open_image(encoded, max_pixels) as opened:
+        opened.load()
+        return to_rgb(opened, file_orientation(opened) if orientation is None else orientation)
+
+
+def to_square(picture: Image.Image, size: int, fit: Fit) -> Image.Image:
+    """Resize a picture to size x size pixels, bilinearly, with antialiasing where it shrinks.
+
+    Args:
+        picture: RGB.
+        size: height and width of the network's input.
+        fit: `squash` changes the proportions, `crop` takes the largest square in the middle, `pad` adds grey borders.
+    """
+    if picture.size == (size, size):
+        return picture
+    box: tuple[float, float, float, float] | None = None
+    if fit == "pad":
+        return ImageOps.pad(picture, (size, size), Image.Resampling.BILINEAR, (PAD, PAD, PAD))
+    if fit == "crop":
+        side = min(picture.size)
+        left, top = (picture.width - side) / 2, (picture.height - side) / 2
+        box = (left, top, left + side, top + side)
+    return picture.resize((size, size), Image.Resampling.BILINEAR, box)
+
+
+def open_image(encoded: bytes, max_pixels: int) -> Image.Image:
+    """Open a picture without decoding it, whose size is checked before anything is.
+
+    Raises:
+        BrokenImageError: it has more than `max_pixels`.
+        Exception: almost any, from Pillow's readers of damaged files.
+    """
+    if not encoded:
+        raise BrokenImageError("no bytes could be read")
+    image = Image.open(io.BytesIO(_without_text(encoded)), formats=formats())
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise BrokenImageError(
+            f"it has {image.width * image.height} pixels, and data.max_pixels, which can be set, allows {max_pixels}"
+        )
+    return image
+
+
+def file_orientation(image: Image.Image) -> int:
+    """EXIF's orientation of an opened picture, 1 to 8; 1 where it has none, or one that is none."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # EXIF data can be damaged in any way, and the pixels be whole
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def to_rgb(image: Image.Image, orientation: int) -> Image.Image:
+    """Convert a decoded picture to RGB and turn it upright.
+
+    Raises:
+        BrokenImageError: its numbers have no known range.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise BrokenImageError(f"its numbers (Pillow's mode {image.mode}) have no known range")
+    if image.mode.startswith("I"):  # 16 bits, or a PPM file's, which Pillow brings to 16; Pillow itself would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    rgb = image.convert("RGB")
+    return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+
+
+@contextmanager
+def broken_if_unreadable() -> Iterator[None]:
+    """Turn whatever Pillow's readers raise on damaged files into a `BrokenImageError`."""
+    try:
+        yield
+    except BrokenImageError:
+        raise
+    except Exception as error:
+        unknown = isinstance(error, UnidentifiedImageError)  # its message contains an address in memory
+        reason = "it is of no format that is read" if unknown else str(error) or type(error).__name__
+        raise BrokenImageError(reason) from None
+
+
+def png_chunks(encoded: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The name and all bytes of each chunk of a PNG file, as far as they are whole.
+
+    Of a file that is no PNG there are none.
+    """
+    start = len(PNG)
+    while encoded.startswith(PNG) and start + 12 <= len(encoded):
+        end = start + 12 + int.from_bytes(encoded[start : start + 4], "big")
+        yield encoded[start + 4 : start + 8], encoded[start:end]
+        start = end
+
+
+def _without_text(encoded: bytes) -> bytes:
+    """Leave out a PNG file's text and colour profile, whose length Pillow limits, and which change no pixel."""
+    chunks = [chunk for name, chunk in png_chunks(encoded) if name not in _PNG_TEXT and not _is_other_text(name, chunk)]
+    return PNG + b"".join(chunks) if chunks else encoded
+
+
+def _is_other_text(name: bytes, chunk: bytes) -> bool:
+    return name == b"iTXt" and not chunk.startswith(_XMP, 8)
