@@ -56,11 +56,13 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
     stored = Stored.by_setting(data.image_size, largest)
     console.log(f"prepare: {stored.describe()}")
     source = sources.open_source(data)
-    class_names = _class_names(data, source)
-    expressions = {role: text for role in ROLES if (text := getattr(data.splits, role)) is not None}
+    for note in source.notes:
+        console.log(f"prepare: {note}")
+    class_names, expressions = source.class_names, source.expressions
     sizes = splits.count_examples(source, expressions)
+    listed = Path(folder).with_name("broken.txt")
     broken: list[str] = []
-    roles = splits.assign_roles(source, data, class_names, broken)
+    roles = splits.assign_roles(source, data, class_names, broken, listed)
     drawn_labels = splits.draw_labels(source, data, class_names, roles)
     with files.atomic_write(folder) as temporary:
         temporary.mkdir()
@@ -75,24 +77,12 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
                 broken.append(f"{example.name} ({error})")
             else:
                 writer.add(role, example, picture)
-        splits.refuse_broken(broken, data.skip_broken)
-        _check(writer, data, class_names)
+        splits.refuse_broken(broken, data.skip_broken, listed)
+        _check(writer, data, expressions, class_names)
         writer.close()
         info = _describe(writer, data, source, class_names, broken)
         files.write_json(temporary / "dataset.json", info)
     return _metrics(info)
-
-
-def _class_names(data: Data, source: Source) -> list[str]:
-    if len(source.class_names) < 2:
-        raise InputError(f"data.name: expected at least two classes, received {len(source.class_names)}")
-    if data.class_names is None:
-        return source.class_names
-    if len(data.class_names) != len(source.class_names):
-        raise InputError(
-            f"data.class_names: expected {len(source.class_names)} names, received {len(data.class_names)}"
-        )
-    return data.class_names
 
 
 def _examples_with_roles(
@@ -280,16 +270,16 @@ def _serialize(image: bytes, example: Example) -> bytes:
     return bytes(serialized.SerializeToString(deterministic=True))
 
 
-def _check(writer: RecordsWriter, data: Data, class_names: list[str]) -> None:
+def _check(writer: RecordsWriter, data: Data, expressions: Mapping[str, str], class_names: list[str]) -> None:
     """Check the roles and labels, which are known only after all examples were read.
 
     Raises:
         InputError: A role has no readable image, a label is unknown where it is needed, or train lacks a class.
     """
-    val = "splits.val" if data.splits.val else "val_fraction" if data.val_fraction else "val_per_class"
+    val = "splits.val" if "val" in expressions else "val_fraction" if data.val_fraction else "val_per_class"
     keys = {"train": "data.splits.train", "val": f"data.{val}", "test": "data.splits.test"}
     for role, key in {**keys, "predict": "data.splits.predict"}.items():
-        if role not in writer.roles and (role != "predict" or data.splits.predict):
+        if role not in writer.roles and (role != "predict" or role in expressions):
             raise InputError(f"{key}: expected readable images, received none")
     labels = {role: np.array([row.label for row in writer.roles[role].rows]) for role in keys}
     if (labels["test"] == UNKNOWN).all():
@@ -319,6 +309,8 @@ def _describe(
             for pair, names in writer.duplicates().items()
         },
         "broken": broken,
+        "ignored": source.ignored,
+        "empty": list(source.empty),
         "first_frames": writer.first_frames,
         "dark": {"count": len(writer.dark), "names": writer.dark[:MAX_LISTED]},
         "digest": _digest({role: described["digest"] for role, described in writer.described.items()}),
@@ -342,6 +334,8 @@ def _metrics(info: Mapping[str, Any]) -> dict[str, Any]:
         **{key: info[key] for key in ("source", "name", "version", "digest")},
         "classes": len(info["class_names"]),
         "broken": len(info["broken"]),
+        "ignored": info["ignored"],
+        "empty": len(info["empty"]),
         "first_frames": info["first_frames"],
         "dark": info["dark"]["count"],
         "wrong_labels": info["roles"]["train"]["wrong_labels"],
