@@ -134,23 +134,55 @@ class Splits(Section):
         description="Examples that decide epochs, backbone and settings. Null: taken out of train, see `val_fraction`.",
     )
     predict: Text | None = Field(None, description="Examples to predict, whose labels are ignored. Null: none.")
+    unused: Text | None = Field(
+        None,
+        description="Examples that are left out on purpose. Splits of a folder or table which no key names are an"
+        " error.",
+    )
+
+
+class Columns(Section):
+    """Where a table or a TFDS data set holds what. Null: a table's column of the key's own name; TFDS's choice."""
+
+    image: Text | None = Field(None, description="The pictures: a table's paths, relative to the table.")
+    label: Text | None = Field(None, description="The class names. Empty in a table: the class is not known.")
+    split: Text | None = Field(
+        None,
+        description="The names of the splits, of a table only. Without the column: `train`, `predict` if no label.",
+    )
+
+
+Links = Literal["refuse", "within", "follow"]
 
 
 class Data(Section):
     """The images and their roles."""
 
-    source: Literal["bundled", "tfds", "folder"] = Field(
-        description="`bundled` (a data set in an installed package), `tfds` (TensorFlow Datasets) or `folder`."
+    source: Literal["bundled", "tfds", "folder", "table"] = Field(
+        description="`bundled` (a data set in an installed package), `tfds` (TensorFlow Datasets), `folder` or `table`"
+        " (a CSV or Parquet file with paths and labels)."
     )
-    name: Text = Field(description="`digits` for `bundled`, the builder's name for `tfds`, a path for `folder`.")
+    name: Text = Field(
+        description="`digits` for `bundled`, the builder's name for `tfds`, a path for `folder` and `table`."
+    )
     seed: Seed = Field(
         42, description="Draws val, the images that `train_per_class` keeps, and wrong labels: 0 to 2**31 - 1."
     )
-    splits: Splits
+    splits: Splits | None = Field(
+        None,
+        description="The examples of each role. Null: the source's `train`, `val` (or `valid`, `validation`), `test`"
+        " and `predict`; `val` only without `val_fraction` and `val_per_class`.",
+    )
+    columns: Columns = Columns()
+    links: Links = Field(
+        "within",
+        description="Symbolic links of a folder or table: `refuse` them, read those to files `within` the folder, or"
+        " `follow` all.",
+    )
     val_fraction: Fraction | None = Field(
         None,
         description="Fraction of each class of train, in (0, 1), that becomes val, at least one image. Exactly one of"
-        " `splits.val`, `val_fraction` and `val_per_class` must be given.",
+        " `splits.val`, `val_fraction` and `val_per_class` must be given, or none of them without `splits`.",
     )
     val_per_class: Count | None = Field(
         None, description="Number of images of each class of train that become val; see `val_fraction`."
@@ -192,12 +224,12 @@ class Data(Section):
     @model_validator(mode="after")
     def _check_val(self) -> Self:
         values = {
-            "splits.val": self.splits.val,
+            "splits.val": self.splits and self.splits.val,
             "val_fraction": self.val_fraction,
             "val_per_class": self.val_per_class,
         }
         given = [key for key, value in values.items() if value is not None]
-        if len(given) != 1:
+        if len(given) > 1 or (self.splits and not given):
             received = " and ".join(given) or "none of them"
             raise ValueError(f"exactly one of splits.val, val_fraction and val_per_class, received {received}")
         return self
@@ -206,6 +238,14 @@ class Data(Section):
     def _check_labels(self) -> Self:
         if self.shuffle_labels and self.label_noise:
             raise InconsistentError("label_noise", f"0 with shuffle_labels, received {self.label_noise:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        used = {"table": ("image", "label", "split"), "tfds": ("image", "label")}.get(self.source, ())
+        for key, value in self.columns:
+            if value is not None and key not in used:
+                raise InconsistentError(f"columns.{key}", f"null with source {self.source}, received {shorten(value)}")
         return self
 
     @field_validator("class_names")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
-from flatmin.common import console
+from flatmin.common import console, files
 from flatmin.common.errors import InputError
 from flatmin.common.params import Data
 from flatmin.data import images
@@ -44,13 +45,16 @@ def count_examples(source: Source, expressions: Mapping[str, str]) -> dict[str, 
     return sizes
 
 
-def assign_roles(source: Source, data: Data, class_names: list[str], broken: list[str]) -> np.ndarray | None:
+def assign_roles(
+    source: Source, data: Data, class_names: list[str], broken: list[str], listed: Path
+) -> np.ndarray | None:
     """Assign the examples of train's split to train and val.
 
     If broken images may be skipped, all images are read here, so that the requested numbers of images are readable.
 
     Args:
         broken: The broken images found here are appended to this list.
+        listed: See `refuse_broken`.
 
     Returns:
         int8 [n]: TRAIN, VAL or LEFT_OUT for each example of train's split; None if all of them are TRAIN.
@@ -58,19 +62,32 @@ def assign_roles(source: Source, data: Data, class_names: list[str], broken: lis
     changes_labels = data.label_noise or data.shuffle_labels
     if not any((data.val_fraction, data.val_per_class, data.train_per_class, changes_labels)):
         return None
-    labels = source.labels(data.splits.train)
+    train = source.expressions["train"]
+    labels = source.labels(train)
     refuse_unknown_labels(labels, class_names, "data.splits.train")
     readable = np.ones(len(labels), bool)
     if data.skip_broken:
-        examples = source.examples(data.splits.train)
-        for index, example in enumerate(console.progress(examples, "check", len(labels), "image")):
-            try:
-                images.read_picture(example.image, max_pixels=data.max_pixels)
-            except BrokenImageError as error:
-                broken.append(f"{example.name} ({error})")
-                readable[index] = False
-        refuse_broken(broken, data.skip_broken)
+        readable = _check_readable(source, train, len(labels), data, broken)
+        if len(broken) > data.skip_broken:  # so that the refusal lists all
+            for expression in source.expressions.values():
+                if expression != train:
+                    _check_readable(source, expression, None, data, broken)
+        refuse_broken(broken, data.skip_broken, listed)
     return _carve_val(labels, readable, data, class_names)
+
+
+def _check_readable(source: Source, expression: str, count: int | None, data: Data, broken: list[str]) -> np.ndarray:
+    """Read all images of a split expression. Returns bool [n]: which are readable; `broken` gets the others."""
+    readable = []
+    for example in console.progress(source.examples(expression), "check", count, "image"):
+        try:
+            images.read_picture(example.image, max_pixels=data.max_pixels)
+        except BrokenImageError as error:
+            broken.append(f"{example.name} ({error})")
+            readable.append(False)
+        else:
+            readable.append(True)
+    return np.array(readable, bool)
 
 
 def _carve_val(labels: np.ndarray, readable: np.ndarray, data: Data, class_names: list[str]) -> np.ndarray:
@@ -122,21 +139,32 @@ def draw_labels(source: Source, data: Data, class_names: list[str], roles: np.nd
     random = np.random.default_rng([data.seed, 2])
     train = np.flatnonzero(roles == TRAIN)
     if data.shuffle_labels:
-        permuted = random.permutation(source.labels(data.splits.train)[train])
+        permuted = random.permutation(source.labels(source.expressions["train"])[train])
         return dict(zip(train.tolist(), permuted.tolist(), strict=True))
     drawn = random.choice(train, round(data.label_noise * len(train)), replace=False)
     shifts = random.integers(1, len(class_names), len(drawn))
-    labels = (source.labels(data.splits.train)[drawn] + shifts) % len(class_names)
+    labels = (source.labels(source.expressions["train"])[drawn] + shifts) % len(class_names)
     return dict(zip(drawn.tolist(), labels.tolist(), strict=True))
 
 
-def refuse_broken(broken: list[str], allowed: int) -> None:
-    """Raise InputError if there are more than `allowed` broken images."""
-    if len(broken) > allowed:
-        listed = ", ".join(broken[:MAX_LISTED_BROKEN]) + (", ..." if len(broken) > MAX_LISTED_BROKEN else "")
-        raise InputError(
-            f"data.skip_broken: expected at most {allowed} broken images, received {len(broken)}: {listed}"
-        )
+def refuse_broken(broken: list[str], allowed: int, listed: Path) -> None:
+    """Raise InputError if there are more than `allowed` broken images.
+
+    Args:
+        broken: The names with the reasons.
+        listed: The text file that then holds all of them, a line for each. Otherwise it is removed.
+    """
+    if len(broken) <= allowed:
+        listed.unlink(missing_ok=True)
+        return
+    with files.atomic_write(listed) as temporary:
+        lines = [text.replace("\r", "\\r").replace("\n", "\\n") + "\n" for text in broken]
+        temporary.write_text("".join(lines), encoding="utf-8")
+    shown = ", ".join(broken[:MAX_LISTED_BROKEN]) + (", ..." if len(broken) > MAX_LISTED_BROKEN else "")
+    raise InputError(
+        f"data.skip_broken: expected at most {allowed} broken images, received {len(broken)}, all listed in {listed}:"
+        f" {shown}"
+    )
 
 
 def refuse_unknown_labels(labels: np.ndarray, class_names: list[str], key: str) -> None:

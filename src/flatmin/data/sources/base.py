@@ -15,6 +15,8 @@ import tensorflow_datasets as tfds
 
 from flatmin.common import errors
 from flatmin.common.errors import InputError
+from flatmin.common.params import Data
+from flatmin.data.sources import roles
 
 UNKNOWN = -1  # the label of an example whose class is not known
 
@@ -50,11 +52,19 @@ class Source(ABC):
         class_names: Names of the classes in the order of the labels.
         version: Version of the data.
         splits: TFDS's SplitInfo of each split.
+        expressions: The split expression of each role, in the order of `ROLES`.
+        ignored: The number of files that are no examples, by reason and suffix.
+        empty: The folders that hold no picture.
+        notes: Lines that tell the user what was found.
     """
 
     class_names: list[str]
     version: str
     splits: Mapping[str, Any]
+    expressions: dict[str, str]
+    ignored: Mapping[str, Mapping[str, int]] = {}
+    empty: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def locate(self, expression: str, key: str = "data.splits") -> list[Slice]:
         """Return the slices that a split expression stands for, without empty ones.
@@ -85,27 +95,57 @@ class Source(ABC):
 
 
 class ListedSource(Source):
-    """A source whose names and labels are known before any image is read.
+    """A source whose names and classes are known before any image is read.
 
-    Each split is put in the order of `balanced_order`.
+    Classes are in the order of `roles.in_order`, and each split is in that of `balanced_order`. The classes of splits
+    that are only predicted, or unused, do not count.
     """
 
-    def __init__(
-        self, class_names: list[str], version: str, items: Mapping[str, Sequence[tuple[str, int]]], seed: int
-    ) -> None:
-        """`items` are the (name, label) pairs of each split."""
-        self.class_names, self.version = class_names, version
+    # How an example has its class, and how it has none.
+    HAS_CLASS, HAS_NO_CLASS = "with a label", "without one"
+
+    def __init__(self, data: Data, version: str, items: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+        """`items` are the names of each split's examples, each with its class, "" if that is not known.
+
+        Raises:
+            InputError: The classes or splits cannot be what the user means.
+        """
+        self.version = version
+        sizes = {split: len(pairs) for split, pairs in items.items()}
+        self.expressions = roles.expressions(data, sizes)
+        roles.refuse_unused(data, self.expressions, sizes)
+        scored = [roles.named_splits(text, items) for role, text in self.expressions.items() if role != "predict"]
+        classes = {split: {name for _, name in items[split]} for split in sorted(set().union(*scored))}
+        for split in classes:
+            self._refuse_partly_labelled(split, items[split])
+        classes = {split: names - {""} for split, names in classes.items()}
+        self.notes = roles.refuse_spellings(classes)
+        roles.refuse_lacking(classes, self.expressions)
+        names = set().union(*classes.values())
+        self.class_names = roles.in_order(names)
+        if self.class_names != sorted(names):
+            self.notes.append(f"the classes are in numeric order: {', '.join(self.class_names[:3])}, ...")
+        labels = {name: label for label, name in enumerate(self.class_names)}
         self._names: dict[str, list[str]] = {}
         self._labels: dict[str, np.ndarray] = {}
         for split, pairs in items.items():
-            labels = np.array([label for _, label in pairs], np.int32)
-            order = balanced_order(labels, seed)
+            # All unknown, where the split counts for nothing.
+            split_labels = [labels[name] if name and split in classes else UNKNOWN for _, name in pairs]
+            self._labels[split] = np.array(split_labels, np.int32)
+            order = balanced_order(self._labels[split], data.seed)
+            self._labels[split] = self._labels[split][order]
             self._names[split] = [pairs[index][0] for index in order]
-            self._labels[split] = labels[order]
         self.splits = {
-            split: tfds.core.SplitInfo(name=split, shard_lengths=[len(pairs)], num_bytes=0)
-            for split, pairs in items.items()
+            split: tfds.core.SplitInfo(name=split, shard_lengths=[size], num_bytes=0) for split, size in sizes.items()
         }
+
+    def _refuse_partly_labelled(self, split: str, pairs: Sequence[tuple[str, str]]) -> None:
+        unlabelled = [name for name, class_name in pairs if not class_name]
+        if 0 < len(unlabelled) < len(pairs):
+            raise InputError(
+                f"data.name: expected all or none of the images of {split!r} {self.HAS_CLASS},"
+                f" received {unlabelled[0]!r} {self.HAS_NO_CLASS}"
+            )
 
     def examples(self, expression: str) -> Iterator[Example]:
         for split, start, stop in self.locate(expression):

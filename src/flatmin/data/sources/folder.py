@@ -3,106 +3,93 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from flatmin.common.errors import InputError
-from flatmin.data.sources.base import UNKNOWN, ListedSource
-
-SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-)
+from flatmin.common.params import Data
+from flatmin.data.sources import listing, roles
+from flatmin.data.sources.base import ListedSource
+from flatmin.data.sources.listing import Listing
 
 
 class FolderSource(ListedSource):
     """A folder of class folders, or a folder of splits which hold either class folders or unlabelled images.
 
-    If any image lies two or more folders deep, the top-level folders are splits. The classes of all splits are combined
-    and sorted. Images may lie at any depth below their class folder; they are recognised by their suffix,
-    and hidden files and folders are ignored. The version is a digest of the files' names and sizes.
+    If any image lies two or more folders deep, the top-level folders are splits. The classes of all splits are
+    combined. Below a split's class folder, images may lie at any depth. They are recognised by their suffix, or by
+    their first bytes where the name has none. The version is a digest of the files' names and sizes.
     """
 
-    def __init__(self, name: str, seed: int) -> None:
-        self._root = Path(name).expanduser()
+    HAS_CLASS, HAS_NO_CLASS = "in class folders", "outside one"
+
+    def __init__(self, data: Data) -> None:
+        self._root = Path(data.name).expanduser()
         if not self._root.is_dir():
-            raise InputError(f"data.name: expected a folder, received {name!r}")
-        files = sorted(_find_images(self._root))
-        outside = [file for file in files if "/" not in file]
-        if outside or not files:
-            received = f"{outside[0]!r} outside any class folder" if outside else f"no images in {name!r}"
-            raise InputError(f"data.name: expected a folder of images for each class, received {received}")
-        if all(file.count("/") == 1 for file in files):
-            located = [("train", file.split("/")[0], file) for file in files]
-        else:
-            located = [_split_and_class(file) for file in files]
-        class_names = sorted({class_name for _, class_name, _ in located if class_name})
-        labels = {class_name: label for label, class_name in enumerate(class_names)}
-        items: dict[str, list[tuple[str, int]]] = {}
-        for split, class_name, file in located:
-            items.setdefault(split, []).append((file, labels.get(class_name, UNKNOWN)))
-        _refuse_partly_labelled(items)
-        super().__init__(class_names, _listing_digest(self._root, files), items, seed)
+            raise InputError(f"data.name: expected a folder, received {data.name!r}")
+        listed = Listing(self._root, data.links)
+        self.ignored, self.empty = listed.ignored, _without_pictures(listed)
+        described = listing.describe(self.ignored, self.empty)
+        outside = [file for file in listed.files if "/" not in file]
+        if outside or not listed.files:
+            received = f"{outside[0]!r} outside any class folder" if outside else f"no images in {data.name!r}"
+            also = f" ({described})" if described else ""
+            raise InputError(f"data.name: expected a folder of images for each class, received {received}{also}")
+        items = _arrange(listed.files, data)
+        super().__init__(data, _listing_digest(self._root, listed.files), items)
+        self.notes = [*([described] if described else []), *self.notes]
 
     def _read(self, name: str) -> bytes:
-        try:
-            return (self._root / name).read_bytes()
-        except OSError:
-            return b""  # treated like an empty file: a broken image, which is reported and counted on decoding
+        return listing.read_file(self._root / name)
 
 
-def _split_and_class(file: str) -> tuple[str, str, str]:
-    """Return (split, class or "", file) of `split/class/.../file` or `split/file`."""
-    split, *classes = file.split("/")[:-1]
-    return split, classes[0] if classes else "", file
+def _without_pictures(listed: Listing) -> list[str]:
+    """Return the folders without pictures, among those that would be splits or classes."""
+    parts = [file.split("/")[:-1] for file in listed.files]
+    depth = 2 if any(len(folders) > 1 for folders in parts) else 1
+    full = {"/".join(folders[:level]) for folders in parts for level in range(1, depth + 1)}
+    empty = [folder for folder in listed.folders if folder.count("/") < depth and folder not in full]
+    # A split's empty class folders are not named where the split itself is empty, nor is an unlabelled split's folder.
+    return [folder for folder in empty if folder.rpartition("/")[0] not in empty]
 
 
-def _refuse_partly_labelled(items: Mapping[str, Sequence[tuple[str, int]]]) -> None:
-    for split, pairs in items.items():
-        unlabelled = [file for file, label in pairs if label == UNKNOWN]
-        if 0 < len(unlabelled) < len(pairs):
-            raise InputError(
-                f"data.name: expected all or none of the images of {split!r} in class folders,"
-                f" received {unlabelled[0]!r} outside one"
-            )
-
-
-def _find_images(root: Path) -> Iterator[str]:
-    """Yield the paths of the images below `root`, relative to it, with forward slashes.
+def _arrange(files: Sequence[str], data: Data) -> dict[str, list[tuple[str, str]]]:
+    """Return the files of each split with their classes, "" where there is none.
 
     Raises:
-        InputError: A symbolic link leads out of `root`, which is hardly ever intended, or to a folder; or a name is
-            not valid UTF-8.
+        InputError: The folders cannot be what the user means by classes and splits.
     """
-    resolved_root = root.resolve()
-    for folder, folders, files in os.walk(root, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in folders:
-            if (Path(folder) / name).is_symlink():
-                raise InputError(f"data.name: expected no symbolic links to folders, received {Path(folder) / name}")
-        for name in files:
-            path = Path(folder) / name
-            if name.startswith(".") or path.suffix.lower() not in SUFFIXES:
-                continue
-            if path.is_symlink() and not path.resolve().is_relative_to(resolved_root):
-                raise InputError(f"data.name: expected symbolic links to files within {root}, received {path}")
-            if not _is_utf8(name) or not _is_utf8(folder):
-                raise InputError(f"data.name: expected names in UTF-8, received {str(path)!r}")
-            # A dangling link counts as a broken image; pipes and sockets are ignored.
-            if path.is_file() or not path.exists():
-                yield path.relative_to(root).as_posix()
+    if all(file.count("/") == 1 for file in files):
+        roles.refuse_splits_as_classes(sorted({file.split("/")[0] for file in files}), data.name)
+        return {"train": [(file, file.split("/")[0]) for file in files]}
+    items: dict[str, list[tuple[str, str]]] = {}
+    for file in files:
+        split, *classes = file.split("/")[:-1]
+        items.setdefault(split, []).append((file, classes[0] if classes else ""))
+    _refuse_other_than_splits(items, data)
+    for split, pairs in items.items():
+        roles.refuse_splits_as_classes(sorted({name for _, name in pairs if name}), f"{data.name}/{split}")
+    return items
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _refuse_other_than_splits(items: dict[str, list[tuple[str, str]]], data: Data) -> None:
+    """Refuse top-level folders that are splits by their depth alone: no name is usual, and no role names any."""
+    expressions = data.splits.model_dump(exclude_none=True).values() if data.splits else ()
+    named = any(roles.named_splits(text, items) for text in expressions)
+    if named or any(split.lower() in roles.USUAL for split in items):
+        return
+    found = next(file for pairs in items.values() for file, class_name in pairs if class_name)
+    if len(items) == 1:
+        write = f"data.name: {Path(data.name) / next(iter(items))}"
+    else:
+        write = (
+            "the names of the splits in data.splits, if these folders are splits; if they are classes, move them into a"
+            f" folder train/, in which pictures may lie deeper (train/{found})"
+        )
+    tops = ", ".join(list(items)[: roles.MAX_LISTED]) + (", ..." if len(items) > roles.MAX_LISTED else "")
+    raise InputError(
+        f"data.name: expected CLASS/image or SPLIT/CLASS/image, received {found!r} in {tops}; write {write}"
+    )
 
 
 def _listing_digest(root: Path, files: Sequence[str]) -> str:

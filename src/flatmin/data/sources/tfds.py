@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,11 @@ import tensorflow_datasets as tfds
 
 from flatmin.common import errors
 from flatmin.common.errors import InputError
+from flatmin.common.params import Data
+from flatmin.data.sources import roles
 from flatmin.data.sources.base import Example, Source
+
+ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 
 # Features that may hold an example's name, in the order in which they are looked for.
 NAME_FEATURES = ("name", "file_name", "filename", "image/filename", "image/file_name", "id")
@@ -23,41 +27,58 @@ NAME_FEATURES = ("name", "file_name", "filename", "image/filename", "image/file_
 class TfdsSource(Source):
     """A TFDS builder, read in TFDS's own order."""
 
-    def __init__(self, name: str) -> None:
-        self._builder = _prepared_builder(name)
+    def __init__(self, data: Data) -> None:
+        self._builder = _prepared_builder(data.name)
         info = self._builder.info
         self.version = str(self._builder.version)
         self.splits = info.splits
-        self._image, self._label = _image_and_label(name, info)
+        self.expressions = roles.expressions(data, {split: info.splits[split].num_examples for split in info.splits})
+        self._image, self._label = _image_and_label(data, info.features, info.supervised_keys)
         self._name = _name_feature(info.features)
         self.class_names = list(info.features[self._label].names)
 
     def examples(self, expression: str) -> Iterator[Example]:
-        name = self._name or "tfds_id"
-        decoders = {self._image: tfds.decode.SkipDecoding()}
-        for features in self._read(expression, decoders, add_tfds_id=not self._name):
-            text = features[name].decode("utf-8", "backslashreplace")
+        for features in self._read(expression, self._name or "tfds_id"):
+            text = features[self._name or "tfds_id"].decode("utf-8", "backslashreplace")
             yield Example(features[self._image], int(features[self._label]), text)
 
     def labels(self, expression: str) -> np.ndarray:
-        label_only = tfds.decode.PartialDecoding({self._label: True})
-        labels = (features[self._label] for features in self._read(expression, label_only))
+        labels = (features[self._label] for features in self._read(expression))
         return np.fromiter(labels, np.int32)
 
-    def _read(self, expression: str, decoders: Any, add_tfds_id: bool = False) -> Iterator[dict[str, Any]]:
+    def _read(self, expression: str, name: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the label of each example, and if `name` is given, that feature and the encoded image too."""
+        in_order = self._read_indexed if self._builder.info.file_format == ARRAY_RECORD else self._read_in_order
+        try:
+            yield from in_order(expression, name)
+        # What TFDS and its readers raise on files that are missing, damaged or of a format that needs another package.
+        except (tf.errors.OpError, RuntimeError, ImportError, OSError, ValueError) as error:
+            kind = self._builder.info.file_format
+            raise InputError(
+                f"data.name: expected complete files in {self._builder.data_path}, which are of the format"
+                f" {kind.value if kind else 'tfrecord'}, received: {_first_line(error)}"
+            ) from None
+
+    def _read_in_order(self, expression: str, name: str | None) -> Iterator[dict[str, Any]]:
+        partial = tfds.decode.PartialDecoding({self._label: True})
         with _without_deprecation_warnings():
             dataset = self._builder.as_dataset(
                 split=expression,
-                decoders=decoders,
-                read_config=tfds.ReadConfig(add_tfds_id=add_tfds_id, try_autocache=False),
+                decoders={self._image: tfds.decode.SkipDecoding()} if name else partial,
+                read_config=tfds.ReadConfig(add_tfds_id=name == "tfds_id", try_autocache=False),
                 shuffle_files=False,
             )
-        try:
-            yield from dataset.as_numpy_iterator()
-        except (tf.errors.DataLossError, tf.errors.NotFoundError) as error:
-            raise InputError(
-                f"data.name: expected complete files in {self._builder.data_path}, received: {_first_line(error)}"
-            ) from None
+        yield from dataset.as_numpy_iterator()
+
+    def _read_indexed(self, expression: str, name: str | None) -> Iterator[dict[str, Any]]:
+        """Read array_record files, which TFDS does not stream. An example's `tfds_id` is its file format and index."""
+        for split, start, stop in self.locate(expression):
+            source = self._builder.as_data_source(split=split, decoders={self._image: tfds.decode.SkipDecoding()})
+            for index in range(start, stop):
+                features = source[index]
+                if features[self._label] is None or not features[self._image]:  # what a damaged file gives
+                    raise ValueError(f"no example {index} of {split}")
+                yield {**features, "tfds_id": f"{self._builder.name}-{split}.array_record__{index}".encode()}
 
 
 @contextmanager
@@ -97,22 +118,45 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {errors.first_line(str(error))[:200]}"
 
 
-def _image_and_label(name: str, info: Any) -> tuple[str, str]:
-    """Return the keys of the image and the label: TFDS's supervised pair if it fits, else the only ones there are."""
-    features = info.features
-    images = [key for key, feature in features.items() if type(feature) is tfds.features.Image and _is_8_bit(feature)]
+def _image_and_label(data: Data, features: Mapping[str, Any], pair: Any) -> tuple[str, str]:
+    """Return the keys of the image and the label: those of `data.columns`, TFDS's supervised pair, the only ones.
+
+    Raises:
+        InputError: A key of `data.columns` does not fit, or it is needed, because there are several or none.
+    """
+    images = [key for key, feature in features.items() if _is_image(feature)]
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    pair = info.supervised_keys
-    if pair and len(pair) == 2 and pair[0] in images and pair[1] in labels:
-        return pair
-    if len(images) != 1 or len(labels) != 1:
-        received = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
-        raise InputError(f"data.name: expected one Image and one ClassLabel, received {name} with {received}")
-    return images[0], labels[0]
+    fits = pair and len(pair) == 2 and pair[0] in images and pair[1] in labels
+    usual = pair if fits else (None, None)
+    image = _choose(data, "image", data.columns.image, usual[0], images, features)
+    return image, _choose(data, "label", data.columns.label, usual[1], labels, features)
 
 
-def _is_8_bit(image: Any) -> bool:
-    return bool(image.np_dtype == np.uint8)
+def _choose(
+    data: Data, column: str, given: str | None, usual: str | None, fitting: list[str], features: Mapping[str, Any]
+) -> str:
+    key = given or usual or (fitting[0] if len(fitting) == 1 else None)
+    if key in fitting:
+        return str(key)
+    kind = {"image": "Image of 8 or 16 bits", "label": "ClassLabel"}[column]
+    received = ", ".join(f"{key} ({_describe(feature)})" for key, feature in features.items())
+    if given is None and len(fitting) > 1:
+        choices = " or ".join(fitting)
+        raise InputError(
+            f"data.columns.{column}: expected a choice, as {data.name} has several, received null: write {choices}"
+        )
+    received = f"{given!r} of {received}" if given else f"{data.name} with {received}"
+    raise InputError(f"data.columns.{column}: expected one {kind}, received {received}")
+
+
+def _describe(feature: Any) -> str:
+    bits = f" of {np.dtype(feature.np_dtype).name}" if type(feature) is tfds.features.Image else ""
+    return type(feature).__name__ + bits
+
+
+def _is_image(feature: Any) -> bool:
+    """Whether it is an image in a file format, and not TFDS's encoding of floating point numbers."""
+    return type(feature) is tfds.features.Image and feature.np_dtype in (np.uint8, np.uint16)
 
 
 def _name_feature(features: Any) -> str | None:

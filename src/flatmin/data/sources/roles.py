@@ -1,0 +1,214 @@
+"""Which splits of a source the roles take, and which layouts of classes and splits cannot be meant."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping
+
+from flatmin.common.errors import InputError
+from flatmin.common.params import ROLES, Data
+
+# The usual names of splits, in lower case, and the role that each has.
+USUAL = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+    "predict": "predict",
+}
+MAX_LISTED = 8
+
+
+def expressions(data: Data, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Return the split expression of each role, in the order of `ROLES`: those of `data.splits`, or the usual ones.
+
+    Args:
+        sizes: The number of examples of each split.
+
+    Raises:
+        InputError: `data.splits` is left out, and the splits' names do not say which role each has.
+    """
+    if data.splits is not None:
+        given = data.splits.model_dump()
+        return {role: given[role] for role in ROLES if given[role] is not None}
+    carved = data.val_fraction is not None or data.val_per_class is not None
+    found: dict[str, str] = {}
+    for split in sizes:
+        role = USUAL.get(split.lower())
+        if role in found:
+            raise InputError(
+                f"data.splits: expected one split for {role}, found {found[role]!r} and {split!r}: name one"
+            )
+        if role and not (role == "val" and carved):
+            found[role] = split
+    needed = ("train", "test") if carved else ("train", "val", "test")
+    if not set(needed) <= set(found):
+        raise InputError(
+            f"data.splits: expected splits named {', '.join(needed)} where it is left out, found"
+            f" {_listed(sizes)}; write {_proposal(sizes, found, carved)}"
+        )
+    return {role: found[role] for role in ROLES if role in found}
+
+
+def _proposal(sizes: Mapping[str, int], found: Mapping[str, str], carved: bool) -> str:
+    """Return settings that fit these splits, as one writes them."""
+    train = found.get("train") or (next(iter(sizes)) if len(sizes) == 1 else None)
+    if train is None:
+        return "data.splits: {train: ..., val: ..., test: ...} with their names, several joined by +"
+    roles = dict(found) | {"train": train}
+    if "test" not in roles:
+        roles |= {"train": f'"{train}[:80%]"', "test": f'"{train}[80%:]"'}
+    pairs = ", ".join(f"{role}: {roles[role]}" for role in ROLES if role in roles)
+    val = "" if carved or "val" in roles else ", data.val_fraction: 0.1"
+    return f"data.splits: {{{pairs}}}{val}"
+
+
+def named_splits(expression: str, available: Collection[str]) -> set[str]:
+    """Return those of the available splits that occur in a split expression."""
+    names = {part.partition("[")[0].strip() for part in expression.split("+")}
+    return set(available) if "all" in names else names & set(available)
+
+
+def refuse_unused(data: Data, chosen: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+    """Refuse splits that neither a role nor `data.splits.unused` names.
+
+    Raises:
+        InputError: There are some, although each expression names splits that exist.
+    """
+    unused = data.splits.unused if data.splits else None
+    names = [named_splits(text, sizes) for text in (*chosen.values(), unused or "")]
+    left = [split for split in sizes if split not in set().union(*names)]
+    if not left or not all(names[:-1]):
+        return  # an expression without any split of the source has a message of its own
+    usual = {USUAL[split.lower()]: split for split in sizes if split.lower() in USUAL}
+    roles = ", ".join(f"{role}: {usual[role]}" for role in ROLES if role in usual)
+    carved = "val" in usual and "val" not in chosen
+    instead = f"data.splits: {{{roles}}}{' without data.val_fraction or val_per_class' if carved else ''}, or "
+    raise InputError(
+        f"data.splits: expected a role for each split, received {_listed({split: sizes[split] for split in left})}"
+        f" unused; write {instead if {'train', 'test'} <= set(usual) else ''}"
+        f"data.splits.unused: {'+'.join([*([unused] if unused else []), *left])}"
+    )
+
+
+def refuse_splits_as_classes(classes: Collection[str], where: str) -> None:
+    """Refuse classes whose names are those of splits.
+
+    Raises:
+        InputError: All are, or there is one for train and one for val or test.
+    """
+    usual = {USUAL[name.lower()] for name in classes if name.lower() in USUAL}
+    if usual and (all(name.lower() in USUAL for name in classes) or ("train" in usual and len(usual) > 1)):
+        raise InputError(
+            f"data.name: expected classes, received {_names(classes)} in {where}, which are names of splits: sort the"
+            " pictures of each split into a folder for each class (train/CLASS/...), or list them in a table with"
+            " labels (data.source: table)"
+        )
+
+
+def refuse_spellings(classes: Mapping[str, Collection[str]]) -> list[str]:
+    """Refuse a class that is spelled in several ways.
+
+    Args:
+        classes: The names of the classes in each split.
+
+    Returns:
+        A line for each two classes of one split that differ only in the spelling.
+
+    Raises:
+        InputError: Two names look the same, or differ only in the spelling and no split has both.
+    """
+    spellings: dict[str, list[str]] = {}
+    for name in sorted(set().union(*classes.values())):
+        spellings.setdefault(_folded(name), []).append(name)
+    notes = []
+    for names in spellings.values():
+        for index, second in enumerate(names):
+            for first in names[:index]:
+                splits = [split for split, members in classes.items() if first in members or second in members]
+                together = any({first, second} <= set(members) for members in classes.values())
+                if not together or _visible(first) == _visible(second):
+                    raise InputError(
+                        f"data.name: expected one spelling of each class, received {first!a} and {second!a}"
+                        f" in {', '.join(splits)}"
+                    )
+                notes.append(f"the classes {first!r} and {second!r} differ only in their spelling")
+    return notes
+
+
+def refuse_lacking(classes: Mapping[str, Collection[str]], chosen: Mapping[str, str]) -> None:
+    """Refuse a class of val or test that train lacks.
+
+    Raises:
+        InputError: There is one.
+    """
+    trained = named_splits(chosen["train"], classes)
+    known = set().union(*(classes[split] for split in trained))
+    if not trained:
+        return  # counting the examples says what is wrong
+    for role in ("val", "test"):
+        for split in sorted(named_splits(chosen.get(role, ""), classes)):
+            if lacking := sorted(set(classes[split]) - known):
+                raise InputError(
+                    f"data.splits.train: expected images of each class, received none of {lacking[0]!r}, which {split}"
+                    f" has ({len(lacking)} of {len(known | set(classes[split]))} classes are missing)"
+                )
+
+
+def in_order(class_names: Iterable[str]) -> list[str]:
+    """Sort class names: by number if all are integers, else as text."""
+    names = sorted(class_names)
+    if all(re.fullmatch(r"-?[0-9]+", name, re.ASCII) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return names
+
+
+def given_names(data: Data, class_names: list[str]) -> list[str]:
+    """Return the names that `data.class_names` gives to the classes.
+
+    Args:
+        class_names: The source's, in the order of the labels.
+
+    Raises:
+        InputError: There are too few classes, another number of names, or a name is that of another class.
+    """
+    if len(class_names) < 2:
+        received = f"{len(class_names)}" + "".join(f": {name!r}" for name in class_names)
+        raise InputError(f"data.name: expected at least two classes, received {received}")
+    given = data.class_names
+    if given is None:
+        return class_names
+    if len(given) != len(class_names):
+        raise InputError(f"data.class_names: expected {len(class_names)} names, received {len(given)}")
+    shuffled = sorted(given) == sorted(class_names)
+    strict = data.source in ("folder", "table")
+    folded = {_folded(name): name for name in class_names}
+    for name, own in zip(given, class_names, strict=True):
+        other = folded.get(_folded(name), own)
+        if (shuffled and name != own) or (strict and other != own and _folded(name) != _folded(own)):
+            raise InputError(
+                f"data.class_names: expected new names in the order of the classes {_names(class_names)}, received"
+                f" {name!r} for {own!r}, although it is another class: leave data.class_names out, or reorder it"
+            )
+    return given
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    shown = [f"{split} ({size})" for split, size in list(sizes.items())[:MAX_LISTED]]
+    return ", ".join(shown) + (", ..." if len(sizes) > MAX_LISTED else "")
+
+
+def _names(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
+
+
+def _visible(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
