@@ -7,6 +7,8 @@ arithmetic, so another program gets the same pixels: open the file, apply its or
 from __future__ import annotations
 
 import io
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -36,6 +38,7 @@ _TURNS = {
 PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = frozenset((b"iCCP", b"zTXt", b"tEXt"))
 _XMP = b"XML:com.adobe.xmp"  # the one text that Pillow finds an orientation in
+_opening = threading.Lock()
 
 
 class BrokenImageError(Exception):
@@ -103,7 +106,9 @@ def open_image(encoded: bytes, max_pixels: int) -> Image.Image:
     """
     if not encoded:
         raise BrokenImageError("no bytes could be read")
-    image = Image.open(io.BytesIO(_without_text(encoded)), formats=formats())
+    with _opening, warnings.catch_warnings():  # which sets filters of the whole process
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` decides
+        image = Image.open(io.BytesIO(_without_text(encoded)), formats=formats())
     if image.width * image.height > max_pixels:
         image.close()
         raise BrokenImageError(

@@ -108,7 +108,9 @@ def read_picture(encoded: bytes, stored: Stored = OWN_SIZE, max_pixels: int = MA
     dark = deep and kind != "PPM" and int(np.frombuffer(pixels, np.uint8).max()) < _QUARTER
     size = stored.size(*rgb.size)
     if size[0] * size[1] > max(max_pixels, rgb.width * rgb.height):
-        raise BrokenImageError(f"of {rgb.width} x {rgb.height} pixels it would be stored with more than max_pixels")
+        raise BrokenImageError(
+            f"of {rgb.width} x {rgb.height} pixels it would be stored with more than data.max_pixels"
+        )
     if size != rgb.size:
         rgb = rgb.resize(size, Image.Resampling.BICUBIC)
     elif (kept := _without_metadata(encoded, kind, deep)) and _decodes_to(kept, orientation, pixels, max_pixels):
