@@ -176,8 +176,8 @@ class Data(Section):
     columns: Columns = Columns()
     links: Links = Field(
         "within",
-        description="Symbolic links of a folder or table: `refuse` them, read those to files `within` the folder, or"
-        " `follow` all.",
+        description="Symbolic links of a folder or table: `refuse` them, read those to files `within` the folder or in"
+        " DVC's cache, or `follow` all.",
     )
     val_fraction: Fraction | None = Field(
         None,

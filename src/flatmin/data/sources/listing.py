@@ -26,6 +26,9 @@ SIGNATURES = re.compile(
     re.DOTALL,
 )
 
+# The path of a file in the cache of DVC 3, or in that of earlier ones.
+_DVC_CACHE = re.compile(r"/(files/md5|\.dvc/cache)/[0-9a-f]{2}/[0-9a-f]{30}\Z")
+
 REASONS = {"suffix": "", "hidden": "hidden or system", "no_file": "no file", "loop": "links in a loop"}
 MAX_LISTED = 10
 
@@ -135,24 +138,24 @@ def check_link(path: str, real_root: str, links: Links) -> None:
         InputError: It is not allowed.
     """
     target = os.path.realpath(path)
-    if links == "refuse" or (links == "within" and (os.path.isdir(path) or not is_within(target, real_root))):
+    if links == "refuse" or (links == "within" and (os.path.isdir(path) or not is_near(target, real_root))):
         refuse_link(path, links, target, real_root)
 
 
 def refuse_link(path: str, links: Links, target: str, real_root: str) -> NoReturn:
     """Raise InputError for the link `path` to `target`, and say which value of `data.links` reads it."""
-    expected = (
-        "no symbolic links" if links == "refuse" else "symbolic links to files within the folder of data.name only"
-    )
-    value = "within" if links == "refuse" and is_within(target, real_root) and not os.path.isdir(target) else "follow"
+    expected = "no symbolic links"
+    if links == "within":
+        expected = "symbolic links to files within the folder of data.name or in DVC's cache only"
+    value = "within" if links == "refuse" and is_near(target, real_root) and not os.path.isdir(target) else "follow"
     raise InputError(
         f"data.links: expected {expected}, as it is {links}, received {path!r}; write data.links: {value} to read it"
     )
 
 
-def is_within(path: str, folder: str) -> bool:
-    """Whether an absolute path lies below a folder. Neither may contain links or `..`."""
-    return path.startswith(folder.rstrip("/") + "/")
+def is_near(path: str, folder: str) -> bool:
+    """Whether a path lies below a folder or in a DVC cache, to which DVC itself may link. Neither may contain links."""
+    return path.startswith(folder.rstrip("/") + "/") or _DVC_CACHE.search(path) is not None
 
 
 def read_file(path: Path) -> bytes:

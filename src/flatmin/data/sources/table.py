@@ -92,7 +92,7 @@ def _checked_path(row: Row, root: Path, links: Links) -> str:
             " `follow` reads it"
         )
     linked = os.path.islink(path) or _real_folder(os.path.dirname(path)) != os.path.dirname(path)
-    if linked and (links == "refuse" or not listing.is_within(os.path.realpath(path), str(root))):
+    if linked and (links == "refuse" or not listing.is_near(os.path.realpath(path), str(root))):
         listing.refuse_link(f"{row.where}: {row.image}", links, os.path.realpath(path), str(root))
     return name
 
