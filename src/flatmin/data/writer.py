@@ -56,8 +56,6 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
     stored = Stored.by_setting(data.image_size, largest)
     console.log(f"prepare: {stored.describe()}")
     source = sources.open_source(data)
-    for note in source.notes:
-        console.log(f"prepare: {note}")
     class_names, expressions = source.class_names, source.expressions
     sizes = splits.count_examples(source, expressions)
     listed = Path(folder).with_name("broken.txt")

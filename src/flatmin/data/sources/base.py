@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from flatmin.common import errors
+from flatmin.common import console, errors
 from flatmin.common.errors import InputError
 from flatmin.common.params import Data
 from flatmin.data.sources import roles
@@ -55,7 +55,6 @@ class Source(ABC):
         expressions: The split expression of each role, in the order of `ROLES`.
         ignored: The number of files that are no examples, by reason and suffix.
         empty: The folders that hold no picture.
-        notes: Lines that tell the user what was found.
     """
 
     class_names: list[str]
@@ -64,7 +63,6 @@ class Source(ABC):
     expressions: dict[str, str]
     ignored: Mapping[str, Mapping[str, int]] = {}
     empty: Sequence[str] = ()
-    notes: Sequence[str] = ()
 
     def locate(self, expression: str, key: str = "data.splits") -> list[Slice]:
         """Return the slices that a split expression stands for, without empty ones.
@@ -119,12 +117,13 @@ class ListedSource(Source):
         for split in classes:
             self._refuse_partly_labelled(split, items[split])
         classes = {split: names - {""} for split, names in classes.items()}
-        self.notes = roles.refuse_spellings(classes)
+        for first, second in roles.refuse_spellings(classes):
+            console.log(f"prepare: the classes {first!r} and {second!r} differ only in their spelling")
         roles.refuse_lacking(classes, self.expressions)
         names = set().union(*classes.values())
         self.class_names = roles.in_order(names)
         if self.class_names != sorted(names):
-            self.notes.append(f"the classes are in numeric order: {', '.join(self.class_names[:3])}, ...")
+            console.log(f"prepare: the classes are in numeric order: {', '.join(self.class_names[:3])}, ...")
         labels = {name: label for label, name in enumerate(self.class_names)}
         self._names: dict[str, list[str]] = {}
         self._labels: dict[str, np.ndarray] = {}

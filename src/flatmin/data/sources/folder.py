@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from flatmin.common import console
 from flatmin.common.errors import InputError
 from flatmin.common.params import Data
 from flatmin.data.sources import listing, roles
@@ -29,15 +30,16 @@ class FolderSource(ListedSource):
             raise InputError(f"data.name: expected a folder, received {data.name!r}")
         listed = Listing(self._root, data.links)
         self.ignored, self.empty = listed.ignored, _without_pictures(listed)
-        described = listing.describe(self.ignored, self.empty)
+        if described := listing.describe(self.ignored, self.empty):
+            console.log(f"prepare: {described}")
         outside = [file for file in listed.files if "/" not in file]
         if outside or not listed.files:
             received = f"{outside[0]!r} outside any class folder" if outside else f"no images in {data.name!r}"
-            also = f" ({described})" if described else ""
-            raise InputError(f"data.name: expected a folder of images for each class, received {received}{also}")
-        items = _arrange(listed.files, data)
-        super().__init__(data, _listing_digest(self._root, listed.files), items)
-        self.notes = [*([described] if described else []), *self.notes]
+            raise InputError(
+                f"data.name: expected a folder of images for each class, received {received}; a table (data.source:"
+                " table) has the classes of images in any folders"
+            )
+        super().__init__(data, _listing_digest(self._root, listed.files), _arrange(listed.files, data))
 
     def _read(self, name: str) -> bytes:
         return listing.read_file(self._root / name)
@@ -95,6 +97,5 @@ def _refuse_other_than_splits(items: dict[str, list[tuple[str, str]]], data: Dat
 def _listing_digest(root: Path, files: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        path = root / file
-        digest.update(f"{file}\0{path.stat().st_size if path.exists() else 'none'}\n".encode())
+        digest.update(f"{file}\0{listing.size(root / file)}\n".encode())
     return digest.hexdigest()[:16]

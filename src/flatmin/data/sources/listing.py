@@ -166,6 +166,14 @@ def read_file(path: Path) -> bytes:
         return b""
 
 
+def size(path: Path) -> int | str:
+    """Return a file's size in bytes, `none` if it is missing or out of reach."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return "none"
+
+
 def _identity(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)

@@ -79,20 +79,26 @@ def refuse_unused(data: Data, chosen: Mapping[str, str], sizes: Mapping[str, int
     Raises:
         InputError: There are some, although each expression names splits that exist.
     """
-    unused = data.splits.unused if data.splits else None
-    names = [named_splits(text, sizes) for text in (*chosen.values(), unused or "")]
-    left = [split for split in sizes if split not in set().union(*names)]
-    if not left or not all(names[:-1]):
-        return  # an expression without any split of the source has a message of its own
+    unused = (data.splits and data.splits.unused) or ""
+    if unused and not named_splits(unused, sizes):
+        raise InputError(f"data.splits.unused: expected splits among {_listed(sizes)}, received {unused!r}")
+    names = [named_splits(text, sizes) for text in chosen.values()]
+    left = {split: size for split, size in sizes.items() if split not in named_splits(unused, sizes).union(*names)}
+    if left and all(names):  # an expression without any split of the source has a message of its own
+        raise InputError(
+            f"data.splits: expected a role for each split, received {_listed(left)} unused; write"
+            f" {_roles_for(left, chosen, sizes)}data.splits.unused: {'+'.join(filter(None, [unused, *left]))}"
+        )
+
+
+def _roles_for(left: Mapping[str, int], chosen: Mapping[str, str], sizes: Mapping[str, int]) -> str:
+    """Return settings, followed by "or", that give the splits which are left the roles of their names."""
     usual = {USUAL[split.lower()]: split for split in sizes if split.lower() in USUAL}
-    roles = ", ".join(f"{role}: {usual[role]}" for role in ROLES if role in usual)
-    carved = "val" in usual and "val" not in chosen
-    instead = f"data.splits: {{{roles}}}{' without data.val_fraction or val_per_class' if carved else ''}, or "
-    raise InputError(
-        f"data.splits: expected a role for each split, received {_listed({split: sizes[split] for split in left})}"
-        f" unused; write {instead if {'train', 'test'} <= set(usual) else ''}"
-        f"data.splits.unused: {'+'.join([*([unused] if unused else []), *left])}"
-    )
+    new = {role: split for role, split in usual.items() if split in left and role not in chosen}
+    if {"train", "test"} <= set(usual):
+        pairs = ", ".join(f"{role}: {usual[role]}" for role in ROLES if role in usual)
+        return f"data.splits: {{{pairs}}}{' without data.val_fraction or val_per_class' if 'val' in new else ''}, or "
+    return "".join(f"data.splits.{role}: {split}, or " for role, split in new.items())
 
 
 def refuse_splits_as_classes(classes: Collection[str], where: str) -> None:
@@ -110,14 +116,14 @@ def refuse_splits_as_classes(classes: Collection[str], where: str) -> None:
         )
 
 
-def refuse_spellings(classes: Mapping[str, Collection[str]]) -> list[str]:
+def refuse_spellings(classes: Mapping[str, Collection[str]]) -> list[tuple[str, str]]:
     """Refuse a class that is spelled in several ways.
 
     Args:
         classes: The names of the classes in each split.
 
     Returns:
-        A line for each two classes of one split that differ only in the spelling.
+        The pairs of classes which differ only in the spelling, and which a split has both of.
 
     Raises:
         InputError: Two names look the same, or differ only in the spelling and no split has both.
@@ -125,7 +131,7 @@ def refuse_spellings(classes: Mapping[str, Collection[str]]) -> list[str]:
     spellings: dict[str, list[str]] = {}
     for name in sorted(set().union(*classes.values())):
         spellings.setdefault(_folded(name), []).append(name)
-    notes = []
+    pairs = []
     for names in spellings.values():
         for index, second in enumerate(names):
             for first in names[:index]:
@@ -136,8 +142,8 @@ def refuse_spellings(classes: Mapping[str, Collection[str]]) -> list[str]:
                         f"data.name: expected one spelling of each class, received {first!a} and {second!a}"
                         f" in {', '.join(splits)}"
                     )
-                notes.append(f"the classes {first!r} and {second!r} differ only in their spelling")
-    return notes
+                pairs.append((first, second))
+    return pairs
 
 
 def refuse_lacking(classes: Mapping[str, Collection[str]], chosen: Mapping[str, str]) -> None:

@@ -45,7 +45,7 @@ class TableSource(ListedSource):
         table = Path(data.name).expanduser()
         if not table.is_file():
             raise InputError(f"data.name: expected a CSV or Parquet file, received {data.name!r}")
-        self._root = table.resolve().parent
+        self._root = table.parent.resolve()  # the table itself may be a link, such as DVC's
         items: dict[str, list[tuple[str, str]]] = {}
         lines: dict[str, str] = {}
         digest = hashlib.sha256()
@@ -60,10 +60,8 @@ class TableSource(ListedSource):
             if not split:
                 raise InputError(f"{table}: {row.where}: expected a split, received none for {name!r}")
             items.setdefault(split, []).append((name, row.label))
-            path = self._root / name
-            digest.update(
-                f"{name}\0{row.label}\0{split}\0{path.stat().st_size if path.exists() else 'none'}\n".encode()
-            )
+            size = listing.size(self._root / name)
+            digest.update(f"{name}\0{row.label}\0{split}\0{size}\n".encode())
         if not items:
             raise InputError(f"{table}: expected at least one row, received none")
         super().__init__(data, digest.hexdigest()[:16], items)

@@ -52,7 +52,14 @@ class TfdsSource(Source):
         try:
             yield from in_order(expression, name)
         # What TFDS and its readers raise on files that are missing, damaged or of a format that needs another package.
-        except (tf.errors.OpError, RuntimeError, ImportError, OSError, ValueError) as error:
+        except (
+            tf.errors.DataLossError,
+            tf.errors.NotFoundError,
+            RuntimeError,
+            ImportError,
+            OSError,
+            ValueError,
+        ) as error:
             kind = self._builder.info.file_format
             raise InputError(
                 f"data.name: expected complete files in {self._builder.data_path}, which are of the format"
