@@ -32,7 +32,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 # The required keys alone, each schedule once, and early stopping.
-RECIPE = {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 8, "epochs": 3}
+RECIPE = {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 8, "epochs": 3, "image_size": None}
 REQUIRED: dict[str, Any] = {
     "seeds": [0],
     "runtime": {},
@@ -60,7 +60,9 @@ DEFAULTS: dict[str, Any] = {
         "splits": {"val": None, "predict": None},
         "val_fraction": None,
         "train_per_class": None,
-        "image_size": None,
+        "image_size": "auto",
+        "fit": "squash",
+        "max_pixels": 120_000_000,
         "skip_broken": 0,
         "label_noise": 0.0,
         "shuffle_labels": False,
@@ -75,7 +77,6 @@ DEFAULTS: dict[str, Any] = {
         "dropout": 0.2,
         "views": 0,
         "early_stopping": {"patience": 5, "min_delta": 0.001},
-        "image_size": None,
         "seed": 42,
         "weights": {},
         "levels": "last",
@@ -91,7 +92,6 @@ DEFAULTS: dict[str, Any] = {
         "dropout": 0.2,
         "views": 0,
         "early_stopping": None,
-        "image_size": None,
         "fine_tune_at": None,
     },
     "sam": {
@@ -127,6 +127,14 @@ def without(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if isinstance(given.get(key, {}), dict)
     }
+
+
+@pytest.mark.parametrize(
+    ("extract", "finetune", "largest"),
+    [(None, None, 260), (96, None, 96), (96, 128, 128), ({"EfficientNetLite0": 300}, {"EfficientNetLite2": 64}, 300)],
+)
+def test_largest_image_size_is_over_backbones_and_stages(extract: Any, finetune: Any, largest: int) -> None:
+    assert params.largest_image_size(["EfficientNetLite0", "EfficientNetLite2"], extract, finetune) == largest
 
 
 def test_params_defaults_are_unchanged() -> None:
@@ -243,7 +251,8 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
         ),
         (
             "extract",
-            {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 8, "epochs": 3, "views": 2, "augment": False},
+            {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 8, "epochs": 3, "image_size": None}
+            | {"views": 2, "augment": False},
             "extract.views: expected at most 1 without augment, received 2",
         ),
         (
@@ -262,6 +271,11 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
         ("finetune.schedule", {"name": [1]}, "finetune.schedule.name: expected 'plateau' or 'cosine', received [1]"),
         ("finetune.schedule", {}, "finetune.schedule.name: expected a value, found none"),
         ("finetune.schedule", "cosine", "finetune.schedule: expected a mapping, received 'cosine'"),
+        ("data.image_size", 4, "data.image_size: expected greater than or equal to 8, received 4"),
+        ("data.image_size", "big", "data.image_size: expected 'auto' or 'original', received 'big'"),
+        ("data.image_size", None, "data.image_size: expected auto, original or an integer, received None"),
+        ("data.fit", "stretch", "data.fit: expected 'squash', 'crop' or 'pad', received 'stretch'"),
+        ("data.max_pixels", 2 * 10**8, "data.max_pixels: expected less than or equal to 178956970, received 200000000"),
         ("finetune.image_size", 4, "finetune.image_size: expected greater than or equal to 8, received 4"),
         *(
             (

@@ -24,8 +24,8 @@ import rerun_share
 
 SOURCE = ROOT / "src"
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-# Imports that can refuse params and change no result: the schema knows the names of backbones and SAM's settings.
-REFUSING = {("src/flatmin/common", "src/flatmin/models"), ("src/flatmin/common", "src/flatmin/sam")}
+# Imports that can refuse params and change no result: the schema knows backbones, SAM's settings, and picture sizes.
+REFUSING = {("src/flatmin/common", f"src/flatmin/{room}") for room in ("images.py", "models", "sam")}
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:
@@ -149,7 +149,7 @@ def test_params_every_section_drives_a_stage() -> None:
     from flatmin.common.params import Params
 
     named = {name for stage in DVC.values() for name in stage["params"] if isinstance(name, str)}
-    assert named == set(Params.model_fields)
+    assert named == set(Params.model_fields) | {"extract.image_size", "finetune.image_size"}
 
 
 def read(repository: Repository, name: str) -> Any:

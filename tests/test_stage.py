@@ -68,6 +68,28 @@ def test_declared_params_are_the_declared_sections_and_no_other() -> None:
         declared.params.model_copy()
 
 
+def declare_single_key() -> stage.Declared:
+    write("dvc.yaml", {"stages": {"train": DVC["stages"]["train"] | {"params": ["seeds", "finetune.image_size"]}}})
+    return stage.declare("train")
+
+
+def test_declared_params_of_a_single_key_are_that_key_and_no_other() -> None:
+    declared = declare_single_key()
+    assert declared.params.finetune.image_size == TINY["finetune"]["image_size"]
+    with pytest.raises(AttributeError, match=r"^dvc.yaml does not declare `epochs` for train$"):
+        _ = declared.params.finetune.epochs
+
+
+@pytest.mark.parametrize("size", [64, None, {"MobileNet025": 64}])
+def test_check_unchanged_after_edit_of_a_single_key_fails(size: Any) -> None:
+    declared = declare_single_key()
+    write("params.yaml", params_with("finetune", epochs=77))
+    declared.check_unchanged()
+    write("params.yaml", params_with("finetune", image_size=size))
+    with pytest.raises(InputError, match=r"^params\.yaml: finetune\.image_size"):
+        declared.check_unchanged()
+
+
 def test_declared_params_are_checked_as_a_whole() -> None:
     write("params.yaml", params_with("evaluate", ece_bins=0))
     with pytest.raises(InputError, match=r"params\.yaml: evaluate\.ece_bins: expected"):
