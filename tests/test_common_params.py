@@ -57,7 +57,9 @@ DEFAULTS: dict[str, Any] = {
     },
     "data": {
         "seed": 42,
-        "splits": {"val": None, "predict": None},
+        "splits": {"val": None, "predict": None, "unused": None},
+        "columns": {"image": None, "label": None, "split": None},
+        "links": "within",
         "val_fraction": None,
         "train_per_class": None,
         "image_size": "auto",
@@ -243,6 +245,9 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
         ("backbones", "ResNet50", "backbones: expected a list, such as ['ResNet50'], received 'ResNet50'"),
         ("backbones", ["ResNet50", 3], "backbones.1: expected a valid string, received 3"),
         ("backbones", ["ResNet50", "ResNet50"], "backbones: expected distinct names, received 'ResNet50' twice"),
+        ("data.columns", {"split": "x"}, "data.columns.split: expected null with source bundled, received 'x'"),
+        ("data.columns.path", "x", "data.columns.path: expected no such key, received 'x'"),
+        ("data.links", "all", "data.links: expected 'refuse', 'within' or 'follow', received 'all'"),
         ("data.val_fraction", 0.1, "data: expected exactly one of splits.val, val_fraction and val_per_class"),
         (
             "finetune.schedule",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import CIFAR, decode_with_tensorflow, needs_cifar, write_picture
 
+from flatmin import images
 from flatmin.common.errors import InputError
 from flatmin.common.params import Data
 from flatmin.data.sources import open_source
 from flatmin.data.sources.base import Source, balanced_order
 
 
-def opened(source: str, name: str | Path, seed: int = 0) -> Source:
+def opened(source: str, name: str | Path, **changes: Any) -> Source:
     splits = {"train": "train", "test": "test"}
-    values = {"source": source, "name": str(name), "seed": seed, "splits": splits, "val_fraction": 0.1}
+    values = {"source": source, "name": str(name), "seed": 0, "splits": splits, "val_fraction": 0.1, **changes}
     return open_source(Data.model_validate(values))
 
 
@@ -161,7 +163,8 @@ def test_folder_version_depends_on_the_files_only(tmp_path: Path) -> None:
 def test_folder_of_splits_may_have_unlabelled_ones(tmp_path: Path) -> None:
     for file in ("train/cat/1.png", "train/dog/deep/er/2.png", "test/dog/3.png", "new/2.png", "new/1.png", "new/3.png"):
         write_picture(tmp_path / file)
-    source = opened("folder", tmp_path)
+    splits = {"train": "train", "test": "test", "predict": "new"}
+    source = opened("folder", tmp_path, splits=splits)
     assert source.class_names == ["cat", "dog"]
     assert set(source.splits) == {"train", "test", "new"}
     assert [(example.name, example.label) for example in source.examples("test")] == [("test/dog/3.png", 1)]
@@ -186,15 +189,6 @@ def test_folder_with_link_within_it_is_followed(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "1.png").symlink_to(tmp_path / "cat" / "1.png")
     assert len(list(opened("folder", tmp_path).examples("train"))) == 2
-
-
-@pytest.mark.parametrize(("link", "target"), [("cat/2.png", "out/1.png"), ("dog", "out")])
-def test_folder_with_link_out_of_it_is_refused(link: str, target: str, tmp_path: Path) -> None:
-    write_picture(tmp_path / "in" / "cat" / "1.png")
-    write_picture(tmp_path / "out" / "1.png")
-    (tmp_path / "in" / link).symlink_to(tmp_path / target)
-    with pytest.raises(InputError, match=rf"data\.name: expected .*link.*, received .*/{link}$"):
-        opened("folder", tmp_path / "in")
 
 
 def test_folder_with_pipe_ignores_it(tmp_path: Path) -> None:
@@ -250,6 +244,9 @@ def test_tfds_with_prepared_builder_reads_it(caplog: pytest.LogCaptureFixture) -
     assert not caplog.records
 
 
+MASK_VALUE = 7
+
+
 def builder(features: dict[str, Any], **info: Any) -> Any:
     """Make a builder like those of `tfds.builder`, with ten examples and no download."""
     specification = tfds.features.FeaturesDict(features)
@@ -259,7 +256,8 @@ def builder(features: dict[str, Any], **info: Any) -> Any:
             return index % 2
         if isinstance(feature, tfds.features.Text):
             return f"{key}-{index}"
-        return np.zeros((4, 4, 3), np.uint8)
+        shape = [size or 4 for size in feature.shape]
+        return np.full(shape, MASK_VALUE if key == "mask" else 0, feature.np_dtype)
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         VERSION = tfds.core.Version("1.0.0")
@@ -321,22 +319,106 @@ def test_tfds_with_supervised_pair_and_id_uses_them(monkeypatch: pytest.MonkeyPa
     assert {example.name for example in source.examples("train")} == {f"id-{index}" for index in range(10)}
 
 
+COARSE = {"coarse": tfds.features.ClassLabel(names=["pet", "wild"])}
+MASK = {"mask": tfds.features.Image(shape=(None, None, 3))}
+DEPTH = {"image": tfds.features.Image(shape=(4, 4, 1), dtype=np.float32)}
+
+
 @pytest.mark.parametrize(
-    "features",
+    ("features", "columns", "message"),
     [
-        IMAGE,
-        LABEL,
-        {**IMAGE, **LABEL, "coarse": tfds.features.ClassLabel(num_classes=2)},
-        {**IMAGE, **LABEL, "mask": tfds.features.Image(shape=(None, None, 3))},
+        (IMAGE, {}, "data.columns.label: expected one ClassLabel, received tiny with image (Image of uint8)"),
+        (LABEL, {}, "data.columns.image: expected one Image of 8 or 16 bits, received tiny with label (ClassLabel)"),
+        (
+            IMAGE | LABEL | COARSE,
+            {},
+            "data.columns.label: expected a choice, as tiny has several, received null: write",
+        ),
+        (IMAGE | LABEL | MASK, {}, "data.columns.image: expected a choice, as tiny has several, received null: write"),
+        (IMAGE | LABEL, {"label": "image"}, "data.columns.label: expected one ClassLabel, received 'image' of "),
+        (
+            IMAGE | LABEL,
+            {"image": "nope"},
+            "data.columns.image: expected one Image of 8 or 16 bits, received 'nope' of",
+        ),
+        (DEPTH | LABEL, {}, "data.columns.image: expected one Image of 8 or 16 bits, received tiny with"),
     ],
-    ids=lambda features: "+".join(features),
 )
 def test_tfds_without_one_image_and_one_label_is_refused(
-    features: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    features: dict[str, Any], columns: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     install(monkeypatch, tmp_path, builder(features))
-    with pytest.raises(InputError, match=r"data\.name: expected one Image and one ClassLabel, received tiny with"):
-        opened("tfds", "tiny")
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        opened("tfds", "tiny", columns=columns)
+    for key in features:
+        assert key in str(error.value) or "choice" in message
+
+
+def test_tfds_with_several_images_and_labels_reads_those_that_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    features = IMAGE | LABEL | COARSE | MASK
+    install(monkeypatch, tmp_path, builder(features, supervised_keys=("image", "label")))
+    assert opened("tfds", "tiny").class_names == ["cat", "dog"]
+    source = opened("tfds", "tiny", columns={"image": "mask", "label": "coarse"})
+    assert source.class_names == ["pet", "wild"]
+    pixels = {int(decode_with_tensorflow(example.image).max()) for example in source.examples("train")}
+    assert pixels == {MASK_VALUE}
+
+
+def test_tfds_of_16_bits_gives_the_encoded_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    image = {"image": tfds.features.Image(shape=(4, 4, 1), dtype=np.uint16, encoding_format="png")}
+    install(monkeypatch, tmp_path, builder(image | LABEL))
+    example = next(opened("tfds", "tiny").examples("train"))
+    assert example.image[24] == 16  # PNG's bit depth
+    assert np.asarray(images.read(example.image)).max() == 0
+
+
+def test_tfds_of_array_record_gives_the_examples_of_tfrecord(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    features = IMAGE | LABEL | COARSE | MASK | {"id": tfds.features.Text()}
+    read = {}
+    for file_format in ("tfrecord", "array_record"):
+        tiny = builder(features, supervised_keys=("image", "label"))
+        tiny(data_dir=tmp_path / file_format, file_format=file_format).download_and_prepare()
+        install(monkeypatch, tmp_path / file_format, tiny)
+        source = opened("tfds", "tiny")
+        assert [example.label for example in source.examples("train")] == source.labels("train").tolist()
+        assert len(list(source.examples("train[2:6]+train[8:]"))) == 6
+        read[file_format] = sorted(source.examples("train"))
+    assert read["array_record"] == read["tfrecord"]
+
+
+def test_tfds_of_array_record_without_names_numbers_the_examples(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny = builder(IMAGE | LABEL)
+    tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    install(monkeypatch, tmp_path, tiny)
+    names = [example.name for example in opened("tfds", "tiny").examples("train[3:5]")]
+    assert names == ["tiny-train.array_record__3", "tiny-train.array_record__4"]
+
+
+def test_tfds_of_array_record_with_damaged_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny = builder(IMAGE | LABEL)
+    tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    install(monkeypatch, tmp_path, tiny)
+    (shard,) = tmp_path.rglob("*.array_record-*")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    message = rf"data\.name: expected complete files in {tmp_path}.* of the format array_record, received: "
+    with pytest.raises(InputError, match=message) as error:
+        list(opened("tfds", "tiny").examples("train"))
+    assert "\n" not in str(error.value)
+    shard.unlink()
+    with pytest.raises(InputError, match=message + ".*No such file"):
+        opened("tfds", "tiny").labels("train")
+
+
+def test_tfds_without_splits_takes_the_usual_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path, builder(IMAGE | LABEL))
+    with pytest.raises(
+        InputError, match=r"data\.splits: .* found train \(10\); write data\.splits: \{train: \"train\[:80%"
+    ):
+        opened("tfds", "tiny", splits=None)
 
 
 @pytest.mark.slow

@@ -1,0 +1,437 @@
+"""Folders: which files are examples, how the others are counted, and which layouts are refused."""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pictures import encode, picture, write_picture
+from PIL import Image
+
+from flatmin.common.errors import InputError
+from flatmin.common.params import Data
+from flatmin.data.sources import open_source
+from flatmin.data.sources.base import Source
+
+HALVES = {"train": "train[:50%]", "test": "train[50%:]"}
+GIVEN = {"train": "train", "test": "test"}
+CLASSES = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
+
+
+def put(root: Path, files: Iterable[str]) -> Path:
+    """Make files, whose bytes no source looks at before they are read."""
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(b"bytes")
+    return root
+
+
+def opened(root: Path, splits: dict[str, str] | None = HALVES, **changes: Any) -> Source:
+    carved = {"val_fraction": 0.1} if splits and "val" not in splits else {}
+    values = {"source": "folder", "name": str(root), "splits": splits, **carved, **changes}
+    return open_source(Data.model_validate(values))
+
+
+def refused(root: Path, splits: dict[str, str] | None = HALVES, **changes: Any) -> str:
+    with pytest.raises(InputError) as error:
+        opened(root, splits, **changes)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def names(source: Source, expression: str = "train") -> set[str]:
+    return {example.name for example in source.examples(expression)}
+
+
+# Every file is an example or counted
+
+
+def test_folder_counts_every_other_file_and_says_so_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, CLASSES)
+    put(tmp_path, [f"horse/{index}.HEIC" for index in range(20)])
+    put(tmp_path, ["readme.md", "cat/notes.txt", "cat/a.jpg_large", "cat/model.e-1", "dog/LICENSE", "dog/a.b c d"])
+    put(tmp_path, ["cat/Thumbs.db", "cat/.DS_Store", "cat/.3.png", "__MACOSX/cat/._1.png", "dog/@eaDir/1.png/x.jpg"])
+    put(tmp_path, [".git/objects/ab/cd", "dog/.ipynb_checkpoints/1.png", "dog/desktop.ini"])
+    os.mkfifo(tmp_path / "dog" / "3.png")
+    (tmp_path / "eel").mkdir()
+    source = opened(tmp_path)
+    assert names(source) == set(CLASSES)
+    assert source.ignored == {
+        "hidden": {"db": 1, "none": 2, "png": 3, "jpg": 1, "ini": 1},
+        "no_file": {"png": 1},
+        "suffix": {"heic": 20, "md": 1, "txt": 1, "jpg_large": 1, "none": 1, "e-1": 1, "other": 1},
+    }
+    assert source.empty == ["eel", "horse"]
+    assert capsys.readouterr().out == (
+        "prepare: 35 files were not read: 20 .heic, 1 .e-1, 1 .jpg_large, 1 .md, 1 without a suffix, 1 of odd suffixes,"
+        " 1 .txt; 8 hidden or system; 1 no file; folders without pictures: eel, horse\n"
+    )
+
+
+def test_folder_of_pictures_alone_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = opened(put(tmp_path, CLASSES))
+    assert (source.ignored, source.empty) == ({}, [])
+    assert capsys.readouterr().out == ""
+
+
+def test_folder_of_many_suffixes_lists_the_commonest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, CLASSES)
+    put(tmp_path, [f"cat/x.s{index}" for index in range(30)] + ["cat/a.txt", "cat/b.txt"])
+    assert sum(opened(tmp_path).ignored["suffix"].values()) == 32
+    said = capsys.readouterr().out
+    assert said.startswith("prepare: 32 files were not read: 2 .txt, 1 .s0, ")
+    assert said.endswith(", 21 of other suffixes\n")
+
+
+def test_folder_of_splits_names_empty_splits_and_classes(tmp_path: Path) -> None:
+    put(tmp_path, [f"{split}/{file}" for split in ("train", "test") for file in CLASSES])
+    put(tmp_path, ["train/horse/1.heic", "val/cat/1.heic", "notes/a.txt"])
+    assert opened(tmp_path, GIVEN).empty == ["notes", "train/horse", "val"]
+
+
+@pytest.mark.parametrize("suffix", ["avif", "JPG", "jp2", "tga", "pcx", "webp", "qoi", "ico", "png "])
+def test_folder_reads_what_pillow_reads(suffix: str, tmp_path: Path) -> None:
+    put(tmp_path, [*CLASSES, f"cat/3.{suffix}"])
+    assert f"cat/3.{suffix}" in names(opened(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["eps", "ps", "wmf", "emf", "pdf", "mpg", "h5", "grib", "heic", "nef", "svg"])
+def test_folder_counts_what_pillow_cannot_read_by_itself(suffix: str, tmp_path: Path) -> None:
+    put(tmp_path, [*CLASSES, f"cat/3.{suffix}"])
+    source = opened(tmp_path)
+    assert len(names(source)) == 4
+    assert source.ignored == {"suffix": {suffix: 1}}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000"])
+def test_folder_without_suffix_is_known_by_its_first_bytes(kind: str, tmp_path: Path) -> None:
+    put(tmp_path, [*CLASSES, "cat/BMW is no picture"])
+    (tmp_path / "cat" / "0f3a").write_bytes(encode(picture(), kind))
+    (tmp_path / "dog" / "photo.").write_bytes(encode(picture(), kind))
+    source = opened(tmp_path)
+    assert names(source) == {*CLASSES, "cat/0f3a", "dog/photo."}
+    assert source.ignored == {"suffix": {"none": 1}}
+
+
+def test_folder_with_a_registered_plugin_reads_its_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatmin import images
+
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
+    monkeypatch.setitem(Image.OPEN, "HEIF", Image.OPEN["PNG"])
+    for function in (images.formats, images.suffixes):
+        function.cache_clear()
+    try:
+        assert "cat/3.heic" in names(opened(put(tmp_path, [*CLASSES, "cat/3.heic"])))
+    finally:
+        for function in (images.formats, images.suffixes):
+            function.cache_clear()
+
+
+def test_folder_of_many_files_takes_little_memory(tmp_path: Path) -> None:
+    for class_name in ("cat", "dog"):
+        (tmp_path / class_name).mkdir()
+        for index in range(5000):
+            (tmp_path / class_name / f"{index:05d}.png").touch()
+    tracemalloc.start()
+    try:
+        source = opened(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source.labels("train")) == 10_000
+    assert peak < 10_000 * 1_000  # a kilobyte a file: 100 MB for 100,000
+
+
+# Names and folders that are hard to read
+
+
+def test_folder_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, CLASSES)
+    here = os.open(tmp_path / "cat", os.O_RDONLY)
+    for _ in range(25):  # a path that is longer than the system takes
+        os.mkdir("d" * 200, dir_fd=here)
+        deeper = os.open("d" * 200, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = deeper
+    os.close(here)
+    message = refused(tmp_path)
+    assert message.startswith("data.name: expected folders that can be read, received ")
+    assert message.endswith("...': File name too long")
+    assert len(message) < 400
+
+
+def test_folder_with_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, CLASSES)
+    (tmp_path / "cat" / os.fsdecode(b"caf\xe9.txt")).touch()
+    assert opened(tmp_path).ignored == {"suffix": {"txt": 1}}
+    (tmp_path / "cat" / os.fsdecode(b"caf\xe9.png")).touch()
+    assert refused(tmp_path).startswith("data.name: expected names in UTF-8, received ")
+
+
+def test_folder_with_odd_names_reads_them(tmp_path: Path) -> None:
+    odd = {"cat/a\nb.png", 'cat/"quoted", 100%.png', "cat/тест 写真.png", "cat/-rf.png", "cat/$(x)`y`.png"}
+    assert names(opened(put(tmp_path, [*CLASSES, *odd]))) == {*CLASSES, *odd}
+
+
+# Links
+
+
+def linked(root: Path, link: str, target: str) -> Path:
+    put(root, [*(f"in/{file}" for file in CLASSES), "out/3.png"])
+    (root / "in" / link).symlink_to(root / target)
+    return root / "in"
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "links", "write"),
+    [
+        ("cat/3.png", "out/3.png", "within", "follow"),
+        ("cat/3.png", "out/missing.png", "within", "follow"),
+        ("eel", "out", "within", "follow"),
+        ("eel", "in/cat", "within", "follow"),
+        ("cat/3.png", "in/cat/1.png", "refuse", "within"),
+        ("cat/3.png", "out/3.png", "refuse", "follow"),
+        ("eel", "in/cat", "refuse", "follow"),
+    ],
+)
+def test_folder_with_a_link_that_is_not_allowed_says_what_to_write(
+    link: str, target: str, links: str, write: str, tmp_path: Path
+) -> None:
+    root = linked(tmp_path, link, target)
+    message = refused(root, links=links)
+    assert message.startswith("data.links: expected ")
+    assert message.endswith(f"received '{root}/{link}'; write data.links: {write} to read it")
+    assert len(names(opened(root, links=write))) > 4
+
+
+def test_folder_with_a_loop_of_links_ends_and_counts_it(tmp_path: Path) -> None:
+    root = put(tmp_path, [f"train/{file}" for file in CLASSES])
+    (root / "train" / "cat" / "up").symlink_to(root)
+    (root / "train" / "dog" / "here").symlink_to(".")
+    # Two folders outside that link to each other, and are read once from each way into them.
+    put(tmp_path.with_name("out"), ["a/3.png", "b/4.png"])
+    (tmp_path.with_name("out") / "a" / "b").symlink_to("../b")
+    (tmp_path.with_name("out") / "b" / "a").symlink_to("../a")
+    (root / "train" / "eel").symlink_to(tmp_path.with_name("out") / "a")
+    source = opened(root, links="follow")
+    assert names(source) == {f"train/{file}" for file in (*CLASSES, "eel/3.png", "eel/b/4.png")}
+    assert source.ignored == {"loop": {"none": 3}}
+
+
+def test_folder_with_a_link_to_itself_gives_an_empty_image(tmp_path: Path) -> None:
+    put(tmp_path, CLASSES)
+    (tmp_path / "cat" / "self.png").symlink_to("self.png")
+    (tmp_path / "cat" / "self.txt").symlink_to("self.txt")
+    images = {example.name: example.image for example in opened(tmp_path).examples("train")}
+    assert images["cat/self.png"] == b""
+    assert len(images) == 5
+
+
+@pytest.mark.parametrize("cache", ["files/md5", ".dvc/cache"])
+def test_folder_of_links_into_dvcs_cache_is_read(cache: str, tmp_path: Path) -> None:
+    put(tmp_path, CLASSES)
+    target = tmp_path.with_name("cache") / cache / "0a" / ("b" * 30)
+    put(target.parent, [target.name])
+    (tmp_path / "cat" / "3.png").symlink_to(target)
+    assert "cat/3.png" in names(opened(tmp_path))
+    assert "write data.links: follow" not in refused(tmp_path, links="refuse")
+
+
+# Layouts
+
+
+def test_folder_of_splits_with_the_usual_names_needs_no_splits(tmp_path: Path) -> None:
+    for split in ("Train", "validation", "testing", "predict"):
+        put(tmp_path, [f"{split}/{file}" for file in CLASSES])
+    source = opened(tmp_path, None)
+    expected = {"train": "Train", "val": "validation", "test": "testing", "predict": "predict"}
+    assert source.expressions == expected
+    assert list(source.expressions) == list(expected)
+    assert sorted(source.labels("Train")) == [0, 0, 1, 1]
+
+
+def test_folder_without_val_takes_it_from_train_where_that_is_asked(tmp_path: Path) -> None:
+    put(tmp_path, [f"{split}/{file}" for split in ("train", "test") for file in CLASSES])
+    assert opened(tmp_path, None, val_per_class=1).expressions == GIVEN
+    put(tmp_path, ["val/cat/1.png"])
+    assert "without data.val_fraction" in refused(tmp_path, None, val_per_class=1)
+
+
+@pytest.mark.parametrize(
+    ("splits", "found", "write"),
+    [
+        ([""], "train (4)", 'data.splits: {train: "train[:80%]", test: "train[80%:]"}, data.val_fraction: 0.1'),
+        (["train"], "train (4)", 'data.splits: {train: "train[:80%]", test: "train[80%:]"}, data.val_fraction: 0.1'),
+        (["train", "test"], "test (4), train (4)", "data.splits: {train: train, test: test}, data.val_fraction: 0.1"),
+        (
+            ["train", "val"],
+            "train (4), val (4)",
+            'data.splits: {train: "train[:80%]", val: val, test: "train[80%:]"}',
+        ),
+        (["val", "one", "two"], "one (4), two (4), val (4)", "data.splits: {train: ..., val: ..., test: ...} with"),
+    ],
+)
+def test_folder_without_the_usual_splits_says_what_to_write(
+    splits: list[str], found: str, write: str, tmp_path: Path
+) -> None:
+    put(tmp_path, [f"{split}/{file}" if split else file for split in splits for file in CLASSES])
+    message = refused(tmp_path, None)
+    expected = "data.splits: expected splits named train, val, test where it is left out"
+    assert message.startswith(f"{expected}, found {found}; write {write}")
+
+
+def test_folder_with_two_splits_for_a_role_is_refused_without_splits(tmp_path: Path) -> None:
+    put(tmp_path, [f"{split}/{file}" for split in ("train", "val", "valid", "test") for file in CLASSES])
+    assert refused(tmp_path, None).startswith("data.splits: expected one split for val, found 'val' and 'valid'")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["train/1.png", "test/1.png"],
+        ["Train/1.png", "validation/1.png", "cat/1.png"],
+        ["train/1.png"],
+        ["training/1.png", "testing/1.png", "sample/1.png"],
+        ["train/train/1.png", "test/test/1.png"],
+        ["train/train/cat/1.png", "train/val/cat/1.png"],
+    ],
+)
+def test_folder_of_splits_without_classes_is_refused(files: list[str], tmp_path: Path) -> None:
+    message = refused(put(tmp_path, files), GIVEN)
+    assert message.startswith("data.name: expected classes, received ")
+    assert "names of splits" in message
+    assert "data.source: table" in message
+
+
+def test_folder_with_a_class_called_train_is_read(tmp_path: Path) -> None:
+    source = opened(put(tmp_path, ["bus/1.png", "car/1.png", "train/1.png"]))
+    assert source.class_names == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize("splits", [HALVES, None])
+@pytest.mark.parametrize("files", [["cat/2019/1.png", "dog/2020/1.png"], ["cat/1.png", "cat/2019/1.png", "dog/1.png"]])
+def test_folder_of_classes_with_folders_in_them_is_refused(
+    files: list[str], splits: dict[str, str] | None, tmp_path: Path
+) -> None:
+    message = refused(put(tmp_path, files), splits)
+    assert message.startswith(
+        "data.name: expected CLASS/image or SPLIT/CLASS/image, received 'cat/2019/1.png' in cat, dog"
+    )
+    assert "move them into a folder train/" in message
+
+
+@pytest.mark.parametrize("splits", [HALVES, GIVEN, None])
+@pytest.mark.parametrize("inner", ["cat/1.png", "train/cat/1.png", "train/1.png"])
+def test_folder_that_lies_deeper_is_refused(inner: str, splits: dict[str, str] | None, tmp_path: Path) -> None:
+    message = refused(put(tmp_path, [f"pets/{inner}", "notes/a.txt"]), splits)
+    assert message.endswith(f"; write data.name: {tmp_path}/pets")
+
+
+def test_folder_of_numbered_splits_is_read_where_they_are_named(tmp_path: Path) -> None:
+    put(tmp_path, [f"fold{number}/{file}" for number in range(1, 5) for file in CLASSES])
+    splits = {"train": "fold1+fold2", "val": "fold3", "test": "fold4[:50%]"}
+    assert len(names(opened(tmp_path, splits), "fold1+fold2")) == 8
+    assert "the names of the splits in data.splits" in refused(tmp_path, None)
+
+
+def test_folder_with_a_split_that_no_role_names_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, [f"{split}/{file}" for split in ("train", "val", "test", "extra") for file in CLASSES])
+    message = refused(tmp_path)
+    assert message == (
+        "data.splits: expected a role for each split, received extra (4), test (4), val (4) unused; write data.splits:"
+        " {train: train, val: val, test: test} without data.val_fraction or val_per_class, or"
+        " data.splits.unused: extra+test+val"
+    )
+    roles = {"train": "train", "val": "val", "test": "test"}
+    assert "received extra (4) unused" in refused(tmp_path, roles)
+    assert opened(tmp_path, roles | {"unused": "extra"}).class_names == ["cat", "dog"]
+    assert opened(tmp_path, roles | {"predict": "extra[:50%]"}).class_names == ["cat", "dog"]
+    assert refused(tmp_path, roles | {"unused": "extras"}).startswith("data.splits.unused: expected splits among extra")
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("cat", "Cat"),
+        (unicodedata.normalize("NFC", "kätzchen"), unicodedata.normalize("NFD", "kätzchen")),
+        ("cat", "cat "),
+        ("great_dane", "great dane"),
+        ("cat", "cat\u00a0"),
+    ],
+)
+def test_folder_with_a_class_in_two_spellings_is_refused(train: str, test: str, tmp_path: Path) -> None:
+    put(tmp_path, ["train/eel/1.png", f"train/{train}/1.png", "test/eel/1.png", f"test/{test}/1.png"])
+    message = refused(tmp_path, GIVEN)
+    assert message.startswith("data.name: expected one spelling of each class, received ")
+    assert ascii(train) in message
+    assert ascii(test) in message
+    assert message.endswith("in test, train")
+
+
+def test_folder_with_classes_that_look_the_same_in_one_split_is_refused(tmp_path: Path) -> None:
+    assert "one spelling of each class" in refused(put(tmp_path, ["cat/1.png", "cat /1.png", "dog/1.png"]))
+
+
+def test_folder_of_upper_and_lower_case_classes_is_read_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert opened(put(tmp_path, ["a/1.png", "A/1.png"])).class_names == ["A", "a"]
+    assert capsys.readouterr().out == "prepare: the classes 'A' and 'a' differ only in their spelling\n"
+
+
+@pytest.mark.parametrize("role", ["val", "test"])
+def test_folder_with_a_class_that_train_lacks_is_refused(role: str, tmp_path: Path) -> None:
+    put(tmp_path, [f"{split}/{file}" for split in ("train", "val", "test") for file in CLASSES])
+    put(tmp_path, [f"{role}/eel/1.png"])
+    assert refused(tmp_path, None) == (
+        f"data.splits.train: expected images of each class, received none of 'eel', which {role} has"
+        " (1 of 3 classes are missing)"
+    )
+
+
+def test_folder_with_classes_in_predict_alone_ignores_them(tmp_path: Path) -> None:
+    put(tmp_path, [f"{split}/{file}" for split in ("train", "val", "test") for file in CLASSES])
+    put(tmp_path, ["predict/unknown/1.png", "predict/2.png"])
+    source = opened(tmp_path, None)
+    assert source.class_names == ["cat", "dog"]
+    assert set(source.labels("predict")) == {-1}
+    assert names(source, "predict") == {"predict/unknown/1.png", "predict/2.png"}
+
+
+def test_folder_of_numbers_is_in_numeric_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = opened(put(tmp_path, [f"{number}/1.png" for number in (1, 2, 10, 9)]))
+    assert source.class_names == ["1", "2", "9", "10"]
+    assert {example.label: example.name for example in source.examples("train")}[3] == "10/1.png"
+    assert capsys.readouterr().out == "prepare: the classes are in numeric order: 1, 2, 9, ...\n"
+    assert opened(put(tmp_path, ["x/1.png"])).class_names == ["1", "10", "2", "9", "x"]
+
+
+@pytest.mark.parametrize("given", [["dog", "cat"], ["Dog", "Katze"], ["Hund", "cat"]])
+def test_folder_with_class_names_in_another_order_is_refused(given: list[str], tmp_path: Path) -> None:
+    message = refused(put(tmp_path, CLASSES), class_names=given)
+    assert message.startswith("data.class_names: expected new names in the order of the classes cat, dog, received ")
+
+
+@pytest.mark.parametrize("given", [["cat", "dog"], ["Cat", "Hund"], ["Katze", "Hund"]])
+def test_folder_with_class_names_takes_them(given: list[str], tmp_path: Path) -> None:
+    source = opened(put(tmp_path, CLASSES), class_names=given)
+    assert source.class_names == given
+    assert {example.name[:3] for example in source.examples("train") if example.label == 0} == {"cat"}
+
+
+def test_folder_of_one_class_is_refused(tmp_path: Path) -> None:
+    assert refused(put(tmp_path, ["cat/1.png"])) == "data.name: expected at least two classes, received 1: 'cat'"
+
+
+def test_folder_gives_the_bytes_of_its_files(tmp_path: Path) -> None:
+    write_picture(tmp_path / "cat" / "1.png")
+    put(tmp_path, ["dog/1.png"])
+    images = {example.name: example.image for example in opened(tmp_path).examples("train")}
+    assert images == {"cat/1.png": (tmp_path / "cat" / "1.png").read_bytes(), "dog/1.png": b"bytes"}
