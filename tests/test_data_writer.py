@@ -36,10 +36,8 @@ from flatmin.inputs.records import Records
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The bytes of every file below a folder; folders, which may be empty, have none."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
-        for path in sorted(folder.rglob("*"))
-    }
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -150,13 +148,18 @@ def test_write_with_other_fit_changes_the_digest(tmp_path: Path) -> None:
     assert found[0].digest("train") != found[1].digest("train")
 
 
-def test_write_counts_first_frames_and_dark_pictures(tmp_path: Path) -> None:
+def test_write_counts_first_frames_and_dark_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = cats_and_dogs(tmp_path / "source", train=3, test=1)
     picture(5).save(source / "train/cat/moving.gif", save_all=True, append_images=[picture(6)])
     Image.fromarray(np.full((8, 8), 900, np.uint16)).save(source / "train/dog/dark.png")
     metrics = writer.write(folder_data(source), tmp_path / "records")
     assert (metrics["first_frames"], metrics["dark"]) == (1, 1)
     assert described(tmp_path / "records")["dark"]["names"] == ["train/dog/dark.png"]
+    told = "".join(capsys.readouterr())
+    assert "1 files have several frames or pages, of which the first is taken" in told
+    assert (
+        "1 pictures of 16 bits use less than a quarter of their range, and are dark for it, such as train/dog" in told
+    )
 
 
 def test_write_to_existing_folder_replaces_it(tmp_path: Path) -> None:

@@ -80,7 +80,19 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
         writer.close()
         info = _describe(writer, data, source, class_names, broken)
         files.write_json(temporary / "dataset.json", info)
+    _tell(info)
     return _metrics(info)
+
+
+def _tell(info: Mapping[str, Any]) -> None:
+    """Say what was read otherwise than one might think."""
+    if info["first_frames"]:
+        console.log(f"prepare: {info['first_frames']} files have several frames or pages, of which the first is taken")
+    if info["dark"]["count"]:
+        console.log(
+            f"prepare: {info['dark']['count']} pictures of 16 bits use less than a quarter of their range, and are dark"
+            f" for it, such as {info['dark']['names'][0]}"
+        )
 
 
 def _class_names(data: Data, source: Source) -> list[str]:
@@ -244,9 +256,8 @@ class ShardWriter:
     def close(self) -> Iterator[Path]:
         """Finish the files and yield the path of each."""
         self._writer.close()
-        shards = [
-            self._path(shard).rename(self._path(shard, f"-of-{self._shards:05d}")) for shard in range(self._shards)
-        ]
+        suffix = f"-of-{self._shards:05d}"
+        shards = [self._path(shard).rename(self._path(shard, suffix)) for shard in range(self._shards)]
         yield from shards
         path = self._folder / "index.csv"
         columns = [column for column in Row._fields if column != "true_label" or self.rows[0].true_label is not None]
