@@ -19,10 +19,13 @@ from pictures import (
     decode_with_pillow,
     folder_data,
     needs_cifar,
+    picture,
     with_orientation,
     write_picture,
 )
+from PIL import Image
 
+from flatmin.common import files
 from flatmin.common.errors import InputError
 from flatmin.common.params import Data
 from flatmin.data import images, writer
@@ -32,7 +35,17 @@ from flatmin.inputs.records import Records
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """The bytes of every file below a folder; folders, which may be empty, have none."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
+
+
+def described(folder: Path) -> dict[str, Any]:
+    return files.read_json(folder / "dataset.json")
+
+
+def pixels(records: Records, role: str) -> list[np.ndarray]:
+    return [np.asarray(image.read()) for image in records.stored(role, range(records.count(role)))]
 
 
 def written(data: Data, folder: Path) -> Records:
@@ -64,34 +77,34 @@ def test_write_of_digits_assigns_each_scan_to_one_role(tmp_path: Path) -> None:
     assert records.roles == ["train", "val", "test"]
     assert records.class_names == [str(digit) for digit in range(10)]
     assert metrics["roles"]["test"]["count"] == records.count("test") == 899
-    assert metrics["digest"] == records.digest
+    assert metrics["digest"] == described(tmp_path / "records")["digest"]
     assert all(isinstance(value, int | str) for value in values(metrics))
     names = [name for role in records.roles for name in records.names(role)]
     assert len(names) == len(set(names)) == 1797
     for role in records.roles:
         assert records.mean_pixels(role) == 256
         counts = np.bincount(records.labels(role), minlength=10)
-        assert list(records.info["roles"][role]["classes"].values()) == counts.tolist()
+        assert list(described(tmp_path / "records")["roles"][role]["classes"].values()) == counts.tolist()
 
 
 def test_write_keeps_image_name_and_label_together(tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=3, test=2)
     records = written(folder_data(source, predict="test[:1]", test="test[1:]"), tmp_path / "records")
     for role in records.roles:
-        for (image, label), name in zip(records.images(role).as_numpy_iterator(), records.names(role), strict=True):
+        for image, label, name in zip(pixels(records, role), records.labels(role), records.names(role), strict=True):
             np.testing.assert_array_equal(image, decode_with_pillow((source / name).read_bytes()))
             assert label == (-1 if role == "predict" else ["cat", "dog"].index(name.split("/")[1]))
 
 
-def test_write_of_rotated_jpeg_stores_it_upright(tmp_path: Path) -> None:
+def test_write_of_rotated_jpeg_describes_it_upright(tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=3)
     for class_name in ("cat", "dog"):
         write_picture(source / "test" / class_name / "rotated.jpg", 50, exif=with_orientation(6))
     records = written(folder_data(source), tmp_path / "records")
     stored = decode_with_pillow((source / "test" / "cat" / "rotated.jpg").read_bytes())
-    for image, _ in records.images("test").as_numpy_iterator():
+    for image in pixels(records, "test"):
         np.testing.assert_array_equal(image, np.rot90(stored, -1))
-    assert records.info["roles"]["test"]["height"] == {"min": 12, "max": 12}
+    assert described(tmp_path / "records")["roles"]["test"]["height"] == {"min": 12, "max": 12}
 
 
 @pytest.mark.slow
@@ -100,7 +113,53 @@ def test_write_with_equal_seeds_gives_equal_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         writer.write(data.model_copy(update={"seed": seed}), tmp_path / name)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert Records(tmp_path / "a").digest != Records(tmp_path / "c").digest
+    assert Records(tmp_path / "a").digest("train") != Records(tmp_path / "c").digest("train")
+
+
+def test_write_of_a_role_says_nothing_of_others(tmp_path: Path) -> None:
+    """So more pictures of one role leave the outputs of the others, and what depends on them, as they are."""
+    source = cats_and_dogs(tmp_path / "source", train=3, val=2, test=2)
+    written(folder_data(source, val="val"), tmp_path / "before")
+    write_picture(source / "test" / "dog" / "more.png", 90)
+    write_picture(source / "new" / "1.png", 91)
+    written(folder_data(source, val="val", predict="new"), tmp_path / "after")
+    before, after = contents(tmp_path / "before"), contents(tmp_path / "after")
+    changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    assert {name.partition("/")[0] for name in changed} == {"test", "predict", "dataset.json"}
+    assert "predict" in before, "a folder for the role that there is none of"
+
+
+@pytest.mark.parametrize("image_size", ["auto", "original", 10])
+def test_write_with_image_size_stores_pictures_of_it(image_size: Any, tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, test=1)
+    data = folder_data(source, image_size=image_size)
+    for largest, shorter in ((5, 5), (300, 8)):
+        writer.write(data, tmp_path / "records", largest)
+        sides = described(tmp_path / "records")["roles"]["train"]
+        expected = {"auto": shorter, "original": 8, 10: 10}[image_size]
+        assert sides["height"] == {"min": expected, "max": expected}
+        assert abs(sides["width"]["min"] - 12 / 8 * expected) <= 0.5
+
+
+def test_write_with_other_fit_changes_the_digest(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, test=1)
+    found = [written(folder_data(source, fit=fit), tmp_path / fit) for fit in ("squash", "crop")]
+    assert [records.fit("train") for records in found] == ["squash", "crop"]
+    assert found[0].digest("train") != found[1].digest("train")
+
+
+def test_write_counts_first_frames_and_dark_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, test=1)
+    picture(5).save(source / "train/cat/moving.gif", save_all=True, append_images=[picture(6)])
+    Image.fromarray(np.full((8, 8), 900, np.uint16)).save(source / "train/dog/dark.png")
+    metrics = writer.write(folder_data(source), tmp_path / "records")
+    assert (metrics["first_frames"], metrics["dark"]) == (1, 1)
+    assert described(tmp_path / "records")["dark"]["names"] == ["train/dog/dark.png"]
+    told = "".join(capsys.readouterr())
+    assert "1 files have several frames or pages, of which the first is taken" in told
+    assert (
+        "1 pictures of 16 bits use less than a quarter of their range, and are dark for it, such as train/dog" in told
+    )
 
 
 def test_write_to_existing_folder_replaces_it(tmp_path: Path) -> None:
@@ -119,11 +178,11 @@ def test_write_starts_a_shard_when_one_is_full(
     monkeypatch.setattr(writer, "SHARD_BYTES", size)
     data = Data.model_validate({**FEW_DIGITS, "train_per_class": 12})
     records = written(data, tmp_path / "records")
-    shards = sorted(path.name for path in (tmp_path / "records").glob("train-*"))
+    shards = sorted(path.name for path in (tmp_path / "records/train").glob("*.tfrecord"))
     number = -(-120 // per_shard)
-    assert shards == [f"train-{index:05d}-of-{number:05d}.tfrecord" for index in range(number)]
-    labels = [label for _, label in records.images("train").as_numpy_iterator()]
-    assert labels == records.labels("train").tolist()
+    assert shards == [f"{index:05d}-of-{number:05d}.tfrecord" for index in range(number)]
+    assert [record["label"] for record in stored(tmp_path / "records")] == records.labels("train").tolist()
+    assert len(pixels(records, "train")) == 120
 
 
 def test_write_holds_one_image_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +196,10 @@ def test_write_holds_one_image_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
             most_unread = max(most_unread, unread)
             yield example
 
-    def read(image: bytes, size: int | None = None) -> images.Picture:
+    def read(*arguments: Any) -> images.Picture:
         nonlocal unread
         unread -= 1
-        return read_picture(image, size)
+        return read_picture(*arguments)
 
     monkeypatch.setattr(DigitsSource, "examples", examples)
     monkeypatch.setattr(images, "read_picture", read)
@@ -186,7 +245,7 @@ def by_name(records: Records, role: str) -> dict[str, int]:
 def stored(folder: Path, role: str = "train") -> list[dict[str, int]]:
     """The numbers that each record of a role holds, read without the reader under test."""
     found = []
-    for shard in sorted(folder.glob(f"{role}-*.tfrecord")):
+    for shard in sorted((folder / role).glob("*.tfrecord")):
         for record in tf.data.TFRecordDataset(str(shard)).as_numpy_iterator():
             features = tf.train.Example.FromString(record).features.feature
             found.append({key: value.int64_list.value[0] for key, value in features.items() if value.int64_list.value})
@@ -200,9 +259,9 @@ def true_label(name: str) -> int:
 
 def assert_keeps_true_labels(folder: Path, records: Records) -> None:
     """Train's records and CSV hold the source's labels beside those that were drawn; val's and test's are their own."""
-    with (folder / "train.csv").open(newline="") as file:
+    with (folder / "train/index.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["name", "label", "true_label"]
+    assert list(rows[0])[:4] == ["name", "label", "true_label", "shard"]
     assert [int(row["true_label"]) for row in rows] == [true_label(row["name"]) for row in rows]
     assert [{key: int(row[key]) for key in ("label", "true_label")} for row in rows] == stored(folder)
     assert records.labels("train").tolist() == [int(row["label"]) for row in rows]
@@ -211,7 +270,7 @@ def assert_keeps_true_labels(folder: Path, records: Records) -> None:
     assert records.training_labels().tolist() == expected
     assert records.training_labels().dtype == np.int32
     for role in ("val", "test"):
-        assert (folder / f"{role}.csv").read_text().splitlines()[0] == "name,label"
+        assert (folder / role / "index.csv").read_text().startswith("name,label,shard,")
         assert {tuple(record) for record in stored(folder, role)} == {("label",)}
 
 
@@ -222,7 +281,7 @@ def test_write_with_label_noise_changes_that_fraction_of_train_only(tmp_path: Pa
         data = folder_data(source, seed=3, val_per_class=10, label_noise=noise)
         metrics = writer.write(data, tmp_path / name)
         records = Records(tmp_path / name)
-        assert metrics["wrong_labels"] == records.info["wrong_labels"] == noise * 80
+        assert metrics["wrong_labels"] == described(tmp_path / name)["roles"]["train"]["wrong_labels"] == noise * 80
         labels.append({role: by_name(records, role) for role in records.roles})
     clean, noisy, again = labels
     changed = [name for name, label in clean["train"].items() if noisy["train"][name] != label]
@@ -239,7 +298,7 @@ def test_write_without_changed_labels_keeps_no_true_ones(tmp_path: Path) -> None
     """So records of clean labels are what they were before there were true ones; a noise of no image is none."""
     source = cats_and_dogs(tmp_path / "source", train=5, test=1)
     records = written(folder_data(source), tmp_path / "records")
-    assert (tmp_path / "records/train.csv").read_text().splitlines()[0] == "name,label"
+    assert (tmp_path / "records/train/index.csv").read_text().startswith("name,label,shard,")
     assert {tuple(record) for record in stored(tmp_path / "records")} == {("label",)}
     np.testing.assert_array_equal(records.training_labels(), records.labels("train"))
     written(folder_data(source, label_noise=0.01), tmp_path / "noisy")
@@ -259,7 +318,7 @@ def test_write_with_shuffled_labels_permutes_them_among_train_only(tmp_path: Pat
         records = found[name] = Records(tmp_path / name)
         assert Counter(records.labels("train").tolist()) == {0: 35, 1: 25}, "as many of each class as before"
         wrong = sum(label != true_label(name) for name, label in by_name(records, "train").items())
-        assert metrics["wrong_labels"] == records.info["wrong_labels"] == wrong
+        assert metrics["wrong_labels"] == described(tmp_path / name)["roles"]["train"]["wrong_labels"] == wrong
         assert 10 < wrong < 50, "chance alone decides whether a label is its image's own"
         assert_keeps_true_labels(tmp_path / name, records)
     shuffled = found["shuffled"]
@@ -312,7 +371,7 @@ def test_write_with_broken_images_skipped_keeps_the_requested_counts(tmp_path: P
     records = Records(tmp_path / "records")
     assert Counter(records.labels("val").tolist()) == {0: 3, 1: 3}
     assert Counter(records.labels("train").tolist()) == {0: 3, 1: 7}
-    assert metrics["broken"] == len(records.info["broken"]) == 4
+    assert metrics["broken"] == len(described(tmp_path / "records")["broken"]) == 4
 
 
 @needs_cifar
@@ -322,10 +381,9 @@ def test_write_of_tfds_reads_its_splits(tmp_path: Path) -> None:
     data = Data.model_validate({"source": "tfds", "name": CIFAR, "splits": splits, "val_per_class": 1})
     records = written(data, tmp_path / "records")
     assert [records.count(role) for role in records.roles] == [1900, 100, 50, 20]
-    assert records.info["version"] == "1.2.0"
+    assert described(tmp_path / "records")["version"] == "1.2.0"
     assert set(records.labels("predict")) == {-1}
-    image, _ = next(records.images("predict").as_numpy_iterator())
-    assert image.shape == (72, 72, 3)
+    assert pixels(records, "predict")[0].shape == (72, 72, 3)
 
 
 # Duplicates and classes
@@ -338,7 +396,7 @@ def test_write_with_equal_pictures_in_two_roles_names_them(tmp_path: Path) -> No
     write_picture(source / "train" / "cat" / "within.png", 1)
     metrics = writer.write(folder_data(source, val="val"), tmp_path / "records")
     assert metrics["duplicates"] == {"train_val": 0, "train_test": 2, "val_test": 0}
-    listed = Records(tmp_path / "records").info["duplicates"]["train_test"]["names"]
+    listed = described(tmp_path / "records")["duplicates"]["train_test"]["names"]
     assert {name for _, name in listed} == {"test/dog/copy.png", "test/dog/copy.bmp"}
     assert {name for name, _ in listed} <= {"train/cat/00.png", "train/cat/within.png"}
 

@@ -80,7 +80,19 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
         writer.close()
         info = _describe(writer, data, source, class_names, broken)
         files.write_json(temporary / "dataset.json", info)
+    _tell(info)
     return _metrics(info)
+
+
+def _tell(info: Mapping[str, Any]) -> None:
+    """Say what was read otherwise than one might think."""
+    if info["first_frames"]:
+        console.log(f"prepare: {info['first_frames']} files have several frames or pages, of which the first is taken")
+    if info["dark"]["count"]:
+        console.log(
+            f"prepare: {info['dark']['count']} pictures of 16 bits use less than a quarter of their range, and are dark"
+            f" for it, such as {info['dark']['names'][0]}"
+        )
 
 
 def _examples_with_roles(
@@ -164,7 +176,7 @@ class Row(NamedTuple):
     Attributes:
         name, label: The example's.
         true_label: The source's label. The column is there if wrong labels were drawn.
-        shard: The number of the file.
+        shard: The name of the file; its number until all are written.
         offset, bytes: Where in the file the encoded picture lies.
         crc32: zlib's, of these bytes.
         orientation: EXIF's, 1 to 8, with which they are decoded.
@@ -174,7 +186,7 @@ class Row(NamedTuple):
     name: str
     label: int
     true_label: int | None
-    shard: int
+    shard: Any
     offset: int
     bytes: int
     crc32: int
@@ -232,11 +244,13 @@ class ShardWriter:
     def close(self) -> Iterator[Path]:
         """Finish the files and yield the path of each."""
         self._writer.close()
-        for shard in range(self._shards):
-            yield self._path(shard).rename(self._path(shard, f"-of-{self._shards:05d}"))
+        suffix = f"-of-{self._shards:05d}"
+        shards = [self._path(shard).rename(self._path(shard, suffix)) for shard in range(self._shards)]
+        yield from shards
         path = self._folder / "index.csv"
         columns = [column for column in Row._fields if column != "true_label" or self.rows[0].true_label is not None]
-        files.write_csv(path, columns, ([getattr(row, column) for column in columns] for row in self.rows))
+        rows = (row._replace(shard=shards[row.shard].name) for row in self.rows)
+        files.write_csv(path, columns, ([getattr(row, column) for column in columns] for row in rows))
         yield path
 
     def describe(self, class_names: Sequence[str]) -> dict[str, Any]:
