@@ -54,11 +54,12 @@ def written(data: Data, folder: Path) -> Records:
 
 
 def refused(data: Data, tmp_path: Path) -> str:
-    """Return the message of the error, after which no file may be left."""
+    """Return the message of the error, after which no file may be left but the list of broken images."""
     with pytest.raises(InputError) as error:
         writer.write(data, tmp_path / "out" / "records")
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    left = [path.name for path in (tmp_path / "out").glob("*")]
+    assert left == (["broken.txt"] if "broken images" in str(error.value) else [])
     return str(error.value)
 
 
@@ -420,6 +421,28 @@ def test_write_with_unlabelled_test_counts_no_classes(tmp_path: Path) -> None:
     assert Records(tmp_path / "records").labels("test").tolist() == [-1]
 
 
+def test_write_counts_files_that_are_no_pictures(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, test=1)
+    for file in ("train/cat/1.heic", "train/cat/2.HEIC", "train/.DS_Store", "readme.txt"):
+        (source / file).touch()
+    (source / "train" / "eel").mkdir()
+    metrics = writer.write(folder_data(source), tmp_path / "records")
+    info = files.read_json(tmp_path / "records" / "dataset.json")
+    assert info["ignored"] == metrics["ignored"] == {"suffix": {"heic": 2, "txt": 1}, "hidden": {"none": 1}}
+    assert info["empty"] == ["train/eel"]
+    assert metrics["empty"] == 1
+
+
+def test_write_without_splits_takes_the_folders_own(tmp_path: Path) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=3, val=2, test=1)
+    metrics = writer.write(Data(source="folder", name=str(source)), tmp_path / "records")
+    assert {role: described["count"] for role, described in metrics["roles"].items()} == {
+        "train": 6,
+        "val": 4,
+        "test": 2,
+    }
+
+
 # Errors
 
 
@@ -446,7 +469,7 @@ def test_write_with_a_broken_image_is_refused_by_default(tmp_path: Path) -> None
     ("settings", "message"),
     [
         (
-            {"test": "train[:3]"},
+            {"test": "test+train[:3]"},
             "data.splits.test: expected each example only once, received train[0:3], which data.splits.train also",
         ),
         (
@@ -494,8 +517,8 @@ def test_write_with_one_class_is_refused(tmp_path: Path) -> None:
 
 def test_write_with_class_missing_from_train_is_refused(tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=3, val=1, test=1)
-    write_picture(source / "test" / "eel" / "1.png", 90)
-    assert refused(folder_data(source, val="val"), tmp_path).startswith(
+    write_picture(source / "train" / "eel" / "1.png", 90)
+    assert refused(folder_data(source, train="train[:2]", val="val+train[2:]"), tmp_path).startswith(
         "data.splits.train: expected images of each class, received none of 'eel' (1 of 3"
     )
 
