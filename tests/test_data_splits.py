@@ -18,8 +18,8 @@ def test_refuse_broken_lists_all_of_them_in_a_file(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         splits.refuse_broken(broken, 50, listed)
     assert str(error.value) == (
-        f"data.skip_broken: expected at most 50 broken images, received 51, all listed in {listed}:"
-        f" {', '.join(broken[:3])}, ..."
+        f"data.skip_broken: expected at most 50 broken images, received 51: {', '.join(broken[:3])}, ...; all are"
+        f" listed in {listed}"
     )
     assert listed.read_text().splitlines() == [*broken[:50], r"cat/a\nb\r.png (empty)"]
     assert [path.name for path in listed.parent.iterdir()] == ["broken.txt"]
@@ -34,6 +34,6 @@ def test_assign_roles_with_too_many_broken_lists_those_of_every_role(tmp_path: P
         (source / file).write_bytes(b"broken")
     data = folder_data(source, val="val", train_per_class=2, skip_broken=1)
     listed = tmp_path / "broken.txt"
-    with pytest.raises(InputError, match="at most 1 broken images, received 4, all listed in"):
+    with pytest.raises(InputError, match="at most 1 broken images, received 4: "):
         splits.assign_roles(open_source(data), data, ["cat", "dog"], [], listed)
     assert sorted(line.split(" ")[0] for line in listed.read_text().splitlines()) == sorted(files)
