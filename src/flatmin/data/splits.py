@@ -162,8 +162,8 @@ def refuse_broken(broken: list[str], allowed: int, listed: Path) -> None:
         temporary.write_text("".join(lines), encoding="utf-8")
     shown = ", ".join(broken[:MAX_LISTED_BROKEN]) + (", ..." if len(broken) > MAX_LISTED_BROKEN else "")
     raise InputError(
-        f"data.skip_broken: expected at most {allowed} broken images, received {len(broken)}: {shown}; all are listed in"
-        f" {listed}"
+        f"data.skip_broken: expected at most {allowed} broken images, received {len(broken)}: {shown}; all are listed"
+        f" in {listed}"
     )
 
 
