@@ -299,6 +299,8 @@ def test_folder_with_two_splits_for_a_role_is_refused_without_splits(tmp_path: P
         ["Train/1.png", "validation/1.png", "cat/1.png"],
         ["train/1.png"],
         ["training/1.png", "testing/1.png", "sample/1.png"],
+        ["cat/1.png", "dog/1.png", "predict/1.png"],
+        ["cat/1.png", "dog/1.png", "Test/1.png"],
         ["train/train/1.png", "test/test/1.png"],
         ["train/train/cat/1.png", "train/val/cat/1.png"],
     ],
@@ -310,9 +312,16 @@ def test_folder_of_splits_without_classes_is_refused(files: list[str], tmp_path:
     assert "data.source: table" in message
 
 
-def test_folder_with_a_class_called_train_is_read(tmp_path: Path) -> None:
-    source = opened(put(tmp_path, ["bus/1.png", "car/1.png", "train/1.png"]))
-    assert source.class_names == ["bus", "car", "train"]
+@pytest.mark.parametrize("classes", [["bus", "car", "train"], ["invalid", "valid"]])
+def test_folder_with_a_class_that_only_sounds_like_a_split_is_read(classes: list[str], tmp_path: Path) -> None:
+    assert opened(put(tmp_path, [f"{name}/1.png" for name in classes])).class_names == classes
+
+
+@pytest.mark.parametrize("train", ["train", "nope+Train", "Train[:x]"])
+def test_folder_without_a_split_that_is_named_lists_those_there_are(train: str, tmp_path: Path) -> None:
+    put(tmp_path, [f"{split}/{file}" for split in ("Train", "Test") for file in CLASSES])
+    message = refused(tmp_path, {"train": train, "test": "Test"})
+    assert message.startswith(f"data.splits.train: expected slices of Test (4), Train (4), received {train!r}: ")
 
 
 @pytest.mark.parametrize("splits", [HALVES, None])

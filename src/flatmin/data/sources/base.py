@@ -110,7 +110,12 @@ class ListedSource(Source):
         """
         self.version = version
         sizes = {split: len(pairs) for split, pairs in items.items()}
+        self.splits = {
+            split: tfds.core.SplitInfo(name=split, shard_lengths=[size], num_bytes=0) for split, size in sizes.items()
+        }
         self.expressions = roles.expressions(data, sizes)
+        for role, expression in self.expressions.items():
+            self.locate(expression, f"data.splits.{role}")
         roles.refuse_unused(data, self.expressions, sizes)
         scored = [roles.named_splits(text, items) for role, text in self.expressions.items() if role != "predict"]
         classes = {split: {name for _, name in items[split]} for split in sorted(set().union(*scored))}
@@ -134,9 +139,6 @@ class ListedSource(Source):
             order = balanced_order(self._labels[split], data.seed)
             self._labels[split] = self._labels[split][order]
             self._names[split] = [pairs[index][0] for index in order]
-        self.splits = {
-            split: tfds.core.SplitInfo(name=split, shard_lengths=[size], num_bytes=0) for split, size in sizes.items()
-        }
 
     def _refuse_partly_labelled(self, split: str, pairs: Sequence[tuple[str, str]]) -> None:
         unlabelled = [name for name, class_name in pairs if not class_name]

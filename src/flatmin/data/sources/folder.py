@@ -34,11 +34,10 @@ class FolderSource(ListedSource):
             console.log(f"prepare: {described}")
         outside = [file for file in listed.files if "/" not in file]
         if outside or not listed.files:
-            received = f"{outside[0]!r} outside any class folder" if outside else f"no images in {data.name!r}"
-            raise InputError(
-                f"data.name: expected a folder of images for each class, received {received}; a table (data.source:"
-                " table) has the classes of images in any folders"
-            )
+            received = f"no images in {data.name!r}"
+            if outside:
+                received = f"{outside[0]!r} outside any class folder ({len(outside)} of {len(listed.files)} images)"
+            raise InputError(f"data.name: expected a folder of images for each class, received {received}")
         super().__init__(data, _listing_digest(self._root, listed.files), _arrange(listed.files, data))
 
     def _read(self, name: str) -> bytes:

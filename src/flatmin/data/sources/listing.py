@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -192,8 +191,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _is_file_or_missing(entry: os.DirEntry[str]) -> bool:
     """Whether it is a file, or a link that leads nowhere, which counts as a broken image."""
     try:
-        return stat.S_ISREG(entry.stat().st_mode)
-    except OSError:
+        return entry.is_file() or not os.path.exists(entry.path)
+    except OSError:  # a link to itself
         return True
 
 

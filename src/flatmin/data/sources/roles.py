@@ -20,6 +20,7 @@ USUAL = {
     "testing": "test",
     "predict": "predict",
 }
+HARDLY_CLASSES = frozenset(("val", "validation", "test", "predict"))  # train and valid may be
 MAX_LISTED = 8
 
 
@@ -77,14 +78,14 @@ def refuse_unused(data: Data, chosen: Mapping[str, str], sizes: Mapping[str, int
     """Refuse splits that neither a role nor `data.splits.unused` names.
 
     Raises:
-        InputError: There are some, although each expression names splits that exist.
+        InputError: There are some, or `data.splits.unused` names none.
     """
     unused = (data.splits and data.splits.unused) or ""
     if unused and not named_splits(unused, sizes):
         raise InputError(f"data.splits.unused: expected splits among {_listed(sizes)}, received {unused!r}")
     names = [named_splits(text, sizes) for text in chosen.values()]
     left = {split: size for split, size in sizes.items() if split not in named_splits(unused, sizes).union(*names)}
-    if left and all(names):  # an expression without any split of the source has a message of its own
+    if left:
         raise InputError(
             f"data.splits: expected a role for each split, received {_listed(left)} unused; write"
             f" {_roles_for(left, chosen, sizes)}data.splits.unused: {'+'.join(filter(None, [unused, *left]))}"
@@ -105,10 +106,11 @@ def refuse_splits_as_classes(classes: Collection[str], where: str) -> None:
     """Refuse classes whose names are those of splits.
 
     Raises:
-        InputError: All are, or there is one for train and one for val or test.
+        InputError: All are, or one for train and one for val or test, or one can hardly be a class.
     """
-    usual = {USUAL[name.lower()] for name in classes if name.lower() in USUAL}
-    if usual and (all(name.lower() in USUAL for name in classes) or ("train" in usual and len(usual) > 1)):
+    lower = {name.lower() for name in classes}
+    usual = {USUAL[name] for name in lower if name in USUAL}
+    if lower & HARDLY_CLASSES or (usual and (lower <= set(USUAL) or ("train" in usual and len(usual) > 1))):
         raise InputError(
             f"data.name: expected classes, received {_names(classes)} in {where}, which are names of splits: sort the"
             " pictures of each split into a folder for each class (train/CLASS/...), or list them in a table with"
@@ -152,10 +154,7 @@ def refuse_lacking(classes: Mapping[str, Collection[str]], chosen: Mapping[str, 
     Raises:
         InputError: There is one.
     """
-    trained = named_splits(chosen["train"], classes)
-    known = set().union(*(classes[split] for split in trained))
-    if not trained:
-        return  # counting the examples says what is wrong
+    known = set().union(*(classes[split] for split in named_splits(chosen["train"], classes)))
     for role in ("val", "test"):
         for split in sorted(named_splits(chosen.get(role, ""), classes)):
             if lacking := sorted(set(classes[split]) - known):
