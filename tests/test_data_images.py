@@ -10,8 +10,8 @@ from pictures import encode, picture, with_orientation
 from PIL import Image
 
 from flatmin import images
-from flatmin.data.images import OWN_SIZE, Picture, Stored, read_picture
-from flatmin.images import BrokenImageError
+from flatmin.data.images import Picture, read_picture
+from flatmin.images import OWN_SIZE, BrokenImageError, Stored
 
 PROFILE = np.random.default_rng(0).integers(0, 256, 60_000, np.uint8).tobytes()
 

@@ -1,7 +1,8 @@
 """The one way from a file to the pixels that a network sees: for prepare, training, evaluate and every later use.
 
-`read` gives a picture as a person sees it, `to_square` fits it to the network's input. Both are Pillow's own
-arithmetic, so another program gets the same pixels: open the file, apply its orientation, convert it to RGB, resize it.
+`read` gives a picture as a person sees it, `Stored.resize` brings it to the size in which it is stored, `to_square`
+fits it to the network's input. All are Pillow's own arithmetic, so another program gets the same pixels: open the
+file, apply its orientation, convert it to RGB, resize it twice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -43,6 +44,48 @@ _opening = threading.Lock()
 
 class BrokenImageError(Exception):
     """A picture cannot be read. The message says why."""
+
+
+class Stored(NamedTuple):
+    """How large pictures are stored, which decides with `to_square` what the network sees of them.
+
+    Attributes:
+        side: pixels of the shorter side; None keeps each picture's size.
+        enlarge: whether smaller pictures are enlarged.
+    """
+
+    side: int | None = None
+    enlarge: bool = True
+
+    @classmethod
+    def by_setting(cls, image_size: int | str, largest: int | None) -> Stored:
+        """The stored size that `data.image_size` asks for; `largest` is the side that `auto` stands for."""
+        if image_size == "auto":
+            return cls(largest, enlarge=False)
+        return cls(None if image_size == "original" else int(image_size))
+
+    def describe(self) -> str:
+        """One line."""
+        if self.side is None:
+            return "pictures are stored in their own size"
+        if self.enlarge:
+            return f"pictures are stored with a shorter side of {self.side} pixels"
+        return f"pictures are stored with a shorter side of at most {self.side} pixels, the largest network input"
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """The stored width and height, which keep the proportions."""
+        shorter = min(width, height)
+        if self.side is None or self.side == shorter or (self.side > shorter and not self.enlarge):
+            return width, height
+        return max(1, round(width * self.side / shorter)), max(1, round(height * self.side / shorter))
+
+    def resize(self, picture: Image.Image) -> Image.Image:
+        """Bring an RGB picture to its stored size, bicubically, with antialiasing where it shrinks."""
+        size = self.size(*picture.size)
+        return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+OWN_SIZE = Stored()
 
 
 @cache

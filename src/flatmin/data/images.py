@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from flatmin import images
-from flatmin.images import MAX_PIXELS, BrokenImageError
+from flatmin.images import MAX_PIXELS, OWN_SIZE, BrokenImageError, Stored
 
 # A marker of a JPEG file: not a stuffed byte, a restart, or padding.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -43,43 +43,6 @@ class Picture(NamedTuple):
     digest: bytes
     frames: bool
     dark: bool
-
-
-class Stored(NamedTuple):
-    """How large pictures are stored.
-
-    Attributes:
-        side: pixels of the shorter side; None keeps each picture's size.
-        enlarge: whether smaller pictures are enlarged.
-    """
-
-    side: int | None = None
-    enlarge: bool = True
-
-    @classmethod
-    def by_setting(cls, image_size: int | str, largest: int | None) -> Stored:
-        """The stored size that `data.image_size` asks for; `largest` is the side that `auto` stands for."""
-        if image_size == "auto":
-            return cls(largest, enlarge=False)
-        return cls(None if image_size == "original" else int(image_size))
-
-    def describe(self) -> str:
-        """One line."""
-        if self.side is None:
-            return "pictures are stored in their own size"
-        if self.enlarge:
-            return f"pictures are stored with a shorter side of {self.side} pixels"
-        return f"pictures are stored with a shorter side of at most {self.side} pixels, the largest network input"
-
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """The stored width and height, which keep the proportions."""
-        shorter = min(width, height)
-        if self.side is None or self.side == shorter or (self.side > shorter and not self.enlarge):
-            return width, height
-        return max(1, round(width * self.side / shorter)), max(1, round(height * self.side / shorter))
-
-
-OWN_SIZE = Stored()
 
 
 def read_picture(encoded: bytes, stored: Stored = OWN_SIZE, max_pixels: int = MAX_PIXELS) -> Picture:

@@ -25,9 +25,9 @@ from flatmin.common import console, files
 from flatmin.common.errors import InputError
 from flatmin.common.params import ROLES, Data
 from flatmin.data import images, sources, splits
-from flatmin.data.images import Picture, Stored
+from flatmin.data.images import Picture
 from flatmin.data.sources.base import UNKNOWN, Example, Source
-from flatmin.images import BrokenImageError
+from flatmin.images import BrokenImageError, Stored
 
 # A shard is full when it reaches either limit.
 SHARD_EXAMPLES = 4096
@@ -64,7 +64,7 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
     drawn_labels = splits.draw_labels(source, data, class_names, roles)
     with files.atomic_write(folder) as temporary:
         temporary.mkdir()
-        writer = RecordsWriter(temporary, class_names, data.fit)
+        writer = RecordsWriter(temporary, class_names, data.fit, stored)
         examples = _examples_with_roles(source, expressions, roles, drawn_labels)
         for role, example in console.progress(examples, "prepare", sum(sizes.values()), "image"):
             if role is None:
@@ -125,9 +125,9 @@ class RecordsWriter:
         dark: The names of pictures whose 16 bits use less than a quarter of their range.
     """
 
-    def __init__(self, folder: Path, class_names: Sequence[str], fit: str) -> None:
+    def __init__(self, folder: Path, class_names: Sequence[str], fit: str, stored: Stored) -> None:
         self._folder = folder
-        self._same_in_all = {"class_names": class_names, "fit": fit}
+        self._same_in_all = {"class_names": class_names, "fit": fit, "stored": stored._asdict()}
         self.roles: dict[str, ShardWriter] = {}
         self.described: dict[str, dict[str, Any]] = {}
         self.first_frames = 0
