@@ -18,6 +18,9 @@ from flatmin.data.sources import listing
 from flatmin.data.sources.base import ListedSource
 
 
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # what else separates columns
+
+
 class Row(NamedTuple):
     """A row of a table.
 
@@ -157,7 +160,7 @@ def _choose_columns(table: Path, header: Sequence[str], columns: Columns) -> lis
     Raises:
         InputError: A column is missing, or there are two of that name.
     """
-    if len(header) == 1 and (found := [name for mark, name in _SEPARATORS.items() if mark in header[0]]):
+    if len(header) == 1 and (found := [name for mark, name in SEPARATORS.items() if mark in header[0]]):
         raise InputError(f"{table}: expected columns separated by commas, received {found[0]}")
     chosen: list[int | None] = []
     for key, name in columns:
@@ -170,9 +173,6 @@ def _choose_columns(table: Path, header: Sequence[str], columns: Columns) -> lis
             received = ", ".join(repr(column) for column in header) or "no header"
             raise InputError(f"data.columns.{key}: expected one column {name or key!r} in {table}, received {received}")
     return chosen
-
-
-_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
 def _row(table: Path, where: str, cells: Sequence[Any]) -> Row:
