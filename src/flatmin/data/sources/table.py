@@ -17,7 +17,6 @@ from flatmin.common.params import Columns, Data, Links
 from flatmin.data.sources import listing
 from flatmin.data.sources.base import ListedSource
 
-
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # what else separates columns
 
 
