@@ -196,6 +196,8 @@ def linked(root: Path, link: str, target: str) -> Path:
         ("cat/3.png", "out/missing.png", "within", "follow"),
         ("eel", "out", "within", "follow"),
         ("eel", "in/cat", "within", "follow"),
+        ("cat/up", "in", "within", "follow"),
+        ("cat/up", "in", "refuse", "follow"),
         ("cat/3.png", "in/cat/1.png", "refuse", "within"),
         ("cat/3.png", "out/3.png", "refuse", "follow"),
         ("eel", "in/cat", "refuse", "follow"),
@@ -208,7 +210,7 @@ def test_folder_with_a_link_that_is_not_allowed_says_what_to_write(
     message = refused(root, links=links)
     assert message.startswith("data.links: expected ")
     assert message.endswith(f"received '{root}/{link}'; write data.links: {write} to read it")
-    assert len(names(opened(root, links=write))) > 4
+    assert len(names(opened(root, links=write))) > (3 if link == "cat/up" else 4)
 
 
 def test_folder_with_a_loop_of_links_ends_and_counts_it(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ SIGNATURES = re.compile(
 # The path of a file in the cache of DVC 3, or in that of earlier ones.
 _DVC_CACHE = re.compile(r"/(files/md5|\.dvc/cache)/[0-9a-f]{2}/[0-9a-f]{30}\Z")
 
+Above = tuple[tuple[int, int], ...]  # the device and inode of each folder above another one
+
 REASONS = {"suffix": "", "hidden": "hidden or system", "no_file": "no file", "loop": "links in a loop"}
 MAX_LISTED = 10
 
@@ -53,7 +55,7 @@ class Listing:
         self._root, self._links = str(root), links
         self._real_root = os.path.realpath(root)
         # Each with the folders above it, by which a loop of links is known, and whether it is hidden.
-        pending: list[tuple[str, tuple[tuple[int, int], ...], bool]] = [("", (_identity(self._root),), False)]
+        pending: list[tuple[str, Above, bool]] = [("", (_identity(self._root),), False)]
         while pending:
             folder, above, hidden = pending.pop()
             for entry in self._entries(folder, hidden):
@@ -61,16 +63,10 @@ class Listing:
                 hide = hidden or entry.name.startswith(".") or entry.name.lower() in SYSTEM
                 if not _is_folder(entry):
                     self._add_file(entry, path, hide)
-                elif hide and entry.is_symlink():
-                    self._ignore("hidden", entry.name)
-                elif (identity := _identity(entry.path)) in above:
-                    self._ignore("loop", entry.name)
-                else:
-                    if entry.is_symlink():
-                        check_link(entry.path, self._real_root, self._links)
+                elif self._enters(entry, above, hide):
+                    pending.append((path + "/", (*above, _identity(entry.path)), hide))
                     if not hide and path.count("/") < 2:
                         self.folders.append(path)
-                    pending.append((path + "/", (*above, identity), hide))
         self.files.sort()
         self.folders.sort()
         self.ignored = {reason: dict(sorted(counts.items())) for reason, counts in self._ignored.items() if counts}
@@ -81,12 +77,25 @@ class Listing:
                 return list(entries)
         except OSError as error:
             if hidden:
+                self._ignore("hidden", folder.rstrip("/"))
                 return []
             path = f"{self._root}/{folder}"
             received = path if len(path) < 200 else f"{path[:200]}..."
             raise InputError(
                 f"data.name: expected folders that can be read, received {received!r}: {error.strerror}"
             ) from None
+
+    def _enters(self, entry: os.DirEntry[str], above: Above, hidden: bool) -> bool:
+        """Whether to walk through a folder: not where a hidden link leads, nor where a link leads back to."""
+        if entry.is_symlink() and hidden:
+            self._ignore("hidden", entry.name)
+            return False
+        if entry.is_symlink():
+            check_link(entry.path, self._real_root, self._links)
+        if _identity(entry.path) in above:
+            self._ignore("loop", entry.name)
+            return False
+        return True
 
     def _add_file(self, entry: os.DirEntry[str], path: str, hidden: bool) -> None:
         if hidden:
