@@ -146,8 +146,9 @@ def describe(names: Mapping[str, str], settings: Mapping[str, Mapping[Seeds, Sco
     lines = [f"| {' | '.join(map(str, line))} |" for line in table]
     note = (
         f"The intervals cover the truth together in {LEVEL:.0%} of sweeps (Bonferroni: {level:.2%} each), over "
-        f"{' and '.join(sorted(covers)) or 'nothing'}. The best's own accuracy is optimistic, since val chose it."
-    )
+        f"{' and '.join(sorted(covers)) or 'nothing'}, for this training set and this start. The best's own accuracy "
+        "is optimistic, since val chose it."
+    ).replace("%", " %")
     return "\n".join([head, "", *lines, "", note, ""])
 
 

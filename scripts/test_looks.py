@@ -9,12 +9,14 @@ were, and what differed between them.
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a shell without PYTHONPATH
 from flatmin.common import errors, files
 
 NOT_SEEN = (
@@ -96,7 +98,9 @@ def main() -> None:
         print(f"{number}. {look.commit} {look.date}: {params or 'the only params'}")
     print(f"{len(found)} sets of models were scored on test.")
     if broken:
-        print(f"{broken} versions of dvc.lock are no such YAML, after a merge perhaps, and are not counted.")
+        print(
+            f"Not counted, because they are not what DVC writes, after a merge perhaps: versions of dvc.lock, {broken}."
+        )
     print(NOT_SEEN)
 
 

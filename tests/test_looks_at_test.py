@@ -62,7 +62,7 @@ def test_looks_are_the_distinct_sets_of_models_of_all_refs(
         ]
     )
     assert lines[4] == "4 sets of models were scored on test."
-    assert lines[5].startswith("1 versions of dvc.lock are no such YAML")
+    assert lines[5].endswith("after a merge perhaps: versions of dvc.lock, 1.")
     assert lines[6].startswith("It cannot see looks of deleted experiments")
 
 

@@ -77,7 +77,7 @@ def test_write_names_the_best_and_what_val_cannot_tell_from_it(
     assert "| +2.00 [" in rows[1]
     assert rows[1].endswith("| no |")
     assert rows[2].endswith("| yes |")
-    assert "97.50% each), over seeds and images" in page.read_text()
+    assert "97.50 % each), over seeds and images" in page.read_text()
     shutil.rmtree(".dvc/cache")
     before = page.read_bytes()
     assert not on_val.write(runs, page)

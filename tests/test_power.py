@@ -75,5 +75,6 @@ def test_describe_names_each_role_with_its_difference() -> None:
         f"3.37 points on {conditions}"
     )
     assert power.describe({"test": 20, "val": 360}) == (
-        f"20 test images show no differences, 360 val images show differences from 3.37 points on {conditions}"
+        "20 test images show no differences at this discordance, "
+        f"360 val images show differences from 3.37 points on {conditions}"
     )

@@ -98,6 +98,14 @@ def test_select_copies_the_chosen_model_and_returns_its_metrics(trained: Path) -
     assert files(trained / "models/select") == {"model.json"}
 
 
+@pytest.mark.parametrize("stopped_early", [True, False])
+def test_select_passes_on_whether_the_training_stopped_early(stopped_early: bool, trained: Path) -> None:
+    assert "stopped_early" not in select(["ResNet50"], 0.0)
+    path = trained / "metrics/extract/ResNet50.json"
+    path.write_text(json.dumps(candidate(0.9, 30) | {"stopped_early": stopped_early}))
+    assert select(["ResNet50"], 0.0)["stopped_early"] == stopped_early
+
+
 def test_select_replaces_the_whole_folder(trained: Path) -> None:
     (trained / "models/select").mkdir()
     (trained / "models/select/of-before").touch()

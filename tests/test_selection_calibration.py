@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
-from flatmin.selection.calibration import HIGHEST, LOWEST, fit_temperature
+from flatmin.selection.calibration import HIGHEST, LOWEST, fit_temperature, is_bound
 
 
 def two_classes(margin: float, right: int, wrong: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +31,9 @@ def test_temperature_of_one_margin_makes_confidence_the_accuracy(margin: float, 
 def test_temperature_without_an_error_or_without_information_is_at_its_bound() -> None:
     assert fit_temperature(*two_classes(1.0, 10, 0)) == pytest.approx(LOWEST, rel=1e-6)
     assert fit_temperature(*two_classes(1.0, 1, 9)) == pytest.approx(HIGHEST, rel=1e-6)
+    assert is_bound(fit_temperature(*two_classes(1.0, 10, 0)))
+    assert is_bound(fit_temperature(*two_classes(1.0, 1, 9)))
+    assert not is_bound(fit_temperature(*two_classes(1.0, 9, 1)))
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 6.0])

@@ -57,7 +57,11 @@ def describe(counts: Mapping[str, int]) -> str:
     shown: list[str] = []
     for role, images in counts.items():
         smallest = smallest_difference(images)
-        size = "no differences" if smallest is None else f"differences from {100 * smallest:.2f} points on"
+        size = (
+            "no differences at this discordance"
+            if smallest is None
+            else f"differences from {100 * smallest:.2f} points on"
+        )
         shown.append(f"{images:,} {role} images show {size}")
     conditions = f"McNemar's exact test, {POWER:.0%} power, {DISCORDANCE:.0%} of images discordant".replace("%", " %")
     return f"{', '.join(shown)} ({conditions}): less can be chance"

@@ -36,8 +36,10 @@ def select(backbones: Sequence[str], tolerance: float, *, models: str, metrics: 
     with files.atomic_write(selected) as temporary:
         shutil.copytree(source, temporary)
     chosen = candidates[name]
+    stopped_early = {"stopped_early": chosen["stopped_early"]} if "stopped_early" in chosen else {}
     return {
         "backbone": name,
+        **stopped_early,
         "best_val_accuracy": max(candidate["val"]["accuracy"] for candidate in candidates.values()),
         "gradient_evaluations": chosen["gradient_evaluations"],
         "multiply_adds": chosen["multiply_adds"],

@@ -14,6 +14,11 @@ LOWEST = 1 / 20
 HIGHEST = 20.0
 
 
+def is_bound(temperature: float) -> bool:
+    """Whether a fitted temperature is one of the bounds, so that val does not say what it should be."""
+    return not LOWEST * 1.001 < temperature < HIGHEST / 1.001
+
+
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T in [LOWEST, HIGHEST] with the least mean cross-entropy of logits / T (Guo et al. 2017, section 4.2).
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from flatmin.common import console, files
 from flatmin.common.errors import InputError
-from flatmin.selection.calibration import fit_temperature
+from flatmin.selection.calibration import fit_temperature, is_bound
 from flatmin.selection.release import Trained, choose
 
 
@@ -63,6 +63,12 @@ def finalize(
     metrics: dict[str, Any] = {"released": {"method": method, **seed, **of_chosen}}
     for name, trained in methods.items():
         metrics[name] = _describe(trained, temperatures[name]) | {"stopped_early": stopped_early[name]}
+    for name, fitted in temperatures.items():
+        if at_a_bound := [value for value in fitted if is_bound(value)]:
+            console.log(
+                f"finalize: {name}: a temperature of {at_a_bound[0]:.3g} is a bound of what is sought: val has too few "
+                "errors, or none, to calibrate on"
+            )
     console.log(
         f"finalize: {method}{'' if chosen.seed is None else f' of seed {chosen.seed}'}, temperature {temperature:.3f}, "
         f"val accuracy {of_chosen['val']['accuracy']:.4f} (optimistic, since val chose it)"
