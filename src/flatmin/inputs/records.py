@@ -72,19 +72,22 @@ class StoredImage(NamedTuple):
 class Records:
     """A folder of records, as `flatmin.data.writer` writes it. Only the roles that are asked for are opened.
 
+    Attributes:
+        folder: its path.
+
     Raises:
         InputError: by all but the constructor: the role is missing, or a file of it does not have the size with which
             it was written.
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self._folder = Path(folder)
+        self.folder = Path(folder)
         self._opened: dict[str, _Role] = {}
 
     @property
     def roles(self) -> list[str]:
         """The roles that have examples, train first."""
-        return [role for role in ROLES if (self._folder / role / ROLE).is_file()]
+        return [role for role in ROLES if (self.folder / role / ROLE).is_file()]
 
     @property
     def class_names(self) -> list[str]:
@@ -138,8 +141,8 @@ class Records:
     def _role(self, role: str) -> _Role:
         if role not in self._opened:
             if self.roles and role not in self.roles:
-                raise InputError(f"{self._folder}: expected the role {role}, received {', '.join(self.roles)}")
-            self._opened[role] = _Role(self._folder / role)
+                raise InputError(f"{self.folder}: expected the role {role}, received {', '.join(self.roles)}")
+            self._opened[role] = _Role(self.folder / role)
         return self._opened[role]
 
 
