@@ -28,13 +28,13 @@ from flatmin.common import console, files, identity, params
 with console.importing_tensorflow():
     import keras
     import tensorflow as tf
-from PIL import Image
+    from PIL import Image
 
     from flatmin import power, runtime, sam, sharpness
     from flatmin.data import writer
     from flatmin.evaluation import comparison, metrics
     from flatmin.images import to_square
-from flatmin.inputs import batches
+    from flatmin.inputs import batches
     from flatmin.inputs.augment import augment
     from flatmin.inputs.records import Records
     from flatmin.models import classifier, registry

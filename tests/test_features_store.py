@@ -124,13 +124,16 @@ def test_keys_of_a_roles_views_depend_on_that_role_alone(study: tuple[Records, C
     records, model = study
     shutil.copytree(records.folder, tmp_path / "records")
     (tmp_path / "records/test").rename(tmp_path / "none")  # what no training reads
-    before = [store._extractor(records, model, TENSORFLOW, Augmenter(AUGMENT, 1), WorkerShard())]
+
+    def keys(of: Records) -> Any:
+        return store._extractor(of, model, TENSORFLOW, Augmenter(AUGMENT, 1), WorkerShard()).keys(AUGMENT, 1, (0, None))
+
+    found = [keys(records)]
     for role in ("val", "train"):
         path = tmp_path / "records" / role / "role.json"
         path.write_text(path.read_text().replace(records.digest(role), "another"))
-        changed = Records(tmp_path / "records")
-        before.append(store._extractor(changed, model, TENSORFLOW, Augmenter(AUGMENT, 1), WorkerShard()))
-    first, of_val, of_both = (each.keys(AUGMENT, 1, (0, None)) for each in before)
+        found.append(keys(Records(tmp_path / "records")))
+    first, of_val, of_both = found
     assert of_val[0] == first[0] != of_both[0]
     assert first[None] != of_val[None] == of_both[None]
 
