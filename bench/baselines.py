@@ -24,6 +24,14 @@ import numpy as np
 from flatmin.common import console, errors, params
 
 
+def decoded(records: Any, role: str) -> Any:
+    """All of a role, decoded and held in memory: (uint8 image as stored, label) of each."""
+    import tensorflow as tf
+
+    images = np.stack([np.asarray(each.read()) for each in records.stored(role, range(records.count(role)))])
+    return tf.data.Dataset.from_tensor_slices((images, records.labels(role)))
+
+
 def original_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, Any]:
     """Batches of (uint8 images as stored, labels): augmented train, plain val."""
     import tensorflow as tf
@@ -38,8 +46,8 @@ def original_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, An
     def varied(images: Any, labels: Any) -> tuple[Any, Any]:
         return tf.ensure_shape(tf.numpy_function(vary, [images], tf.uint8), images.shape), labels
 
-    train = records.images("train").cache().shuffle(records.count("train"), seed=settings.seeds[0]).batch(batch_size)
-    val = records.images("val").cache().batch(batch_size)
+    train = decoded(records, "train").shuffle(records.count("train"), seed=settings.seeds[0]).batch(batch_size)
+    val = decoded(records, "val").batch(batch_size)
     return train.map(varied, tf.data.AUTOTUNE).prefetch(2), val.prefetch(2)
 
 
@@ -59,9 +67,9 @@ def keras_data(records: Any, settings: Any, batch_size: int) -> tuple[Any, Any]:
             images = layer(images, training=True)
         return images, labels
 
-    train = records.images("train").map(resized, tf.data.AUTOTUNE).cache()
+    train = decoded(records, "train").map(resized, tf.data.AUTOTUNE).cache()
     train = train.shuffle(records.count("train"), seed=settings.seeds[0]).batch(batch_size)
-    val = records.images("val").map(resized, tf.data.AUTOTUNE).cache().batch(batch_size)
+    val = decoded(records, "val").map(resized, tf.data.AUTOTUNE).cache().batch(batch_size)
     return train.map(varied, tf.data.AUTOTUNE).prefetch(2), val.prefetch(2)
 
 

@@ -20,7 +20,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -546,40 +545,62 @@ def of_draw(folder: str, images: str, side: str) -> dict[str, Any]:
 
 
 def of_augment(side: str, workers: str) -> dict[str, Any]:
-    """Time of RandAugment with n=3 an image: by so many workers, or with none this process's own."""
-    import numpy as np
+    """Time of reading an image, RandAugment with n=3 and resizing: by so many workers, or with none in this process."""
     from threadpoolctl import threadpool_limits
 
-    from flatmin.common.params import Augment
-    from flatmin.inputs.augment import AUGMENT_CHUNK, Augmenter, augment
+    from flatmin.common.params import Augment, Data
+    from flatmin.data import writer
+    from flatmin.inputs.augment import AUGMENT_CHUNK, Augmentation, positions
+    from flatmin.inputs.pixels import Task
+    from flatmin.inputs.records import Records
+    from flatmin.inputs.workers import Augmenter
 
-    images = [np.asarray(resized(image, int(side))) for image, _ in islice(source_images(), 16 * AUGMENT_CHUNK)]
     settings = Augment(n=3, m=7, flip=True)
+    chunks = range(16)
+    count = len(chunks) * AUGMENT_CHUNK
     point: Point = {"stage": "augment", "side": int(side), "workers": int(workers)}
-    if not int(workers):
-        threadpool_limits(1)  # as a worker has it
-        augment(images[:AUGMENT_CHUNK], settings, 0, 0, 0)  # imports imgaug
-        started = time.process_time()
-        for chunk in range(16):
-            augment(images[chunk * AUGMENT_CHUNK :][:AUGMENT_CHUNK], settings, 0, 1, chunk)
-        return point | {"processor_seconds": (time.process_time() - started) / len(images)}
-    with Augmenter(settings, 0, int(workers)) as augmenter:
-        deque(augmenter.chunks(images, 0), 0)  # starts the workers
-        started = time.perf_counter()
-        deque(augmenter.chunks(images, 1), 0)
-        return point | {"seconds": (time.perf_counter() - started) / len(images)}
+    with tempfile.TemporaryDirectory() as folder:
+        of_draw(f"{folder}/pictures", str(count + count // 5 + 100), side)
+        data = {"source": "folder", "name": f"{folder}/pictures", "splits": splits(count)}
+        writer.write(Data.model_validate(data), f"{folder}/records")
+        records = Records(f"{folder}/records")
+        if not int(workers):
+            threadpool_limits(1)  # as a worker has it
+            tasks = [
+                Task(
+                    records.stored("train", positions(chunk, count)),
+                    STORED,
+                    records.fit("train"),
+                    Augmentation(settings, 0, 1, chunk),
+                )
+                for chunk in chunks
+            ]
+            tasks[0].run()  # imports imgaug
+            started = time.process_time()
+            for task in tasks:
+                task.run()
+            return point | {"processor_seconds": (time.process_time() - started) / count}
+        with Augmenter(settings, 0, int(workers)) as augmenter:
+            deque(augmenter.chunks(records, STORED, 0, chunks), 0)  # starts the workers
+            started = time.perf_counter()
+            deque(augmenter.chunks(records, STORED, 1, chunks), 0)
+            return point | {"seconds": (time.perf_counter() - started) / count}
 
 
 def of_index(images: str) -> dict[str, Any]:
     """Peak memory of a process that reads names and labels of so many train images, as every later stage does."""
-    from flatmin.inputs.records import Records
+    from flatmin.inputs.records import INDEX, ROLE, Records
 
     with tempfile.TemporaryDirectory() as folder:
-        rows = ((f"class_{index % 1000:03d}/picture_{index:09d}.jpg", index % 1000) for index in range(int(images)))
-        files.write_csv(Path(folder) / "train.csv", ("name", "label"), rows)
-        roles = {"train": {"count": int(images)}}
-        info = {"class_names": [str(label) for label in range(1000)], "roles": roles, "files": {}, "digest": ""}
-        files.write_json(Path(folder) / "dataset.json", info)
+        role = Path(folder) / "train"
+        columns = ("name", "label", "shard", "offset", "bytes", "crc32", "orientation", "height", "width")
+        rows = (
+            (f"class_{index % 1000:03d}/picture_{index:09d}.jpg", index % 1000, "0.tfrecord", index, 1, 1, 1, 1, 1)
+            for index in range(int(images))
+        )
+        files.write_csv(role / INDEX, columns, rows)
+        info = {"class_names": [str(label) for label in range(1000)], "count": int(images), "mean_pixels": 1.0}
+        files.write_json(role / ROLE, info | {"fit": "squash", "files": {}, "digest": ""})
         Records(folder).labels("train")
     # getrusage's peak would be the parent's where that is larger: Linux carries it over into a child.
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())

@@ -300,17 +300,19 @@ def augment_rates(folder: Folder, chunks: int) -> dict[str, float]:
     import itertools
 
     from flatmin.common import params
-    from flatmin.inputs import augment
+    from flatmin.inputs.augment import AUGMENT_CHUNK
     from flatmin.inputs.records import Records
+    from flatmin.inputs.workers import Augmenter
 
-    chosen = params.load(folder.path / "params.yaml").augment
-    images = list(Records(folder.path / "data/records").arrays("train"))
+    settings = params.load(folder.path / "params.yaml")
+    records = Records(folder.path / "data/records")
+    whole = range(records.count("train") // AUGMENT_CHUNK)
     rates = {}
     for workers in range(1, len(os.sched_getaffinity(0)) + 1):
-        with augment.Augmenter(chosen, 0, workers) as augmenter:
+        with Augmenter(settings.augment, 0, workers) as augmenter:
             warm = 4 * workers + 4  # chunks, until all processes have come up
-            many = itertools.islice(itertools.cycle(images), (warm + chunks) * augment.AUGMENT_CHUNK)
-            done = augmenter.chunks(many, 0)
+            many = itertools.islice(itertools.cycle(whole), warm + chunks)
+            done = augmenter.chunks(records, settings.extract.image_size, 0, many)
             for _ in range(warm):
                 next(done)
             started = time.perf_counter()

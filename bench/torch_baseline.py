@@ -139,7 +139,7 @@ def decoded(records: Any, role: str) -> tuple[Any, Any]:
     """All of a role: uint8 [count, height, width, 3] and int64 [count]."""
     import torch
 
-    images = np.stack(list(records.arrays(role)))
+    images = np.stack([np.asarray(each.read()) for each in records.stored(role, range(records.count(role)))])
     return torch.from_numpy(images), torch.from_numpy(records.labels(role).astype(np.int64))
 
 

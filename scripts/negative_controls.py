@@ -15,6 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from flatmin.common import console, errors, files
 from flatmin.common.errors import InputError
+from flatmin.inputs.records import Records
 
 TABLE = Path("studies/digits/negative.csv")
 METHODS = ("extract", "finetune", "control", "sam")  # in evaluate's metrics
@@ -37,15 +38,17 @@ def main() -> None:
     if len(permuted) < 2 or len(random_weights) != 1:
         received = f"{len(permuted)} and {len(random_weights)}"
         raise InputError(f"{TABLE}: expected runs of permuted labels and one of random weights, received {received}")
-    with console.importing_tensorflow():
-        from flatmin.inputs.records import Records
     records = Records("data/records")
-    arrays = {role: np.stack(list(records.arrays(role))) for role in ("train", "test")}
-    nearest = nearest_neighbour(*((arrays[role], records.labels(role)) for role in ("train", "test")))
+    nearest = nearest_neighbour(*((stored_pixels(records, role), records.labels(role)) for role in ("train", "test")))
     page = describe(permuted, random_weights[0], nearest, 1 / len(records.class_names))
     with files.atomic_write(TABLE.with_suffix(".md")) as temporary:
         temporary.write_text(page, encoding="utf-8")
     console.log(f"{TABLE.with_suffix('.md')}: {len(permuted)} permutations, nearest neighbour {nearest:.4f}")
+
+
+def stored_pixels(records: Records, role: str) -> np.ndarray:
+    """All images of a role, which are of one size: uint8 [n, height, width, 3]."""
+    return np.stack([np.asarray(each.read()) for each in records.stored(role, range(records.count(role)))])
 
 
 def nearest_neighbour(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> float:

@@ -28,10 +28,12 @@ from flatmin.common import console, files, identity, params
 with console.importing_tensorflow():
     import keras
     import tensorflow as tf
+    from PIL import Image
 
     from flatmin import power, runtime, sam, sharpness
     from flatmin.data import writer
     from flatmin.evaluation import comparison, metrics
+    from flatmin.images import to_square
     from flatmin.inputs import batches
     from flatmin.inputs.augment import augment
     from flatmin.inputs.records import Records
@@ -98,7 +100,7 @@ def _records(folder: Path) -> Records:
 
 def compute_augmentation(folder: Path) -> Numbers:
     """Statistics of one augmented chunk's pixels, with everything switched on and for each part alone."""
-    images = list(_records(folder).arrays("train"))[:32]
+    images = [np.asarray(each.read()) for each in _records(folder).stored("train", range(32))]
     settings = {
         "all": params.Augment(n=2, m=7, p=0.8, flip=True, crop=3),
         "randaugment": params.Augment(n=3, m=15),
@@ -118,7 +120,7 @@ def compute_inputs(folder: Path) -> Numbers:
     image = np.random.default_rng(1).integers(0, 256, (40, 30, 3)).astype(np.uint8)
     numbers = {}
     for size in (64, 24):
-        pixels = batches.resize(tf.constant(image), size).numpy().astype(np.float64)
+        pixels = np.asarray(to_square(Image.fromarray(image), size, "squash"), np.float64)
         pattern = np.cos(np.arange(pixels.size)).reshape(pixels.shape)
         numbers[f"{size} mean"], numbers[f"{size} deviation"] = pixels.mean(), pixels.std()
         numbers[f"{size} pattern"] = float((pixels * pattern).mean()) + pixels.mean()

@@ -257,8 +257,8 @@ def test_measure_sharpness_is_of_plain_train_images_in_float32(workspace: Path) 
         measured = minima.measure_sharpness(records, FOLDERS, settings.evaluate, 1, "sharpness.png")
     model = classifier.load(MODELS["sam@4"])
     pixels, labels = next(iter(batches.plain(records, "train", 32, 3)))
-    pixels, labels = pixels[::2], labels.numpy()[::2]  # of three images every second, to have at most two
-    logits = model.logits(tf.data.Dataset.from_tensors((pixels, labels)))
+    pixels, labels = pixels[::2], labels[::2]  # of three images every second, to have at most two
+    logits = model.logits([pixels])
     with tf.GradientTape() as tape:
         kernel, bias = (variable.value for variable in model.head.trainable_variables)
         tape.watch([kernel, bias])

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import chdir, closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from trainings import BACKBONE, NAMES, SPLIT_POINT, VAL, VARIED, view_files, write_classifier, write_images
 
 from flatmin.common.errors import InputError
@@ -20,9 +18,9 @@ from flatmin.common.params import Augment, Runtime
 from flatmin.features import cache, store
 from flatmin.features.store import FeatureStore
 from flatmin.inputs import batches
-from flatmin.inputs.augment import Augmenter
 from flatmin.inputs.batches import WorkerShard
 from flatmin.inputs.records import Records
+from flatmin.inputs.workers import Augmenter
 from flatmin.models import classifier
 from flatmin.models.classifier import Classifier
 
@@ -67,13 +65,12 @@ def contents(folder: Path) -> list[np.ndarray]:
 
 
 def expected_activations(study: tuple[Records, Classifier], view: int) -> np.ndarray:
-    """The activations of a view, one by one: augmented, resized, run."""
+    """The activations of a view, augmented and run, all together."""
     records, model = study
     frozen, _ = model.split(SPLIT_POINT)
     with Augmenter(AUGMENT, SEED) as augmenter:
-        chunks = list(augmenter.chunks(records.arrays("train"), view))
-    images = [batches.resize(tf.constant(image), 32) for chunk in chunks for image in chunk]
-    return frozen(np.stack(images), training=False).numpy()
+        images = np.concatenate(list(augmenter.chunks(records, 32, view, range(2))))
+    return frozen(images.astype(np.float32), training=False).numpy()
 
 
 @pytest.mark.slow
@@ -113,27 +110,32 @@ def test_feature_store_epochs_take_the_views_in_turn_each_in_an_order_of_its_own
 
 
 @pytest.mark.slow
-def test_compute_with_another_extractor_batch_gives_the_same_activations(
-    study: tuple[Records, Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_compute_of_views_that_are_there_starts_no_worker(
+    study: tuple[Records, Classifier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine's batch is no part of the augmentation: 20 divides no chunk of 32."""
-    compute(study, views=1).close()
-    expected = contents(tmp_path)
-    monkeypatch.setenv("FLATMIN_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(store, "EXTRACTOR_BATCH", 20)
-    sizes = []
-    batch = store._Extractor._pixels
+    settings = Augment(engine="imgaug", n=0, flip=True)
+    compute(study, augment=settings).close()
+    monkeypatch.setattr(Augmenter, "_started", lambda self: pytest.fail("workers were started"))
+    compute(study, augment=settings).close()
 
-    def noted(self: Any, view: int | None) -> Iterator[np.ndarray]:
-        for pixels in batch(self, view):
-            sizes.append(len(pixels))
-            yield pixels
 
-    monkeypatch.setattr(store._Extractor, "_pixels", noted)
-    compute(study, views=1).close()
-    assert sorted(sizes) == [5, VAL, 20, 20]
-    for one, other in zip(sorted(expected, key=len), sorted(contents(tmp_path / "other"), key=len), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3 * float(np.abs(one).max()))
+@pytest.mark.slow
+def test_keys_of_a_roles_views_depend_on_that_role_alone(study: tuple[Records, Classifier], tmp_path: Path) -> None:
+    records, model = study
+    shutil.copytree(records.folder, tmp_path / "records")
+    (tmp_path / "records/test").rename(tmp_path / "none")  # what no training reads
+
+    def keys(of: Records) -> Any:
+        return store._extractor(of, model, TENSORFLOW, Augmenter(AUGMENT, 1), WorkerShard()).keys(AUGMENT, 1, (0, None))
+
+    found = [keys(records)]
+    for role in ("val", "train"):
+        path = tmp_path / "records" / role / "role.json"
+        path.write_text(path.read_text().replace(records.digest(role), "another"))
+        found.append(keys(Records(tmp_path / "records")))
+    first, of_val, of_both = found
+    assert of_val[0] == first[0] != of_both[0]
+    assert first[None] != of_val[None] == of_both[None]
 
 
 @pytest.mark.slow

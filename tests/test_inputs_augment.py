@@ -1,23 +1,19 @@
-"""Augmentation: a pure function of (seed, epoch, chunk), in workers that leave nothing behind."""
+"""Augmentation: a pure function of (seed, epoch, chunk)."""
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
 
 from flatmin.common.params import Augment
-from flatmin.inputs.augment import AUGMENT_CHUNK, Augmenter, _imgaug_randaugment, augment
+from flatmin.inputs.augment import AUGMENT_CHUNK, _imgaug_randaugment, augment
 
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -45,19 +41,6 @@ def without_workers(images: list[np.ndarray], settings: Augment, seed: int, epoc
 ALL = Augment(engine="imgaug", n=2, m=9, flip=True, crop=3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 3])
-def test_augmenter_any_number_of_workers_gives_the_same(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONWARNINGS", "error")  # in the workers too
-    images = pictures(9 * AUGMENT_CHUNK + 5)
-    with Augmenter(ALL, seed=1, workers=workers) as augmenter:
-        epochs = [joined(augmenter.chunks(images, epoch)) for epoch in (4, 0, 4)]
-    assert equal(epochs[0], without_workers(images, ALL, 1, 4))
-    assert equal(epochs[1], without_workers(images, ALL, 1, 0))
-    assert equal(epochs[0], epochs[2])
-    assert not equal(epochs[0], epochs[1])
-
-
 def test_augment_chunks_in_any_order_are_the_same() -> None:
     images = pictures(3 * AUGMENT_CHUNK)
     chunks = [images[start : start + AUGMENT_CHUNK] for start in range(0, len(images), AUGMENT_CHUNK)]
@@ -72,6 +55,13 @@ def test_augment_another_seed_epoch_or_chunk_differs(settings: Augment, other: t
     images = pictures(AUGMENT_CHUNK)
     assert equal(augment(images, settings, 1, 0, 0), augment(images, settings, 1, 0, 0))
     assert not equal(augment(images, settings, 1, 0, 0), augment(images, settings, *other))
+
+
+@pytest.mark.parametrize("settings", [ALL, Augment(n=0, flip=True)])
+def test_augment_another_group_differs(settings: Augment) -> None:
+    images = pictures(AUGMENT_CHUNK)
+    assert equal(augment(images, settings, 1, 2, 3), augment(images, settings, 1, 2, 3, group=0))
+    assert not equal(augment(images, settings, 1, 2, 3), augment(images, settings, 1, 2, 3, group=1))
 
 
 @pytest.mark.slow
@@ -103,27 +93,10 @@ def test_augment_leaves_its_input_unchanged() -> None:
     assert equal(images, before)
 
 
-def test_augmenter_engine_none_changes_nothing_and_has_no_workers() -> None:
-    images = pictures(2 * AUGMENT_CHUNK + 5)
-    settings = Augment(engine="none", n=3, m=9, flip=True, crop=2)
-    assert equal(augment(images, settings, 0, 0, 0), images)
-    before = multiprocessing.active_children()
-    with Augmenter(settings, seed=0, workers=2) as augmenter:
-        chunks = list(augmenter.chunks(images, 0))
-        assert multiprocessing.active_children() == before
-    assert [len(chunk) for chunk in chunks] == [AUGMENT_CHUNK, AUGMENT_CHUNK, 5]
-    assert equal(joined(chunks), images)
-
-
 def test_augment_everything_off_is_the_identity() -> None:
     images = pictures(AUGMENT_CHUNK)  # noise, none of which is its own mirror image
+    assert equal(augment(images, Augment(engine="none", n=3, m=9, flip=True, crop=2), 0, 0, 0), images)
     assert equal(augment(images, Augment(n=0, m=30), 0, 0, 0), images)
-
-
-@pytest.mark.parametrize("settings", [ALL, Augment(engine="none")])
-def test_augmenter_no_images_gives_no_chunks(settings: Augment) -> None:
-    with Augmenter(settings, seed=0, workers=1) as augmenter:
-        assert list(augmenter.chunks([], 0)) == []
 
 
 def test_augment_flip_mirrors_about_half_and_nothing_else() -> None:
@@ -215,125 +188,3 @@ def test_augment_without_flip_mirrors_nothing() -> None:
         spots = [np.abs(new.astype(int) - new[2, 16].astype(int)) for new in augment([image] * 128, settings, 0, 0, 0)]
         right = sum(spot[:, 20:].sum() > 2 * spot[:, :12].sum() + 1000 for spot in spots)
         assert (right > 30) if mirrors else (right == 0)
-
-
-def descendants(process: int) -> set[int]:
-    children = {
-        int(child)
-        for listing in Path(f"/proc/{process}/task").glob("*/children")
-        for child in listing.read_text().split()
-    }
-    return children.union(*(descendants(child) for child in children))
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-@pytest.mark.slow
-def test_augmenter_workers_end_with_the_block() -> None:
-    before = multiprocessing.active_children()
-
-    def use(error: type[BaseException] | None) -> set[int | None]:
-        with Augmenter(ALL, seed=0, workers=2) as augmenter:
-            next(augmenter.chunks(pictures(20 * AUGMENT_CHUNK), 0))  # nobody asks for the rest
-            workers = {child.pid for child in multiprocessing.active_children() if child not in before}
-            if error:
-                raise error
-        return workers
-
-    workers = use(None)
-    assert 1 <= len(workers) <= 2
-    assert multiprocessing.active_children() == before
-    assert not any(alive(worker) for worker in workers if worker)
-    with pytest.raises(KeyboardInterrupt):
-        use(KeyboardInterrupt)
-    assert multiprocessing.active_children() == before
-
-
-@pytest.mark.slow
-def test_augmenter_workers_are_nice_and_use_one_thread() -> None:
-    with Augmenter(ALL, seed=0, workers=1, niceness=10) as augmenter:
-        augmenter.start()
-        (worker,) = (child.pid for child in multiprocessing.active_children())
-        assert augmenter._pool is not None
-        blas = augmenter._pool.submit(threadpool_info).result()
-        assert worker is not None
-        assert os.getpriority(os.PRIO_PROCESS, worker) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
-    assert {library["num_threads"] for library in blas if "numpy" in library["filepath"]} == {1}
-
-
-def open_buffers() -> int:
-    files = Path("/proc/self/fd").iterdir()
-    return sum("flatmin-chunk" in os.readlink(file) for file in files if file.is_symlink())
-
-
-@pytest.mark.slow
-def test_augmenter_chunks_that_nobody_waits_for_spoil_no_others() -> None:
-    images = pictures(9 * AUGMENT_CHUNK)
-    with Augmenter(ALL, seed=1, workers=2) as augmenter:
-        next(augmenter.chunks(images, 7))
-        assert equal(joined(augmenter.chunks(images, 4)), without_workers(images, ALL, 1, 4))
-        assert 8 <= open_buffers() <= 16
-    assert open_buffers() == 0
-
-
-@pytest.mark.slow
-def test_augmenter_of_epochs_that_are_left_early_takes_no_more_buffers() -> None:
-    """As those of a training that is validated within its epochs are."""
-    images, settings = pictures(12 * AUGMENT_CHUNK), Augment(n=0, flip=True)
-    with Augmenter(settings, 3, workers=2) as augmenter:
-        for epoch in range(10):
-            chunks = augmenter.chunks(images, epoch)
-            next(chunks)
-            del chunks
-        # Those of an epoch, and of the one before, whose chunks workers may still have.
-        assert open_buffers() <= 2 * 8
-        assert equal(joined(augmenter.chunks(images, 10)), without_workers(images, settings, 3, 10))
-    assert open_buffers() == 0
-
-
-@pytest.mark.slow
-def test_augmenter_error_in_worker_is_raised() -> None:
-    with (
-        Augmenter(Augment(n=0, flip=True), seed=0, workers=1) as augmenter,
-        pytest.raises(IndexError, match="too many indices"),
-    ):
-        list(augmenter.chunks([np.zeros(3, np.uint8)] * AUGMENT_CHUNK, 0))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
-def test_augmenter_killed_parent_leaves_no_worker_behind(tmp_path: Path, ending: signal.Signals) -> None:
-    program = tmp_path / "parent.py"
-    program.write_text(
-        "import time\n"
-        "import numpy as np\n"
-        "from flatmin.inputs.augment import Augmenter\n"
-        "from flatmin.common.params import Augment\n"
-        "if __name__ == '__main__':\n"
-        "    images = [np.zeros((8, 8, 3), np.uint8)] * 1000\n"
-        "    with Augmenter(Augment(), seed=0, workers=2) as augmenter:\n"
-        "        chunks = augmenter.chunks(images, 0)\n"
-        "        next(chunks)\n"
-        "        print('ready', flush=True)\n"
-        "        time.sleep(600)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    with subprocess.Popen([sys.executable, program], env=environment, stdout=subprocess.PIPE) as parent:
-        assert parent.stdout
-        assert parent.stdout.readline() == b"ready\n"
-        children = descendants(parent.pid)
-        assert len(children) >= 2
-        parent.send_signal(ending)
-        parent.wait()
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and any(alive(child) for child in children):
-            time.sleep(0.1)
-        left = [child for child in children if alive(child)]
-        for child in left:
-            os.kill(child, signal.SIGKILL)
-        assert not left

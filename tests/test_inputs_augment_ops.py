@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from repository import ROOT
 from sklearn.datasets import load_sample_images
 
 from flatmin.common.params import Augment
 from flatmin.inputs import augment_ops
-from flatmin.inputs.augment import AUGMENT_CHUNK, Augmenter, _imgaug_randaugment, augment
+from flatmin.inputs.augment import AUGMENT_CHUNK, _imgaug_randaugment, augment
 from flatmin.inputs.augment_ops import FILL, NAMES, draw, values
 
 ALL = Augment(engine="tensorflow", n=3, m=9, flip=True, crop=3)
@@ -185,17 +184,6 @@ def chunks(images: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
     return (images[start : start + AUGMENT_CHUNK] for start in range(0, len(images), AUGMENT_CHUNK))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.slow
-def test_augmenter_any_number_of_threads_gives_the_same(workers: int, pictures: list[np.ndarray]) -> None:
-    expected = [augment(chunk, ALL, 1, 4, index) for index, chunk in enumerate(chunks(pictures))]
-    with Augmenter(ALL, seed=1, workers=workers) as augmenter:
-        for _ in range(2):
-            received = list(augmenter.chunks(pictures, 4))
-            assert [len(chunk) for chunk in received] == [AUGMENT_CHUNK] * 3
-            assert all(equal(one, other) for one, other in zip(received, expected, strict=True))
-
-
 @pytest.mark.parametrize("other", [(2, 0, 0), (1, 1, 0), (1, 0, 1)])
 @pytest.mark.slow
 def test_augment_another_seed_epoch_or_chunk_differs(other: tuple[int, int, int], pictures: list[np.ndarray]) -> None:
@@ -248,17 +236,3 @@ def test_augment_in_deterministic_process_gives_the_same_bytes(tmp_path: Path) -
     )
     made = augment(list(images), Augment(engine="tensorflow", n=14, m=9), 1, 2, 3)
     assert equal(made, list(np.load(tmp_path / "made.npy")))
-
-
-def test_augmenter_in_dataset_generator_gives_the_same(pictures: list[np.ndarray]) -> None:
-    """As in training, where a thread of TensorFlow's own runs the generator."""
-    with Augmenter(ALL, seed=0, workers=2) as augmenter:
-
-        def generator() -> Iterator[np.ndarray]:
-            for chunk in augmenter.chunks(pictures, 0):
-                yield from chunk
-
-        dataset = tf.data.Dataset.from_generator(generator, output_signature=tf.TensorSpec((None, None, 3), tf.uint8))
-        received = list(dataset.as_numpy_iterator())
-    expected = [image for index, chunk in enumerate(chunks(pictures)) for image in augment(chunk, ALL, 0, 0, index)]
-    assert equal(received, expected)

@@ -15,7 +15,8 @@ from flatmin.common import params
 from flatmin.common.params import Augment
 from flatmin.data import writer
 from flatmin.inputs import preview, records
-from flatmin.inputs.augment import AUGMENT_CHUNK, augment
+from flatmin.inputs.augment import AUGMENT_CHUNK, Augmentation
+from flatmin.inputs.pixels import Task
 
 CLASSES = [f"from_${digit}_to_$20" for digit in range(10)]  # no formulas
 
@@ -36,10 +37,15 @@ def test_draw_row_has_stored_image_and_those_of_first_epochs(tmp_path: Path, mon
     settings = Augment(n=1, m=9, flip=True)
     preview.draw(stored, settings, tmp_path / "preview.png")
 
-    images = [image for image, _ in stored.images("train").take(AUGMENT_CHUNK).as_numpy_iterator()]
+    chunk = Task(stored.stored("train", range(AUGMENT_CHUNK)), preview.SIZE, "squash")
+    images = chunk.run()
     labels = list(stored.labels("train")[:AUGMENT_CHUNK])
     firsts = sorted(map(labels.index, set(labels)))[: preview.ROWS]
-    epochs = [augment(images, settings, preview.SEED, epoch, chunk=0) for epoch in range(preview.EPOCHS)]
+    epochs = [
+        chunk._replace(augmentation=Augmentation(settings, preview.SEED, epoch, 0)).run()
+        for epoch in range(preview.EPOCHS)
+    ]
+    assert not np.array_equal(epochs[0], images)
     expected = [image for index in firsts for image in [images[index], *(epoch[index] for epoch in epochs)]]
     assert len(shown) == preview.ROWS * (1 + preview.EPOCHS)
     for drawn, image in zip(shown, expected, strict=True):

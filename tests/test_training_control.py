@@ -231,7 +231,8 @@ def test_finetune_on_wrong_labels_writes_accuracies_on_clean_and_on_wrong_ones(v
     rows = plot("finetune")
     columns = "epoch,learning_rate,loss,accuracy,accuracy_clean,accuracy_wrong,val_loss,val_accuracy"
     assert list(rows[0]) == columns.split(",")
-    predicted = np.argmax(classifier.load(SELECTED).logits(batches.plain(records, "train", 32, 8)), axis=1)
+    pixels = (images for images, _ in batches.plain(records, "train", 32, 8))
+    predicted = np.argmax(classifier.load(SELECTED).logits(pixels), axis=1)
     with Path("data/records/train.csv").open(newline="") as file:
         labels = [(int(row["label"]), int(row["true_label"])) for row in csv.DictReader(file)]
     right = [label == guess for (label, _), guess in zip(labels, predicted, strict=True)]

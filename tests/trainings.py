@@ -179,7 +179,8 @@ def write_classifier(head: str = "linear", folder: str = SELECTED) -> classifier
     options: dict[str, Any] = {"levels": "last", "hidden_units": 0} | HEADS[head]
     model = classifier.create(BACKBONE, NAMES, image_size=32, dropout=0.0, seed=1, weights="none", **options)
     spread(model.base)
-    classifier.fit_standardization(model, batches.sample(Records("data/records"), 32, 1, 8))
+    images = batches.sample(Records("data/records"), 32, 1, 8)
+    classifier.fit_standardization(model, (pixels for pixels, _ in images))
     model.base.save_weights("base.weights.h5")
     model.save(folder)
     return model
@@ -265,7 +266,7 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 
 def scores_on_val(model: classifier.Classifier) -> dict[str, float]:
     records = Records("data/records")
-    logits = model.logits(batches.plain(records, "val", 32, VAL))
+    logits = model.logits(pixels for pixels, _ in batches.plain(records, "val", 32, VAL))
     return scores.score(logits, records.labels("val"))
 
 

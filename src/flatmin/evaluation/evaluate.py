@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from flatmin import power, runtime
 from flatmin.common import console, files
@@ -127,11 +126,10 @@ def _logits(
                 logits[role, mirrored][name] = logits[role, mirrored][done[identity]]
                 continue
             images = batches.plain(records, role, model.description.image_size, batch_size)
-            if mirrored:
-                images = images.map(lambda pixels, labels: (tf.image.flip_left_right(pixels), labels))
+            pixels = (batch[:, :, ::-1] if mirrored else batch for batch, _ in images)
             total = math.ceil(records.count(role) / batch_size)
             title = f"{name} on {role}{', mirrored' if mirrored else ''}"
-            logits[role, mirrored][name] = model.logits(images, total, title)
+            logits[role, mirrored][name] = model.logits(pixels, total, title)
         done.setdefault(identity, name)
     return logits
 

@@ -84,7 +84,7 @@ def _sample(
     every = math.ceil(records.count("train") / settings.sharpness.images)
     # Second derivatives take about four times the memory of scoring.
     images = batches.sample(records, model.description.image_size, every, max(1, settings.batch_size // 4))
-    return [(frozen(pixels, training=False), labels) for pixels, labels in images]
+    return [(frozen(pixels, training=False), tf.constant(labels)) for pixels, labels in images]
 
 
 def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:

@@ -11,7 +11,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext, redirect_stdout
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +130,18 @@ def _compiled(model: bytes, outputs: int, in_float16: bool) -> Run:
     buffers: dict[tuple[int, ...], tuple[list[Any], list[Any]]] = {}  # those of the last batch's shape
 
     def run(pixels: np.ndarray) -> list[np.ndarray]:
-        with nullcontext() if pixels.shape in buffers else console.quiet():  # the first run writes to descriptor 2
-            if pixels.shape not in buffers:
-                compiled.resize_input_tensor(0, pixels.shape, strict=False)
-                buffers.clear()
-                buffers[pixels.shape] = compiled.create_input_buffers(0), compiled.create_output_buffers(0)
-            into, out = buffers[pixels.shape]
-            into[0].write(pixels)
-            compiled.run_by_index(0, into, out)
+        if pixels.shape in buffers:
+            return run_again(pixels)
+        with console.quiet():  # the first run writes to descriptor 2
+            compiled.resize_input_tensor(0, pixels.shape, strict=False)
+            buffers.clear()
+            buffers[pixels.shape] = compiled.create_input_buffers(0), compiled.create_output_buffers(0)
+            return run_again(pixels)
+
+    def run_again(pixels: np.ndarray) -> list[np.ndarray]:
+        into, out = buffers[pixels.shape]
+        into[0].write(pixels)
+        compiled.run_by_index(0, into, out)
         shapes = [out[index].get_tensor_details()["shape"] for index in order]
         return [
             out[index].read(math.prod(shape), np.float32).reshape(shape)

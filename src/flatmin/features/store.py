@@ -25,9 +25,9 @@ from flatmin.common.params import Augment, Runtime
 from flatmin.features import cache, engine
 from flatmin.features.engine import EXTRACTOR_BATCH, Engine
 from flatmin.inputs import batches
-from flatmin.inputs.augment import Augmenter
 from flatmin.inputs.batches import WorkerShard
 from flatmin.inputs.records import Records
+from flatmin.inputs.workers import Augmenter
 from flatmin.models.classifier import Classifier
 from flatmin.runtime import machine
 
@@ -90,8 +90,7 @@ def compute(
     Raises:
         InputError: the cache has no room for them, which is known before the first view is computed.
     """
-    # Niceness: whatever interrupts one of LiteRT's threads holds up the others, which wait for it.
-    with ExitStack() as stack, Augmenter(augment, seed, niceness=10) as augmenter:
+    with ExitStack() as stack, Augmenter(augment, seed) as augmenter:
         extractor = _extractor(records, model, runtime, augmenter, shard)
         view_keys = extractor.keys(augment, seed, (None, *range(views)))
         missing = [view for view, key in view_keys.items() if not cache.exists("views", key)]
@@ -119,7 +118,8 @@ def _extractor(
 
     def first_batch() -> np.ndarray:
         augmenter.start()  # which takes seconds, while the frozen layers are converted
-        return next(iter(batches.plain(records, "train", size, EXTRACTOR_BATCH)))[0].numpy()
+        count = min(EXTRACTOR_BATCH, records.count("train"))
+        return next(batches.plain(records, "train", size, count, range(count)))[0]
 
     chosen = engine.choose(frozen, identity, runtime, first_batch)
     depends_on = {
@@ -127,14 +127,13 @@ def _extractor(
         "engine": chosen.name,
         "matmul": [runtime.matmul, runtime.deterministic],
         "machine": machine(),
-        "records": records.digest,
     }
     return _Extractor(records, frozen, chosen, size, augmenter, shard, depends_on)
 
 
 @dataclass(frozen=True)
 class _Extractor:
-    """Writes the activations of views. depends_on: what all of them depend on."""
+    """Writes the activations of views. depends_on: what all of them depend on, but the images."""
 
     records: Records
     frozen: keras.Model
@@ -146,10 +145,12 @@ class _Extractor:
 
     def keys(self, augment: Augment, seed: int, views: Iterable[View]) -> dict[View, str]:
         """The cache's key of each view."""
-        augmented = {"augment": augment.model_dump(), "seed": seed, "shard": asdict(self.shard)}
+        val = {"records": self.records.digest("val")}
+        train = {"records": self.records.digest("train"), "augment": augment.model_dump(), "seed": seed}
+        train["shard"] = asdict(self.shard)
         return {
             view: cache.key(
-                self.depends_on | ({} if view is None else augmented | {"view": view}), rooms=cache.ACTIVATION_ROOMS
+                self.depends_on | (val if view is None else train | {"view": view}), rooms=cache.ACTIVATION_ROOMS
             )
             for view in views
         }
@@ -183,20 +184,14 @@ class _Extractor:
         console.log(f"{title}: {count} images, {written} bytes ({time.monotonic() - started:.1f} s)")
 
     def _pixels(self, view: View) -> Iterator[np.ndarray]:
-        """Give a view's images in batches: float32 [at most EXTRACTOR_BATCH, size, size, 3]."""
+        """Give a view's images in batches, of EXTRACTOR_BATCH or by chunk: float32 [batch, size, size, 3]."""
         if view is None:
-            images = batches.plain(self.records, "val", self.size, EXTRACTOR_BATCH).map(lambda pixels, _: pixels)
-        else:
-
-            def stacked_chunks() -> Iterator[np.ndarray]:
-                for chunk, _ in batches.augmented_chunks(self.records, self.augmenter, view, self.shard):
-                    yield batches.stack(chunk, self.size)
-
-            # Resized by tf.data's threads, since LiteRT holds Python's lock while it computes.
-            images = batches.from_generator(stacked_chunks, tf.TensorSpec((None, None, None, 3), tf.float32))
-            images = images.prefetch(4).map(lambda chunk: batches.resize(chunk, self.size))
-            images = images.rebatch(EXTRACTOR_BATCH).prefetch(2)
-        yield from images.as_numpy_iterator()
+            for pixels, _ in batches.plain(self.records, "val", self.size, EXTRACTOR_BATCH):
+                yield pixels
+            return
+        numbers = self.shard.chunks(self.records.count("train"))
+        for images in self.augmenter.chunks(self.records, self.size, view, numbers):
+            yield images.astype(np.float32)
 
 
 class FeatureStore:
@@ -241,7 +236,8 @@ class FeatureStore:
                     part = examples[replicas == replica]
                     yield view.read(np.searchsorted(self._examples, part)), labels[part]
 
-        return batches.from_generator(parts, view.signature()).prefetch(4)
+        batch_bytes = batch_size * sum(math.prod(shape) for shape in view.shapes) * DTYPE.itemsize
+        return batches.from_generator(parts, view.signature(), batch_bytes)
 
     def val_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, ...]]:
         """Val's activations, float16, in the records' order."""

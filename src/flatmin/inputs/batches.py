@@ -1,33 +1,28 @@
-"""Batches of images resized to the network's input, augmented or not; and which worker trains on which examples."""
+"""Batches of images at the network's size, augmented or not; and which worker trains on which examples."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from flatmin.inputs.augment import AUGMENT_CHUNK, Augmenter
-from flatmin.inputs.records import Records, without_autotune
+from flatmin.inputs import workers
+from flatmin.inputs.augment import AUGMENT_CHUNK
+from flatmin.inputs.pixels import Task
+from flatmin.inputs.records import Records
+from flatmin.inputs.workers import Augmenter
 
-# Decoded images held in memory for shuffling; smaller data sets are shuffled as a whole.
-SHUFFLE_BYTES = 2**30
+# Finished images held in memory for shuffling; smaller data sets are shuffled as a whole.
+SHUFFLE_BYTES = 130 * 10**6
+PREFETCH_BYTES = 70 * 10**6
+_READ_TOGETHER = 16  # images a task, when they are read as they are
 
-
-def resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Resize bilinearly, with antialiasing where the image shrinks.
-
-    uint8 [..., height, width, 3] -> float32 [..., size, size, 3], still in [0, 255].
-    """
-    resized = tf.cond(
-        tf.reduce_any(tf.shape(image)[-3:-1] > size),
-        lambda: tf.image.resize(image, (size, size), antialias=True),
-        lambda: tf.image.resize(image, (size, size)),  # the same for an image that grows, and twice as fast
-    )
-    return tf.ensure_shape(resized, (*image.shape[:-3], size, size, 3))
+Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def derived_seed(*numbers: int) -> int:
@@ -35,37 +30,65 @@ def derived_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
 
 
-def plain(records: Records, role: str, size: int, batch_size: int) -> tf.data.Dataset:
-    """Batches of (float32 [batch, size, size, 3], int32 [batch]) in the records' order, un-augmented."""
-    return _batches(records.images(role), size, batch_size)
+def plain(records: Records, role: str, size: int, batch_size: int, positions: Iterable[int] | None = None) -> Batches:
+    """Read images as they are: batches of (float32 [batch, size, size, 3] in [0, 255], int32 [batch]), in order.
 
-
-def sample(records: Records, size: int, every: int, batch_size: int) -> tf.data.Dataset:
-    """Batches like `plain`'s of every `every`-th train image, from the first one on."""
-    return _batches(records.images("train", lambda position: position % every == 0), size, batch_size)
-
-
-def augmented(
-    records: Records, augmenter: Augmenter, size: int, batch_size: int, seed: int, epoch: int
-) -> tf.data.Dataset:
-    """Batches like `plain`'s of one epoch's training images, augmented and shuffled for this epoch.
-
-    The last batch may be smaller. Equal (seed, epoch) give equal batches. Labels are `Records.training_labels`.
+    Args:
+        positions: of the images in the records; by default all.
     """
-    order = derived_seed(seed, epoch)
+    chosen = np.arange(records.count(role)) if positions is None else np.fromiter(positions, np.int64)
+    labels = records.labels(role)
+    starts = range(0, len(chosen), batch_size)
+    parts = [chosen[start : start + batch_size] for start in starts]
+    tasks = (
+        Task(records.stored(role, part[first : first + _READ_TOGETHER]), size, records.fit(role))
+        for part in parts
+        for first in range(0, len(part), _READ_TOGETHER)
+    )
+    images = workers.read(tasks)
+    for part in parts:
+        batch = np.empty((len(part), size, size, 3), np.float32)
+        for first in range(0, len(part), _READ_TOGETHER):
+            batch[first : first + _READ_TOGETHER] = next(images)
+        yield batch, labels[part]
 
-    def one_by_one() -> Iterator[tuple[np.ndarray, np.int32]]:
-        for images, labels in augmented_chunks(records, augmenter, epoch, WorkerShard()):
-            yield from zip(images, labels, strict=True)
 
-    dataset = from_generator(one_by_one, (tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((), tf.int32)))
-    dataset = dataset.shuffle(_shuffle_buffer(records), seed=order, reshuffle_each_iteration=False)
-    return _batches(dataset, size, batch_size)
+def sample(records: Records, size: int, every: int, batch_size: int) -> Batches:
+    """Batches like `plain`'s of every `every`-th train image, from the first one on. No other image is read."""
+    return plain(records, "train", size, batch_size, range(0, records.count("train"), every))
 
 
-def _batches(images: tf.data.Dataset, size: int, batch_size: int) -> tf.data.Dataset:
-    dataset = images.map(lambda image, label: (resize(image, size), label), tf.data.AUTOTUNE)
-    return dataset.batch(batch_size).prefetch(2)
+def augmented(records: Records, augmenter: Augmenter, size: int, batch_size: int, seed: int, epoch: int) -> Batches:
+    """One epoch's training images, augmented and shuffled for this epoch.
+
+    Chunks are augmented in a random order, then images are shuffled within a buffer of at most SHUFFLE_BYTES. The order
+    depends on (seed, epoch) and the size alone. The last batch may be smaller.
+
+    Returns:
+        Batches of (uint8 [batch, size, size, 3], int32 [batch]); the labels are `Records.training_labels`.
+    """
+    random = np.random.default_rng(derived_seed(seed, epoch))
+    numbers = random.permutation(math.ceil(records.count("train") / AUGMENT_CHUNK))
+    chunks = augmented_chunks(records, augmenter, size, epoch, numbers.tolist())
+    shuffled = _shuffled(chunks, max(AUGMENT_CHUNK, SHUFFLE_BYTES // (3 * size**2)), random)
+    while batch := list(itertools.islice(shuffled, batch_size)):
+        images, labels = zip(*batch, strict=True)
+        yield np.stack(images), np.array(labels, np.int32)
+
+
+def _shuffled(chunks: Batches, held_at_most: int, random: np.random.Generator) -> Iterator[tuple[np.ndarray, int]]:
+    """Give (image, label) one by one, each drawn from those that are held."""
+    held: list[tuple[np.ndarray, int]] = []
+    for images, labels in chunks:
+        for image, label in zip(images, labels.tolist(), strict=True):
+            if len(held) >= held_at_most:
+                place = int(random.integers(len(held)))
+                yield held[place]
+                held[place] = held[-1]
+                held.pop()
+            held.append((image.copy(), label))  # a view would hold its whole chunk
+    for place in random.permutation(len(held)):
+        yield held[place]
 
 
 @dataclass(frozen=True)
@@ -92,40 +115,33 @@ class WorkerShard:
 
     def examples(self, count: int) -> np.ndarray:
         """The positions of this worker's examples, int [n], out of `count`."""
-        return np.flatnonzero(self.has(np.arange(count)))
+        return np.flatnonzero(self.replica_for(np.arange(count)) // self.replicas == self.worker)
 
-    def has(self, example: Any) -> Any:
-        """Whether examples are this worker's: bools for positions in the records, an array or a tensor."""
-        return example // AUGMENT_CHUNK % (self.workers * self.replicas) // self.replicas == self.worker
+    def chunks(self, count: int) -> list[int]:
+        """The numbers of this worker's chunks, out of those of `count` examples."""
+        numbers: list[int] = np.unique(self.examples(count) // AUGMENT_CHUNK).tolist()
+        return numbers
 
 
-def augmented_chunks(
-    records: Records, augmenter: Augmenter, epoch: int, shard: WorkerShard
-) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-    """Augment a shard's training images in the records' order; give images and labels chunk by chunk."""
+def augmented_chunks(records: Records, augmenter: Augmenter, size: int, epoch: int, numbers: Sequence[int]) -> Batches:
+    """Augment these chunks of train images, in this order: (uint8 [images, size, size, 3], int32 [images]) of each."""
     labels = records.training_labels()
-    chunks = math.ceil(len(labels) / AUGMENT_CHUNK)
-    numbers = [number for number in range(chunks) if shard.has(number * AUGMENT_CHUNK)]
-    images = records.arrays("train", shard.has)
-    for number, chunk in zip(numbers, augmenter.chunks(images, epoch, numbers), strict=True):
-        yield chunk, labels[number * AUGMENT_CHUNK :][: len(chunk)]
+    chunks = augmenter.chunks(records, size, epoch, numbers)
+    for number, images in zip(numbers, chunks, strict=True):
+        yield images, labels[number * AUGMENT_CHUNK :][: len(images)]
 
 
-def from_generator(make: Callable[[], Iterator[Any]], signature: Any) -> tf.data.Dataset:
-    """`tf.data.Dataset.from_generator`, without tf.data's tuning thread."""
-    return without_autotune(tf.data.Dataset.from_generator(make, output_signature=signature))
+def from_generator(make: Callable[[], Iterator[Any]], signature: Any, batch_bytes: int) -> tf.data.Dataset:
+    """`tf.data.Dataset.from_generator` that prefetches up to four batches, as long as they fit into PREFETCH_BYTES.
 
+    tf.data's autotuning is off: its thread can take up to five seconds to notice that an iterator was closed, and
+    blocks the end of an epoch for that long.
 
-def stack(images: list[np.ndarray], size: int) -> np.ndarray:
-    """Stack images for one call of `resize`: float32 [len(images), height, width, 3].
-
-    Images of different sizes, or larger than `size`, are resized one by one first.
+    Args:
+        batch_bytes: the size of what the generator gives at a time.
     """
-    if len({image.shape for image in images}) > 1 or max(images[0].shape) > size:
-        images = [resize(tf.constant(image), size).numpy() for image in images]
-    return np.stack(images).astype(np.float32)
-
-
-def _shuffle_buffer(records: Records) -> int:
-    image_bytes = int(records.mean_pixels("train") * 3)
-    return max(AUGMENT_CHUNK, min(records.count("train"), SHUFFLE_BYTES // max(1, image_bytes)))
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    dataset = tf.data.Dataset.from_generator(make, output_signature=signature).with_options(options)
+    ahead = min(4, PREFETCH_BYTES // batch_bytes)
+    return dataset.prefetch(ahead) if ahead else dataset

@@ -1,148 +1,192 @@
-"""Reads the records that prepare wrote."""
+"""Reads the records that prepare wrote: each role's index, and from it where every encoded image lies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import csv
+import os
+import sys
+import zlib
+from array import array
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
+from PIL import Image
 
+from flatmin import images
 from flatmin.common import files
 from flatmin.common.errors import InputError
 from flatmin.common.params import ROLES
+from flatmin.images import BrokenImageError, Fit
 
-READ_BATCH = 32  # images that `Records.arrays` converts to NumPy at once
+ROLE, INDEX = "role.json", "index.csv"
+_NUMBERS = ("label", "offset", "bytes", "crc32", "orientation", "height", "width")  # integer columns of the index
+
+
+class StoredImage(NamedTuple):
+    """Where a record's encoded image lies and what it is: all that another process needs to read it.
+
+    Attributes:
+        shard: the file's path.
+        name: the example's, for messages.
+        offset, bytes: of the encoded image within the file.
+        crc32: `zlib.crc32` of these bytes.
+        orientation: EXIF's, 1 to 8.
+        height, width: in pixels, of the upright picture.
+    """
+
+    shard: str
+    name: str
+    offset: int
+    bytes: int
+    crc32: int
+    orientation: int
+    height: int
+    width: int
+
+    def read(self) -> Image.Image:
+        """Read and decode the image: RGB, upright.
+
+        Raises:
+            InputError: the bytes are not those that prepare wrote.
+        """
+        file = os.open(self.shard, os.O_RDONLY)
+        try:
+            encoded = os.pread(file, self.bytes, self.offset)
+        finally:
+            os.close(file)
+        received = "other bytes"
+        if zlib.crc32(encoded) == self.crc32:
+            try:
+                return images.read(encoded, self.orientation, self.height * self.width)
+            except BrokenImageError as error:
+                received = str(error)
+        raise InputError(
+            f"{self.shard}: expected {self.name!r} as prepare wrote it (`dvc repro --force prepare` writes it again), "
+            f"received {received}"
+        )
 
 
 class Records:
-    """A folder of records, as `flatmin.data.writer` writes it.
+    """A folder of records, as `flatmin.data.writer` writes it. Only the roles that are asked for are opened.
 
     Attributes:
-        info: `dataset.json`, parsed.
-        class_names: In the order of the labels.
-        roles: The roles that have examples, train first.
-        digest: SHA-256, in hexadecimal, over all files.
+        folder: its path.
 
     Raises:
-        InputError: A file is missing, or does not have the size with which it was written.
+        InputError: by all but the constructor: the role is missing, or a file of it does not have the size with which
+            it was written.
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self._folder = Path(folder)
-        self.info = files.read_json(self._folder / "dataset.json")
-        for key in ("class_names", "roles", "digest", "files"):
-            if key not in self.info:
-                raise InputError(f"{self._folder / 'dataset.json'}: {key}: expected as prepare writes it, found none")
-        self.class_names: list[str] = self.info["class_names"]
-        self.roles: list[str] = [role for role in ROLES if role in self.info["roles"]]
-        self.digest: str = self.info["digest"]
-        for name, file in self.info["files"].items():
-            path = self._folder / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != file["bytes"]:
-                raise InputError(
-                    f"{path}: expected {file['bytes']} bytes, received {'none' if size is None else size};"
-                    " `dvc repro prepare` writes it again"
-                )
-        self._indices: dict[str, tuple[list[str], np.ndarray, np.ndarray]] = {}
+        self.folder = Path(folder)
+        self._opened: dict[str, _Role] = {}
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles that have examples, train first."""
+        return [role for role in ROLES if (self.folder / role / ROLE).is_file()]
+
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the labels."""
+        names: list[str] = self._role("train").info["class_names"]
+        return names
+
+    def fit(self, role: str) -> Fit:
+        """Return how the role's pictures meet the network's square."""
+        fit: Fit = self._role(role).info["fit"]
+        return fit
+
+    def digest(self, role: str) -> str:
+        """Return a SHA-256, in hexadecimal, over all of the role."""
+        return str(self._role(role).info["digest"])
 
     def count(self, role: str) -> int:
         """Return the number of examples."""
-        return int(self._role(role)["count"])
+        return int(self._role(role).info["count"])
 
     def mean_pixels(self, role: str) -> float:
         """Return the mean of height times width."""
-        return float(self._role(role)["mean_pixels"])
+        return float(self._role(role).info["mean_pixels"])
 
     def labels(self, role: str) -> np.ndarray:
         """Return the labels in the records' order: int32 [count], -1 where unknown, read-only."""
-        return self._index(role)[1]
+        return self._role(role).index.labels
 
     def training_labels(self) -> np.ndarray:
         """Return train's labels, int32 [count], plus the number of classes where the label is a wrong one on purpose.
 
         So a batch says which of its labels `label_noise` or `shuffle_labels` changed.
         """
-        labels, true = self._index("train")[1:]
-        return labels + np.int32(len(self.class_names)) * (labels != true)
+        index = self._role("train").index
+        return index.labels + np.int32(len(self.class_names)) * (index.labels != index.true_labels)
 
     def names(self, role: str) -> list[str]:
         """Return the examples' names in the records' order."""
-        return self._index(role)[0]
+        return self._role(role).index.names
 
-    def images(self, role: str, keep: Callable[[Any], Any] | None = None) -> tf.data.Dataset:
-        """Stream the decoded images and labels in the records' order.
+    def stored(self, role: str, positions: Iterable[int]) -> list[StoredImage]:
+        """Return where the images at these positions lie."""
+        opened = self._role(role)
+        index = opened.index
+        rows = np.fromiter(positions, np.int64)
+        return [
+            StoredImage(str(opened.folder / index.shards[row]), index.names[row], *numbers)
+            for row, numbers in zip(rows.tolist(), index.numbers[rows].tolist(), strict=True)
+        ]
 
-        Args:
-            keep: Tells from an example's position (scalar int64 tensor) whether to keep it. By default all are kept.
-
-        Returns:
-            (uint8 [height, width, 3], scalar int32) of each example. The sizes may differ.
-        """
-        stored = self._stored(role)
-        if keep is not None:
-            numbered = stored.enumerate().filter(lambda position, _: keep(position))
-            stored = numbered.map(lambda _, record: record)
-        return stored.map(lambda record: _decode(*_parse(record)), tf.data.AUTOTUNE, deterministic=True)
-
-    def arrays(self, role: str, keep: Callable[[Any], Any] | None = None) -> Iterator[np.ndarray]:
-        """Stream the images of `images(role, keep)` as NumPy arrays.
-
-        They are converted in batches, which takes half as long as one by one.
-        """
-        images = self.images(role, keep).map(lambda image, _: image)
-        sides = [self._role(role)[side] for side in ("height", "width")]
-        if all(side["min"] == side["max"] for side in sides):
-            for batch in images.batch(READ_BATCH).as_numpy_iterator():
-                yield from batch
-            return
-        flattened = images.map(lambda image: (tf.reshape(image, (-1,)), tf.shape(image)))
-        for pixels, shapes in flattened.ragged_batch(READ_BATCH).as_numpy_iterator():
-            for image, shape in zip(pixels, shapes, strict=True):
-                yield image.reshape(shape)
-
-    def _stored(self, role: str) -> tf.data.Dataset:
-        """Stream a role's serialized records: scalar strings."""
-        self._role(role)
-        shards = sorted(name for name in self.info["files"] if name.startswith(f"{role}-"))
-        return without_autotune(tf.data.TFRecordDataset([str(self._folder / name) for name in shards]))
-
-    def _role(self, role: str) -> Mapping[str, Any]:
-        if role not in self.info["roles"]:
-            raise InputError(f"{self._folder}: expected the role {role}, received {', '.join(self.roles)}")
-        return self.info["roles"][role]
-
-    def _index(self, role: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Return a role's names, labels and true labels, read once from its CSV file."""
-        self._role(role)
-        if role not in self._indices:
-            rows = files.read_csv(self._folder / f"{role}.csv")
-            labels = np.array([int(row["label"]) for row in rows], np.int32)
-            labels.flags.writeable = False
-            true = np.array([int(row.get("true_label", row["label"])) for row in rows], np.int32)
-            self._indices[role] = [row["name"] for row in rows], labels, true
-        return self._indices[role]
+    def _role(self, role: str) -> _Role:
+        if role not in self._opened:
+            if self.roles and role not in self.roles:
+                raise InputError(f"{self.folder}: expected the role {role}, received {', '.join(self.roles)}")
+            self._opened[role] = _Role(self.folder / role)
+        return self._opened[role]
 
 
-def without_autotune(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Disable tf.data's autotuning.
+class _Index(NamedTuple):
+    """The index of a role. numbers: int64 [count, 6], a StoredImage's from `offset` on."""
 
-    Its thread can take up to five seconds to notice that an iterator was closed, and blocks the end of an epoch or
-    of a view for that long.
-    """
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return dataset.with_options(options)
-
-
-def _parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    features = {"image": tf.io.FixedLenFeature((), tf.string), "label": tf.io.FixedLenFeature((), tf.int64)}
-    parsed = tf.io.parse_single_example(record, features)
-    return parsed["image"], tf.cast(parsed["label"], tf.int32)
+    names: list[str]
+    shards: list[str]
+    labels: np.ndarray
+    true_labels: np.ndarray
+    numbers: np.ndarray
 
 
-def _decode(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    pixels = tf.io.decode_image(image, channels=3, expand_animations=False)
-    return tf.ensure_shape(pixels, (None, None, 3)), label
+class _Role:
+    """The folder of one role. info: its `role.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.info: dict[str, Any] = files.read_json(folder / ROLE)
+        for key in ("class_names", "fit", "count", "mean_pixels", "files", "digest"):
+            if key not in self.info:
+                raise InputError(f"{folder / ROLE}: {key}: expected as prepare writes it, found none")
+        for name, file in self.info["files"].items():
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size != file["bytes"]:
+                raise InputError(
+                    f"{path}: expected {file['bytes']} bytes, received {'none' if size is None else size};"
+                    " `dvc repro prepare` writes it again"
+                )
+
+    @cached_property
+    def index(self) -> _Index:
+        """Read the index, once. Rows are read one by one, since a dict of each row takes many times its memory."""
+        names: list[str] = []
+        shards: list[str] = []
+        numbers, true_labels = array("q"), array("q")
+        with (self.folder / INDEX).open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                names.append(row["name"])
+                shards.append(sys.intern(row["shard"]))
+                numbers.extend(int(row[column]) for column in _NUMBERS)
+                true_labels.append(int(row.get("true_label", row["label"])))
+        table = np.array(numbers, np.int64).reshape(-1, len(_NUMBERS))
+        labels = table[:, 0].astype(np.int32)
+        labels.flags.writeable = False
+        return _Index(names, shards, labels, np.array(true_labels, np.int32), table[:, 1:])

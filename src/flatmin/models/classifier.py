@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -146,11 +146,11 @@ class Classifier:
     def _forward(self) -> Any:
         return tf.function(lambda pixels: self.network(pixels, training=False), reduce_retracing=True)
 
-    def logits(self, images: tf.data.Dataset, total: int | None = None, description: str = "scoring") -> np.ndarray:
+    def logits(self, images: Iterable[Any], total: int | None = None, description: str = "scoring") -> np.ndarray:
         """Compute logits in inference mode.
 
         Args:
-            images: batches of (pixels, labels), as `batches.plain` returns them.
+            images: batches of pixels, float32 [batch, size, size, 3].
             total: the number of batches, for the progress bar.
             description: the progress bar's label.
 
@@ -158,7 +158,7 @@ class Classifier:
             float32 [examples, classes], in the order of the images.
         """
         batches = console.progress(images, description, total, "batch")
-        return np.concatenate([self._forward(pixels).numpy() for pixels, _ in batches])
+        return np.concatenate([self._forward(pixels).numpy() for pixels in batches])
 
     def save(self, folder: Path | str, val_logits: np.ndarray | None = None) -> None:
         """Write the weights, `model.json` and, if given, `val_logits.npy` into a folder; equal ones give equal bytes.
@@ -217,12 +217,12 @@ def pooled(base: keras.Model, levels: Levels) -> keras.Model:
     return keras.Model(base.input, scaled, name="features")
 
 
-def fit_standardization(model: Classifier, images: tf.data.Dataset) -> None:
+def fit_standardization(model: Classifier, images: Iterable[Any]) -> None:
     """Set the standardization layer's mean and variance from these images. Done once, before the head is trained.
 
     Args:
         model: a classifier; it is left as it is unless its `levels` are `all`.
-        images: batches of (pixels, labels), as `batches.plain` returns them.
+        images: batches of pixels, float32 [batch, size, size, 3].
     """
     if model.description.levels == "last":
         return
@@ -233,7 +233,7 @@ def fit_standardization(model: Classifier, images: tf.data.Dataset) -> None:
         lambda pixels: unstandardized(registry.preprocess(name, pixels), training=False), reduce_retracing=True
     )
     batches = console.progress(images, "standardizing", unit="batch")
-    features = np.concatenate([forward(pixels).numpy() for pixels, _ in batches]).astype(np.float64)
+    features = np.concatenate([forward(pixels).numpy() for pixels in batches]).astype(np.float64)
     layer.moving_mean.assign(features.mean(axis=0))
     layer.moving_variance.assign(features.var(axis=0))
 

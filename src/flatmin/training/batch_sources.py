@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, Protocol
 
@@ -12,8 +13,9 @@ import tensorflow as tf
 from flatmin.common import console
 from flatmin.features.store import FeatureStore
 from flatmin.inputs import batches
-from flatmin.inputs.augment import Augmenter
+from flatmin.inputs.batches import Batches
 from flatmin.inputs.records import Records
+from flatmin.inputs.workers import Augmenter
 from flatmin.models.classifier import Classifier, TrainedLayers
 
 
@@ -48,13 +50,19 @@ class AugmentedImages:
 
     def epoch(self, number: int, strategy: tf.distribute.Strategy, skipped: int = 0) -> Any:
         size = self._model.description.image_size
-        images = batches.augmented(self._records, self._augmenter, size, self._batch_size, self._seed, number)
+
+        def rest() -> Batches:
+            epoch = batches.augmented(self._records, self._augmenter, size, self._batch_size, self._seed, number)
+            return itertools.islice(epoch, skipped, None)
+
+        signature = (tf.TensorSpec((None, size, size, 3), tf.uint8), tf.TensorSpec((None,), tf.int32))
+        images = batches.from_generator(rest, signature, self._batch_size * size**2 * 3)
         sharding = tf.data.Options()
         sharding.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-        return strategy.experimental_distribute_dataset(images.skip(skipped).with_options(sharding))
+        return strategy.experimental_distribute_dataset(images.with_options(sharding))
 
     def activations(self, inputs: Any) -> Any:
-        return self._frozen(inputs, training=False)
+        return self._frozen(tf.cast(inputs, tf.float32), training=False)
 
     def val_logits(self) -> np.ndarray:
         return logits_from_images(self._model, self._records, self._batch_size, self._records.count("val"))
@@ -90,6 +98,5 @@ class CachedActivations:
 
 def logits_from_images(model: Classifier, records: Records, batch_size: int, count: int) -> np.ndarray:
     """The logits of the first `count` val images by the assembled network, float32 [count, classes]."""
-    images = batches.plain(records, "val", model.description.image_size, batch_size)
-    total = math.ceil(count / batch_size)
-    return model.logits(images.take(total), total, "validating")[:count]
+    images = batches.plain(records, "val", model.description.image_size, batch_size, range(count))
+    return model.logits((pixels for pixels, _ in images), math.ceil(count / batch_size), "validating")

@@ -17,9 +17,9 @@ from flatmin.common.params import Augment, Extract, Finetune, Runtime, Training
 from flatmin.features import cache, store
 from flatmin.features.engine import EXTRACTOR_BATCH
 from flatmin.inputs import batches
-from flatmin.inputs.augment import Augmenter
 from flatmin.inputs.batches import WorkerShard, derived_seed
 from flatmin.inputs.records import Records
+from flatmin.inputs.workers import Augmenter
 from flatmin.models import classifier, registry
 from flatmin.models.classifier import Classifier, TrainedLayers
 from flatmin.models.cpu_kernels import optimize_for_cpu
@@ -86,7 +86,7 @@ class Job:
             "recipe": self.recipe.model_dump(),
             "step": dict(self.step.depends_on),
             "plan": asdict(self.plan(records)),
-            "records": records.digest,
+            "records": [records.digest(role) for role in ("train", "val")],
             "machine": runtime.machine(),
             "workers": [workers.count, workers.replicas],
             **self.depends_on,
@@ -121,7 +121,7 @@ def extract(
         )
         every = max(1, records.count("train") // STANDARDIZATION_IMAGES)
         images = batches.sample(records, model.description.image_size, every, EXTRACTOR_BATCH)
-        classifier.fit_standardization(model, images)
+        classifier.fit_standardization(model, (pixels for pixels, _ in images))
         return model
 
     depends_on = {"backbone": backbone, "weights": weights_digest(backbone, weights)}
