@@ -21,12 +21,14 @@ TABLE = Path("studies/digits/negative.csv")
 METHODS = ("extract", "finetune", "control", "sam")  # in evaluate's metrics
 PAGE = """# Negative controls of the default study
 
-Written by `make negative`. Test accuracy where something is wrong on purpose, and without a network.
+Written by `make negative`. Test accuracy where something is wrong on purpose, and without a network. The networks are
+the default study's with one backbone and a third of the epochs: negative.yaml.
 
 {table}
-- Labels permuted among the training images: {count} permutations, each of other images, one training seed; the mean and
-  its 95 % interval over them (Student's t). Chance is {chance:g}; one in twenty such intervals misses it by chance.
-- Random weights: the backbones start from none of ImageNet's, one training seed.
+- Labels permuted among the training images, and among those of val, which decides epochs; test's are true. {count}
+  permutations, each of other images, one training seed; the mean and its 95 % interval over them (Student's t). Chance
+  is {chance:g}; one in twenty such intervals misses it by chance.
+- Random weights: the backbone starts from none of ImageNet's, one training seed.
 - Nearest neighbour: the label of the closest training image by its stored pixels (Euclidean), on the study's images.
 """
 

@@ -258,19 +258,20 @@ def true_label(name: str) -> int:
     return ["cat", "dog"].index(name.split("/")[1])
 
 
-def assert_keeps_true_labels(folder: Path, records: Records) -> None:
-    """Train's records and CSV hold the source's labels beside those that were drawn; val's and test's are their own."""
-    with (folder / "train/index.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0])[:4] == ["name", "label", "true_label", "shard"]
-    assert [int(row["true_label"]) for row in rows] == [true_label(row["name"]) for row in rows]
-    assert [{key: int(row[key]) for key in ("label", "true_label")} for row in rows] == stored(folder)
-    assert records.labels("train").tolist() == [int(row["label"]) for row in rows]
+def assert_keeps_true_labels(folder: Path, records: Records, roles: tuple[str, ...] = ("train",)) -> None:
+    """Records and index of these roles hold the source's labels beside those drawn; other roles hold their own alone."""
+    for role in reversed(roles):
+        with (folder / role / "index.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert list(rows[0])[:4] == ["name", "label", "true_label", "shard"]
+        assert [int(row["true_label"]) for row in rows] == [true_label(row["name"]) for row in rows]
+        assert [{key: int(row[key]) for key in ("label", "true_label")} for row in rows] == stored(folder, role)
+        assert records.labels(role).tolist() == [int(row["label"]) for row in rows]
     # What a training reads: wrong labels are told by as much as there are classes.
     expected = [int(row["label"]) + 2 * (row["label"] != row["true_label"]) for row in rows]
     assert records.training_labels().tolist() == expected
     assert records.training_labels().dtype == np.int32
-    for role in ("val", "test"):
+    for role in {"val", "test"} - set(roles):
         assert (folder / role / "index.csv").read_text().startswith("name,label,shard,")
         assert {tuple(record) for record in stored(folder, role)} == {("label",)}
 
@@ -306,43 +307,44 @@ def test_write_without_changed_labels_keeps_no_true_ones(tmp_path: Path) -> None
     assert contents(tmp_path / "noisy") == contents(tmp_path / "records")
 
 
-def test_write_with_shuffled_labels_permutes_them_among_train_only(tmp_path: Path) -> None:
+def test_write_with_shuffled_labels_permutes_them_within_train_and_within_val(tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=40, test=5)
     for path in (source / "train/dog").glob("3*.png"):  # of cats there are more
         path.unlink()
-    settings: dict[str, Any] = {"val_per_class": 5, "train_per_class": None}
+    settings: dict[str, Any] = {"val_per_class": 8, "train_per_class": None}
     clean = written(folder_data(source, seed=3, **settings), tmp_path / "clean")
     found = {}
     for name, seed in (("shuffled", 3), ("again", 3), ("other", 4)):
         data = folder_data(source, seed=seed, shuffle_labels=True, **settings)
         metrics = writer.write(data, tmp_path / name)
         records = found[name] = Records(tmp_path / name)
-        assert Counter(records.labels("train").tolist()) == {0: 35, 1: 25}, "as many of each class as before"
+        assert Counter(records.labels("train").tolist()) == {0: 32, 1: 22}, "as many of each class as before"
+        assert Counter(records.labels("val").tolist()) == {0: 8, 1: 8}
         wrong = sum(label != true_label(name) for name, label in by_name(records, "train").items())
         assert metrics["wrong_labels"] == described(tmp_path / name)["roles"]["train"]["wrong_labels"] == wrong
         assert 10 < wrong < 50, "chance alone decides whether a label is its image's own"
-        assert_keeps_true_labels(tmp_path / name, records)
+        assert_keeps_true_labels(tmp_path / name, records, ("train", "val"))
     shuffled = found["shuffled"]
     assert contents(tmp_path / "shuffled") == contents(tmp_path / "again")
-    for role in ("val", "test"):
-        assert by_name(shuffled, role) == by_name(clean, role)
-        assert by_name(found["other"], role) == {name: true_label(name) for name in found["other"].names(role)}
-    assert shuffled.names("train") == clean.names("train")
+    assert by_name(shuffled, "test") == by_name(clean, "test")
+    assert by_name(shuffled, "val") != by_name(clean, "val")
+    assert [shuffled.names(role) for role in ("train", "val")] == [clean.names(role) for role in ("train", "val")]
     common = set(shuffled.names("train")) & set(found["other"].names("train"))
     differ = [name for name in common if by_name(shuffled, "train")[name] != by_name(found["other"], "train")[name]]
     assert len(differ) > len(common) / 5, "another seed permutes otherwise"
 
 
 def test_write_with_shuffled_labels_of_given_splits_permutes_otherwise_by_the_seed_alone(tmp_path: Path) -> None:
-    """TFDS keeps its order whatever the seed, and with a split of its own val is no one's draw."""
-    source = cats_and_dogs(tmp_path / "source", train=30, val=2, test=1)
+    """TFDS keeps its order whatever the seed."""
+    source = cats_and_dogs(tmp_path / "source", train=30, val=20, test=1)
     one, other = (
         written(folder_data(source, val="val", seed=seed, shuffle_labels=True), tmp_path / f"seed{seed}")
         for seed in (1, 2)
     )
-    assert set(by_name(one, "train")) == set(by_name(other, "train"))
-    assert by_name(one, "train") != by_name(other, "train")
-    assert [by_name(one, role) for role in ("val", "test")] == [by_name(other, role) for role in ("val", "test")]
+    for role in ("train", "val"):
+        assert set(by_name(one, role)) == set(by_name(other, role))
+        assert by_name(one, role) != by_name(other, role)
+    assert by_name(one, "test") == by_name(other, "test")
 
 
 @pytest.mark.parametrize("changes", [{"label_noise": 0.5}, {"shuffle_labels": True}], ids=["noise", "shuffled"])
@@ -355,7 +357,8 @@ def test_write_with_changed_labels_and_broken_images_keeps_each_record_its_own(
     data = folder_data(source, val_per_class=3, train_per_class=10, skip_broken=4, **changes)
     records = written(data, tmp_path / "records")
     assert records.count("train") == 20
-    assert_keeps_true_labels(tmp_path / "records", records)
+    roles = ("train", "val") if data.shuffle_labels else ("train",)
+    assert_keeps_true_labels(tmp_path / "records", records, roles)
 
 
 def test_write_with_label_noise_and_val_split_counts_all_of_train(tmp_path: Path) -> None:

@@ -215,7 +215,8 @@ class Data(Section):
     )
     shuffle_labels: bool = Field(
         False,
-        description="Permute the labels among the training images: a negative control, whose accuracy is chance.",
+        description="Permute the labels among the training images, and among those of val: a negative control, whose"
+        " test accuracy is chance.",
     )
     class_names: Annotated[list[Text], Field(min_length=2)] | None = Field(
         None, description="Names of the classes in the order of their labels. Null: the source's."

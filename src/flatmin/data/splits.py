@@ -127,24 +127,37 @@ def _val_size(class_size: int, class_name: str, data: Data) -> int:
     return val_size
 
 
-def draw_labels(source: Source, data: Data, class_names: list[str], roles: np.ndarray | None) -> dict[int, int]:
-    """Draw the labels of training examples that `label_noise` or `shuffle_labels` ask for.
+def draw_labels(
+    source: Source, data: Data, class_names: list[str], roles: np.ndarray | None
+) -> dict[str, dict[int, int]]:
+    """Draw the labels that `label_noise` or `shuffle_labels` ask for.
 
     Returns:
-        The index in train's split and the label of each example that is drawn: with `label_noise` that fraction of
-        train, each with the label of another class; with `shuffle_labels` all of train, with train's labels permuted.
+        For the split expressions of train and val, the index of each example whose label is drawn, and that label. With
+        `label_noise` they are that fraction of train, each with the label of another class. With `shuffle_labels` they
+        are all of train and all of val, each role with its own labels permuted: val decides epochs, and would find
+        those in which an accident fits its true labels.
     """
     if roles is None or not (data.label_noise or data.shuffle_labels):
         return {}
     random = np.random.default_rng([data.seed, 2])
+    labels = source.labels(source.expressions["train"])
     train = np.flatnonzero(roles == TRAIN)
-    if data.shuffle_labels:
-        permuted = random.permutation(source.labels(source.expressions["train"])[train])
-        return dict(zip(train.tolist(), permuted.tolist(), strict=True))
-    drawn = random.choice(train, round(data.label_noise * len(train)), replace=False)
-    shifts = random.integers(1, len(class_names), len(drawn))
-    labels = (source.labels(source.expressions["train"])[drawn] + shifts) % len(class_names)
-    return dict(zip(drawn.tolist(), labels.tolist(), strict=True))
+    if data.label_noise:
+        drawn = random.choice(train, round(data.label_noise * len(train)), replace=False)
+        shifts = random.integers(1, len(class_names), len(drawn))
+        return {"train": _by_index(drawn, (labels[drawn] + shifts) % len(class_names))}
+    carved = np.flatnonzero(roles == VAL)
+    shuffled = {"train": _by_index(train, random.permutation(labels[train]))}
+    shuffled["train"] |= _by_index(carved, random.permutation(labels[carved]))
+    if "val" in source.expressions:
+        given = source.labels(source.expressions["val"])
+        shuffled["val"] = _by_index(np.arange(len(given)), random.permutation(given))
+    return shuffled
+
+
+def _by_index(indices: np.ndarray, labels: np.ndarray) -> dict[int, int]:
+    return dict(zip(indices.tolist(), labels.tolist(), strict=True))
 
 
 def refuse_broken(broken: list[str], allowed: int, listed: Path) -> None:

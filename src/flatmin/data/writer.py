@@ -14,7 +14,7 @@ import json
 import operator
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,23 +96,28 @@ def _tell(info: Mapping[str, Any]) -> None:
 
 
 def _examples_with_roles(
-    source: Source, expressions: Mapping[str, str], roles: np.ndarray | None, drawn_labels: Mapping[int, int]
+    source: Source,
+    expressions: Mapping[str, str],
+    roles: np.ndarray | None,
+    drawn_labels: Mapping[str, Mapping[int, int]],
 ) -> Iterator[tuple[str | None, Example]]:
     """Yield every example with its role, which is None if it is left out.
 
-    Training examples in `drawn_labels` get that label, and where there are any, all of train keep the true one too. The
+    Examples in `drawn_labels` get that label; they, and where there are any all of train, keep the true one too. The
     label of predict is removed.
     """
     for role, expression in expressions.items():
-        examples = source.examples(expression)
-        if role == "train" and roles is not None:
-            for index, (code, example) in enumerate(zip(roles.tolist(), examples, strict=True)):
-                if drawn_labels and code == splits.TRAIN:
-                    example = example._replace(label=drawn_labels.get(index, example.label), true_label=example.label)
+        drawn = drawn_labels.get(role, {})
+        for index, example in enumerate(source.examples(expression)):
+            code = roles[index] if role == "train" and roles is not None else None
+            if index in drawn or (drawn and code == splits.TRAIN):
+                example = example._replace(label=drawn.get(index, example.label), true_label=example.label)
+            if role == "predict":
+                example = example._replace(label=UNKNOWN)
+            if code is None:
+                yield role, example
+            else:
                 yield None if code == splits.LEFT_OUT else ROLES[code], example
-        else:
-            for example in examples:
-                yield role, example._replace(label=UNKNOWN) if role == "predict" else example
 
 
 class RecordsWriter:
@@ -127,7 +132,7 @@ class RecordsWriter:
 
     def __init__(self, folder: Path, class_names: Sequence[str], fit: str, stored: Stored) -> None:
         self._folder = folder
-        self._same_in_all = {"class_names": class_names, "fit": fit, "stored": stored._asdict()}
+        self._same_in_all: dict[str, Any] = {"class_names": class_names, "fit": fit, "stored": stored._asdict()}
         self.roles: dict[str, ShardWriter] = {}
         self.described: dict[str, dict[str, Any]] = {}
         self.first_frames = 0
@@ -253,7 +258,7 @@ class ShardWriter:
         files.write_csv(path, columns, ([getattr(row, column) for column in columns] for row in rows))
         yield path
 
-    def describe(self, class_names: Sequence[str]) -> dict[str, Any]:
+    def describe(self, class_names: Iterable[str]) -> dict[str, Any]:
         """Return counts and sizes."""
         counts = Counter(row.label for row in self.rows)
         heights, widths = [row.height for row in self.rows], [row.width for row in self.rows]
