@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from networks import randomize
+from pictures import picture
+from PIL import Image
 
 from flatmin.common import files
 from flatmin.common.errors import InputError
+from flatmin.images import Stored, to_square
 from flatmin.models import build, classifier, registry
 from flatmin.models.classifier import Classifier
 
@@ -267,8 +270,24 @@ def test_save_writes_description(model: Classifier, tmp_path: Path) -> None:
         "pretrained": "none",
         "seed": 1,
         "weights_digest": None,
+        "fit": "squash",
+        "stored_side": None,
+        "stored_enlarge": True,
         "temperature": None,
     }
+
+
+def test_describe_input_of_is_what_the_records_gave(tmp_path: Path) -> None:
+    stored = Stored(20, enlarge=False)
+    made = classifier.create(
+        "MobileNet025", CLASSES, image_size=32, dropout=0.5, seed=1, weights="none", fit="crop", stored=stored
+    )
+    made.save(tmp_path / "model")
+    description = classifier.describe(tmp_path / "model")
+    image = picture(width=60, height=40)
+    expected = to_square(image.resize((30, 20), Image.Resampling.BICUBIC), 32, "crop")
+    np.testing.assert_array_equal(description.input_of(image), np.asarray(expected))
+    assert description.input_of(image).shape == (32, 32, 3)
 
 
 def test_create_default_image_size_is_backbones() -> None:
