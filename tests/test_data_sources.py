@@ -93,7 +93,7 @@ def test_digits_with_their_own_names_in_another_order_are_refused() -> None:
     names = [str(digit) for digit in range(10)]
     with pytest.raises(InputError, match=r"data\.class_names: expected new names .*, received '9' for '0'"):
         opened("bundled", "digits", class_names=names[::-1])
-    assert opened("bundled", "digits", class_names=names[1:] + ["10"]).class_names == [*names[1:], "10"]
+    assert opened("bundled", "digits", class_names=[*names[1:], "10"]).class_names == [*names[1:], "10"]
 
 
 def test_bundled_with_unknown_name_is_refused() -> None:
