@@ -318,3 +318,17 @@ def test_evaluate_without_a_classifier_is_an_error_that_writes_nothing(workspace
     assert keras.config.dtype_policy().name == "float32"
     assert not (workspace / "predictions").exists()
     assert not (workspace / "metrics/evaluate.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("sam", "expected"),
+    [
+        ({1: 0.10, 2: 0.20}, []),
+        ({1: 0.109, 2: 0.183}, []),
+        ({1: 0.12, 2: 0.20}, ["control and sam of seed 1"]),
+        ({1: 0.12, 2: 0.18}, ["control and sam of seeds 1 and 2"]),
+        ({1: 0.12, 2: 0.22}, ["control and sam"]),
+    ],
+)
+def test_unequal_losses_are_told_by_method_or_by_seed(sam: dict[int, float], expected: list[str]) -> None:
+    assert minima.unequal_losses({"control": {1: 0.10, 2: 0.20}, "sam": sam}) == expected

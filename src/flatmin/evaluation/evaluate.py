@@ -92,14 +92,16 @@ def evaluate(*, runtime: Runtime, settings: Evaluate, records: str, models: Mode
         for seed, values in measured.items():
             part["seeds"][str(seed)]["sharpness"] = values
         _add_means(part, "sharpness", list(measured.values()))
-    unequal = unequal_losses({method: metrics[method]["sharpness"]["loss"] for method in sharpness})
-    metrics["sharpness"] = {"equal_loss": not unequal, "not_compared": ", ".join(unequal)}
+    unequal = unequal_losses(
+        {method: {seed: values["loss"] for seed, values in measured.items()} for method, measured in sharpness.items()}
+    )
+    metrics["sharpness"] = {"equal_loss": not unequal, "not_compared": "; ".join(unequal)}
     files.write_json(outputs.metrics, metrics)
     predicted = {name: values.argmax(axis=1)[: len(known)] for name, values in test.items()}
     plots.write_confusion(outputs.confusion, predicted["final"], known, dataset.class_names)
     plots.write_class_accuracy(outputs.class_accuracy, _by_method(models, predicted), known, dataset.class_names)
-    for pair, (one, other) in unequal.items():
-        console.log(f"evaluate: flatness of {pair} is not compared at equal train loss: {one:.3g} and {other:.3g}")
+    for pair in unequal:
+        console.log(f"evaluate: flatness of {pair} is not compared at equal train loss")
     if labelled:
         _report(metrics)
 
