@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -26,13 +27,19 @@ EQUAL_LOSS = 0.1  # flatness is compared at equal training loss, which is one th
 
 
 def measure_sharpness(
-    records: Records, folders: Mapping[str, Mapping[int, str]], settings: Evaluate, seed: int, plot: str
+    records: Records,
+    folders: Mapping[str, Mapping[int, str]],
+    settings: Evaluate,
+    seed: int,
+    plot: Path | str,
+    table: Path | str,
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Measure every minimum on the same un-augmented train images; draw the loss around those of the first seed.
 
     Args:
         folders: by method and seed, the folders of classifiers that were trained from one start.
         plot: the PNG file to write.
+        table: the CSV file of what it draws.
 
     Returns:
         By method and seed, what `sharpness.measure` measures, and `loss`, the mean loss on these images.
@@ -63,6 +70,7 @@ def measure_sharpness(
                 f"{measured.trace_error:.2g}), train loss {metrics[method][number]['loss']:.4g}"
             )
     plots.draw_sharpness(plot, lines)
+    plots.write_sharpness(table, lines)
     return metrics
 
 
