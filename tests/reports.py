@@ -120,7 +120,9 @@ class Made:
     def _evaluated(self) -> None:
         test = dict.fromkeys(("accuracy", "macro_f1", "loss", "calibrated_loss", "ece", "calibrated_ece"), 0.9)
         sharpness = dict.fromkeys(("loss", "eigenvalue_1", "trace", "gradient_rise", "adaptive_rise"), 1.5)
-        found: dict[str, Any] = {"sharpness": {"equal_loss": True, "not_compared": ""}}
+        found: dict[str, Any] = {
+            "sharpness": {"equal_loss": self.labelled, "not_compared": "" if self.labelled else "sam and control"}
+        }
         scored = {"test": test} if self.labelled else {}
         for method in METHODS:
             seeds = {str(seed): {**scored, "sharpness": sharpness} for seed in self.seeds}

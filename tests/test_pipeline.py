@@ -234,15 +234,16 @@ def test_report_shows_the_digests_of_dvc_lock_and_is_made_again_to_the_byte(stud
 
 @pytest.mark.slow
 def test_plots_show_a_bar_for_each_method_and_trainings_in_one_chart(study: Repository) -> None:
-    shown = json.loads(study.run("dvc", "plots", "show", "--json", "--quiet", "--out", "drawn"))["data"]
+    lines = study.run("dvc", "plots", "show", "--json", "--out", "drawn").splitlines()  # warnings come first
+    shown = json.loads(lines[-1])["data"]
     (bars,) = [each["content"] for each in shown["plots/class_accuracy.csv"]]
     values = bars["data"]["values"]
     assert len({(row["class"], row["method"]) for row in values}) == len(values) == 40
     assert [bars["encoding"][channel]["field"] for channel in ("y", "yOffset", "x")] == ["class", "method", "accuracy"]
     for name in ("val accuracy of the first seed", "val loss of the first seed"):
-        (lines,) = [each["content"] for each in shown[name]]
-        assert {row["filename"] for row in lines["data"]["values"]} == {"finetune/7.csv", "control/7.csv", "sam/7.csv"}
-        assert lines["encoding"]["color"]["field"] == "filename"
+        (curves,) = [each["content"] for each in shown[name]]
+        assert {row["filename"] for row in curves["data"]["values"]} == {"finetune/7.csv", "control/7.csv", "sam/7.csv"}
+        assert curves["encoding"]["color"]["field"] == "filename"
 
 
 @pytest.mark.slow

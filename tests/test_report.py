@@ -87,6 +87,7 @@ def test_report_has_its_sections_in_order(found: Page, tmp_path: Path) -> None:
     ]
     assert words.verdict(Made(tmp_path, names=NAMES).study()) in found.text
     assert "No audit was made" in found.text
+    assert "so their flatness can be compared" in found.text
     assert "a/b.png (truncated)" in found.text
     for digest in ("a" * 32, "b" * 32, "c" * 32, "0123abcd"):
         assert digest in found.text
@@ -116,6 +117,7 @@ def test_report_without_labels_of_test_says_so_and_shows_the_rest(tmp_path: Path
     assert found.text.count("Test has no labels, so there is nothing to show here.") == 3
     assert "test 18 without labels" in found.text
     assert "largest eigenvalue" in found.text
+    assert "differ by more than a tenth between sam and control" in found.text
 
 
 def test_report_one_seed_says_what_the_interval_leaves_out(tmp_path: Path) -> None:
