@@ -40,11 +40,12 @@ def export(model: Path, name: formats.Name, out: Path, *, force: bool = False) -
     temperature = network.temperature(trained, model)
     records = Records(RECORDS)
     _check(trained, records, out)
-    form, size, fit = formats.FORMATS[name], trained.description.image_size, records.fit("val")
+    form, size = formats.FORMATS[name], trained.description.image_size
+    fit, stored = records.fit("val"), _stored()
     with files.atomic_write(out) as folder:
         folder.mkdir()
         path = folder / form.file
-        convert.write(trained, temperature, name, path, fit=fit, sample=lambda: _sample(records, size))
+        convert.write(trained, temperature, name, path, fit=fit, stored=stored, sample=lambda: _sample(records, size))
         probabilities, milliseconds = runtimes.answers(name, path, RECORDS, "val", size)
         logits = _logits(trained, records) / temperature
         found: dict[str, Any] = {
@@ -59,7 +60,7 @@ def export(model: Path, name: formats.Name, out: Path, *, force: bool = False) -
         _refuse_other_answers(found, force)
         files.write_json(folder / PARITY, found)
         files.write_json(folder / CLASSES, {"class_names": trained.description.class_names})
-        made = card.Made(trained.description, name, records.fit("val"), _stored(), found)
+        made = card.Made(trained.description, name, fit, stored, found)
         (folder / CARD).write_text(card.text(made, METRICS), encoding="utf-8")
     console.log(
         f"export: {out / form.file}, {found['differ']} of {found['images']} val answers differ from the trained "

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from flatmin.common.errors import InputError
-from flatmin.images import Fit
+from flatmin.images import Fit, Stored
 from flatmin.models.classifier import Classifier
 from flatmin.use import resize
 
@@ -22,10 +22,10 @@ def temperature(model: Classifier, folder: object) -> float:
     return model.description.temperature
 
 
-def any_size(model: Classifier, temperature: float, fit: Fit) -> keras.Model:
+def any_size(model: Classifier, temperature: float, fit: Fit, stored: Stored) -> keras.Model:
     """uint8 [batch, height, width, 3] of any height and width -> probabilities, float32 [batch, classes]."""
     pixels = keras.Input((None, None, 3), dtype="uint8", name="pixels")
-    square = resize.to_square(pixels, model.description.image_size, fit)
+    square = resize.to_square(pixels, model.description.image_size, fit, stored)
     return _with_softmax(pixels, model.network(square), temperature)
 
 
