@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         import typer
     except ImportError:
-        _refuse("flatmin needs the packages of its pipeline: pip install 'flatmin[pipeline]'")
+        _refuse("flatmin needs its extra `pipeline`, as by: pip install '.[pipeline]' in a checkout")
     errors.run(lambda: _call(_application(typer), arguments))
 
 

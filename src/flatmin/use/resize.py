@@ -60,13 +60,14 @@ def to_square(pixels: Any, size: int, fit: Fit, stored: Stored) -> Any:
 def _as_stored(picture: Any, x: _Axis, y: _Axis, stored: Stored) -> tuple[Any, _Axis, _Axis]:
     side, places = float(stored.side or 0), LONGEST * (stored.side or 0)
     shorter = ops.minimum(x.length, y.length)
-    target = shorter * 0.0 + side if stored.enlarge else ops.minimum(shorter, side)
+    none = shorter * 0.0  # computed by the graph, as all constants are that meet no other tensor: ONNX has no others
+    target = none + side if stored.enlarge else ops.minimum(shorter, side)
     longest = float(places)
     new_x, new_y = (ops.clip(ops.round(each.length * target / shorter), 1.0, longest) for each in (x, y))
     across, down = (
-        _weights(axis, axis.length, length, 0.0, places, _bicubic)[0] for axis, length in ((x, new_x), (y, new_y))
+        _weights(axis, axis.length, length, none, places, _bicubic)[0] for axis, length in ((x, new_x), (y, new_y))
     )
-    numbers = shorter * 0.0 + np.arange(1, places + 1, dtype=np.float64)  # of the graph: ONNX has no other constants
+    numbers = none + np.arange(1, places + 1, dtype=np.float64)
     return _rows_first(picture, across, down), _Axis(numbers, new_x), _Axis(numbers, new_y)
 
 

@@ -28,7 +28,7 @@ def export(
     """
     if missing := formats.missing(format):
         raise typer.BadParameter(
-            f"{format} needs {', '.join(missing)}: pip install 'flatmin[export]', in a checkout `make export-setup`",
+            f"{format} needs {', '.join(missing)}, of the extra `export`: `make export-setup` in a checkout",
             param_hint="--format",
         )
     from flatmin.common import console
