@@ -409,11 +409,11 @@ def test_folder_with_a_class_that_train_lacks_is_refused(role: str, tmp_path: Pa
 
 def test_folder_with_classes_in_predict_alone_ignores_them(tmp_path: Path) -> None:
     put(tmp_path, [f"{split}/{file}" for split in ("train", "val", "test") for file in CLASSES])
-    put(tmp_path, ["predict/unknown/1.png", "predict/2.png"])
+    put(tmp_path, ["predict/unknown/1.png", "predict/2.png", "predict/cat/3.png"])
     source = opened(tmp_path, None)
     assert source.class_names == ["cat", "dog"]
     assert set(source.labels("predict")) == {-1}
-    assert names(source, "predict") == {"predict/unknown/1.png", "predict/2.png"}
+    assert names(source, "predict") == {"predict/unknown/1.png", "predict/2.png", "predict/cat/3.png"}
 
 
 def test_folder_of_numbers_is_in_numeric_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,13 @@ def test_digits_are_scikit_learns_scans() -> None:
     assert source.labels("train").tolist() == [example.label for example in examples]
 
 
+def test_digits_with_their_own_names_in_another_order_are_refused() -> None:
+    names = [str(digit) for digit in range(10)]
+    with pytest.raises(InputError, match=r"data\.class_names: expected new names .*, received '9' for '0'"):
+        opened("bundled", "digits", class_names=names[::-1])
+    assert opened("bundled", "digits", class_names=[*names[1:], "10"]).class_names == [*names[1:], "10"]
+
+
 def test_bundled_with_unknown_name_is_refused() -> None:
     with pytest.raises(InputError, match=r"data\.name: expected digits.*'letters'"):
         opened("bundled", "letters")

@@ -259,7 +259,7 @@ def true_label(name: str) -> int:
 
 
 def assert_keeps_true_labels(folder: Path, records: Records, roles: tuple[str, ...] = ("train",)) -> None:
-    """Records and index of these roles hold the source's labels beside those drawn; other roles hold their own alone."""
+    """Records and index of these roles hold the true labels beside those drawn; other roles hold no other labels."""
     for role in reversed(roles):
         with (folder / role / "index.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))

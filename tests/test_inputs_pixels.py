@@ -40,7 +40,7 @@ def task(records: Records, augmentation: Augmentation | None = None, fit: Fit = 
 
 
 def squares(pictures: list[np.ndarray], fit: Fit = "squash") -> np.ndarray:
-    return np.stack([images.to_square(Image.fromarray(each), SIZE, fit) for each in pictures])
+    return np.stack([np.asarray(images.to_square(Image.fromarray(each), SIZE, fit)) for each in pictures])
 
 
 def stored(records: Records) -> list[np.ndarray]:

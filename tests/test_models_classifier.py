@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from networks import randomize
+from pictures import picture
+from PIL import Image
 
 from flatmin.common import files
 from flatmin.common.errors import InputError
+from flatmin.images import Stored, to_square
 from flatmin.models import build, classifier, registry
 from flatmin.models.classifier import Classifier
 
@@ -206,9 +209,9 @@ def test_save_and_load_restore_classifier(head: dict[str, Any], tmp_path: Path) 
     loaded = classifier.load(tmp_path / "one")
     loaded.save(tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    dataset = tf.data.Dataset.from_tensor_slices((pixels(count=5), np.zeros(5, np.int32))).batch(2)
-    logits = model.logits(dataset)
-    np.testing.assert_array_equal(loaded.logits(dataset), logits)
+    batches = np.split(pixels(count=5), [2, 4])
+    logits = model.logits(batches)
+    np.testing.assert_array_equal(loaded.logits(batches), logits)
     assert logits.shape == (5, 4)
     np.testing.assert_allclose(logits, model.network(pixels(count=5), training=False), rtol=1e-4, atol=1e-5)
     changed = classifier.load(tmp_path / "one", image_size=64, dropout=0.0, fine_tune_at="conv_dw_8")
@@ -267,8 +270,24 @@ def test_save_writes_description(model: Classifier, tmp_path: Path) -> None:
         "pretrained": "none",
         "seed": 1,
         "weights_digest": None,
+        "fit": "squash",
+        "stored_side": None,
+        "stored_enlarge": True,
         "temperature": None,
     }
+
+
+def test_describe_input_of_is_what_the_records_gave(tmp_path: Path) -> None:
+    stored = Stored(20, enlarge=False)
+    made = classifier.create(
+        "MobileNet025", CLASSES, image_size=32, dropout=0.5, seed=1, weights="none", fit="crop", stored=stored
+    )
+    made.save(tmp_path / "model")
+    description = classifier.describe(tmp_path / "model")
+    image = picture(width=60, height=40)
+    expected = to_square(image.resize((30, 20), Image.Resampling.BICUBIC), 32, "crop")
+    np.testing.assert_array_equal(description.input_of(image), np.asarray(expected))
+    assert description.input_of(image).shape == (32, 32, 3)
 
 
 def test_create_default_image_size_is_backbones() -> None:

@@ -233,7 +233,7 @@ def test_finetune_on_wrong_labels_writes_accuracies_on_clean_and_on_wrong_ones(v
     assert list(rows[0]) == columns.split(",")
     pixels = (images for images, _ in batches.plain(records, "train", 32, 8))
     predicted = np.argmax(classifier.load(SELECTED).logits(pixels), axis=1)
-    with Path("data/records/train.csv").open(newline="") as file:
+    with Path("data/records/train/index.csv").open(newline="") as file:
         labels = [(int(row["label"]), int(row["true_label"])) for row in csv.DictReader(file)]
     right = [label == guess for (label, _), guess in zip(labels, predicted, strict=True)]
     clean = [hit for hit, (label, true) in zip(right, labels, strict=True) if label == true]

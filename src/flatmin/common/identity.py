@@ -15,7 +15,7 @@ from flatmin.common import console, files
 from flatmin.common.errors import InputError
 
 # Raise it when numbers change on purpose, and at no other time; then run `make golden` and `dvc repro`.
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 
 PACKAGE = Path(__file__).parents[1]
 # Tracked by git. A package that is installed outside its checkout has none: then no source counts as accepted.

@@ -19,7 +19,7 @@ from flatmin import images
 from flatmin.common import files
 from flatmin.common.errors import InputError
 from flatmin.common.params import ROLES
-from flatmin.images import BrokenImageError, Fit
+from flatmin.images import BrokenImageError, Fit, Stored
 
 ROLE, INDEX = "role.json", "index.csv"
 _NUMBERS = ("label", "offset", "bytes", "crc32", "orientation", "height", "width")  # integer columns of the index
@@ -100,6 +100,10 @@ class Records:
         fit: Fit = self._role(role).info["fit"]
         return fit
 
+    def stored_size(self, role: str) -> Stored:
+        """Return how large the role's pictures are stored."""
+        return Stored(**self._role(role).info["stored"])
+
     def digest(self, role: str) -> str:
         """Return a SHA-256, in hexadecimal, over all of the role."""
         return str(self._role(role).info["digest"])
@@ -162,7 +166,7 @@ class _Role:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info: dict[str, Any] = files.read_json(folder / ROLE)
-        for key in ("class_names", "fit", "count", "mean_pixels", "files", "digest"):
+        for key in ("class_names", "fit", "stored", "count", "mean_pixels", "files", "digest"):
             if key not in self.info:
                 raise InputError(f"{folder / ROLE}: {key}: expected as prepare writes it, found none")
         for name, file in self.info["files"].items():

@@ -22,7 +22,8 @@ from flatmin.inputs.records import Records
 
 # With the shuffle buffer and tf.data's prefetching, which inputs.batches bounds, all queues hold less than 512 MB.
 QUEUE_BYTES = 200 * 10**6  # of finished images
-WORKING_BYTES = 500 * 10**6  # that all workers together take for the pictures that they decode
+# What all workers together take for the pictures that they decode: threads, and processes, which take as much anyway.
+THREADS_BYTES, PROCESSES_BYTES = 400 * 10**6, 2000 * 10**6
 _AHEAD = 4  # tasks a worker, so that none waits for the next one
 
 
@@ -33,12 +34,13 @@ def cores() -> int:
 
 def in_order(pool: Executor, tasks: Iterable[Task], workers: int) -> Iterator[np.ndarray]:
     """Run tasks in a pool of so many workers; give their results in order."""
+    working_bytes = PROCESSES_BYTES if isinstance(pool, ProcessPoolExecutor) else THREADS_BYTES
     pending: deque[tuple[Future[np.ndarray], Task]] = deque()
     queued = working = 0
     try:
         for task in tasks:
             queued, working = queued + task.result_bytes, working + task.working_bytes
-            while pending and (len(pending) >= _AHEAD * workers or queued > QUEUE_BYTES or working > WORKING_BYTES):
+            while pending and (len(pending) >= _AHEAD * workers or queued > QUEUE_BYTES or working > working_bytes):
                 future, done = pending.popleft()
                 queued, working = queued - done.result_bytes, working - done.working_bytes
                 yield future.result()

@@ -14,9 +14,11 @@ from typing import Any, Literal
 import keras
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
 from flatmin.common import console, files
 from flatmin.common.errors import InputError
+from flatmin.images import OWN_SIZE, Fit, Stored, to_square
 from flatmin.models import build, registry
 from flatmin.models.split import layer_index, nodes, split_model
 from flatmin.models.weights_files import weights_digest
@@ -46,6 +48,7 @@ class Description:
         multiply_adds: of the backbone, for one image.
         fine_tune_at: the split point, the first trained layer by name or index; None trains the head alone.
         levels, hidden_units: as in `extract` of params.yaml.
+        fit, stored_side, stored_enlarge: how pictures became what the network was trained on: `input_of` does it again.
         temperature: what its logits are divided by before softmax, fitted on val; None until finalize fits it.
     """
 
@@ -61,7 +64,15 @@ class Description:
     fine_tune_at: str | int | None = None
     levels: Levels = "last"
     hidden_units: int = 0
+    fit: Fit = "squash"
+    stored_side: int | None = None
+    stored_enlarge: bool = True
     temperature: float | None = None
+
+    def input_of(self, picture: Image.Image) -> np.ndarray:
+        """What the network sees of a picture, as `flatmin.images.read` gives it: uint8 [image_size, image_size, 3]."""
+        stored = Stored(self.stored_side, self.stored_enlarge).resize(picture)
+        return np.asarray(to_square(stored, self.image_size, self.fit))
 
 
 class TrainedLayers(keras.Model):
@@ -266,6 +277,8 @@ def create(
     weights: str,
     levels: Levels = "last",
     hidden_units: int = 0,
+    fit: Fit = "squash",
+    stored: Stored = OWN_SIZE,
 ) -> Classifier:
     """Build a new classifier: a backbone with pretrained weights, and a head with random ones.
 
@@ -277,6 +290,7 @@ def create(
         seed: draws the head's weights and its dropout.
         weights: a setting that `weights_files.resolve_weights` accepts.
         levels, hidden_units: as in `extract` of params.yaml.
+        fit, stored: of the pictures that it is trained on.
 
     Raises:
         InputError: as `build.build`.
@@ -294,6 +308,9 @@ def create(
         multiply_adds=0,
         levels=levels,
         hidden_units=hidden_units,
+        fit=fit,
+        stored_side=stored.side,
+        stored_enlarge=stored.enlarge,
     )
     built = assemble(description, weights)
     counted = build.multiply_adds(built.base)

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from flatmin import runtime
 from flatmin.common import console, files
-from flatmin.common.params import Augment, Extract, Finetune, Runtime, Training
+from flatmin.common.params import Augment, Extract, Finetune, Runtime, Training, for_backbone
 from flatmin.features import cache, store
 from flatmin.features.engine import EXTRACTOR_BATCH
 from flatmin.inputs import batches
@@ -112,12 +112,14 @@ def extract(
         model = classifier.create(
             backbone,
             records.class_names,
-            image_size=_for_backbone(recipe.image_size, backbone),
+            image_size=for_backbone(recipe.image_size, backbone),
             dropout=recipe.dropout,
             seed=seed,
             weights=weights,
             levels=recipe.levels,
             hidden_units=recipe.hidden_units,
+            fit=records.fit("train"),
+            stored=records.stored_size("train"),
         )
         every = max(1, records.count("train") // STANDARDIZATION_IMAGES)
         images = batches.sample(records, model.description.image_size, every, EXTRACTOR_BATCH)
@@ -154,9 +156,9 @@ def finetune(
     # New augmented views, since the selected classifier has already fitted those that it was trained on.
     training_seed = derived_seed(seed, 1)
     backbone = classifier.describe(selected).backbone
-    split_point = _for_backbone(recipe.fine_tune_at, backbone)
+    split_point = for_backbone(recipe.fine_tune_at, backbone)
     changes: dict[str, Any] = {"dropout": recipe.dropout, "seed": training_seed}
-    if size := _for_backbone(recipe.image_size, backbone):
+    if size := for_backbone(recipe.image_size, backbone):
         changes["image_size"] = size
     changes["fine_tune_at"] = registry.find(backbone).fine_tune_at if split_point is None else split_point
     job = Job(
@@ -171,11 +173,6 @@ def finetune(
         files=(Path(selected, classifier.MODEL), Path(selected, classifier.WEIGHTS)),
     )
     return _train(job, records, outputs)
-
-
-def _for_backbone(setting: Any, backbone: str) -> Any:
-    """A setting that is one value for all backbones, or a mapping from backbones to values; None where it has none."""
-    return setting.get(backbone) if isinstance(setting, dict) else setting
 
 
 def _train(job: Job, records_folder: str, outputs: Outputs) -> State:

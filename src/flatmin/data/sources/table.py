@@ -86,7 +86,7 @@ def _checked_path(row: Row, root: Path, links: Links) -> str:
         raise InputError(f"data.columns.image: {row.where}: expected forward slashes, received {row.image!r}")
     if links == "follow":
         return name
-    if name.startswith(("/", "../")) or name in ("..", "."):
+    if name.startswith(("/", "../")):
         raise InputError(
             f"data.links: {row.where}: expected paths below the table's folder with {links}, received {row.image!r};"
             " `follow` reads it"
