@@ -15,7 +15,6 @@ from networks import spread
 from PIL import Image
 from trainings import BACKBONE, NAMES
 
-from flatmin import images
 from flatmin.common import files, params
 from flatmin.data import writer
 from flatmin.images import Fit, Stored
@@ -43,7 +42,7 @@ def write_study(fit: Fit = "squash") -> None:
     splits = {role: role for role in COUNTS}
     data = {"source": "folder", "name": "images", "image_size": STORED, "fit": fit, "splits": splits}
     files.write_json("metrics/prepare.json", writer.write(params.Data.model_validate(data), "data/records"))
-    _train().save("models/final")
+    _train(fit).save("models/final")
     description = files.read_json("models/final/model.json")
     files.write_json("models/final/model.json", description | {"temperature": TEMPERATURE})
     released = {"method": "sam", "seed": 3, "temperature": TEMPERATURE, "val": {"accuracy": 0.9, "loss": 0.2}}
@@ -51,10 +50,11 @@ def write_study(fit: Fit = "squash") -> None:
     files.write_json("metrics/evaluate.json", {"final": {"test": TEST_SCORES}})
 
 
-def _train() -> classifier.Classifier:
+def _train(fit: Fit) -> classifier.Classifier:
     """Random layers, and a head fitted to their features of train by ridge regression."""
     records = Records("data/records")
-    model = classifier.create(BACKBONE, NAMES, image_size=SIZE, dropout=0.0, seed=1, weights="none", levels="all")
+    size: dict[str, Any] = {"image_size": SIZE, "fit": fit, "stored": Stored(STORED)}
+    model = classifier.create(BACKBONE, NAMES, dropout=0.0, seed=1, weights="none", levels="all", **size)
     spread(model.base)
     pixels = np.concatenate([pixels for pixels, _ in batches.plain(records, "train", SIZE, 12)])
     classifier.fit_standardization(model, iter([pixels]))
@@ -65,11 +65,11 @@ def _train() -> classifier.Classifier:
     return model
 
 
-def probabilities(picture: Image.Image, stored: Stored, fit: Fit) -> np.ndarray:
+def probabilities(picture: Image.Image) -> np.ndarray:
     """What the trained classifier says of a picture: float32 [classes]."""
     model = classifier.load("models/final")
-    square = images.to_square(stored.resize(picture), SIZE, fit)
-    return tf.nn.softmax(model.logits([np.asarray(square, np.float32)[None]]) / TEMPERATURE).numpy()[0]
+    pixels = model.description.input_of(picture).astype(np.float32)
+    return tf.nn.softmax(model.logits([pixels[None]]) / TEMPERATURE).numpy()[0]
 
 
 def run_card(folder: Path, picture: Path) -> tuple[str, float]:
@@ -82,14 +82,14 @@ def run_card(folder: Path, picture: Path) -> tuple[str, float]:
     return name, float(probability)
 
 
-def check_round_trip(name: formats.Name, out: Path, fit: Fit) -> dict[str, Any]:
+def check_round_trip(name: formats.Name, out: Path) -> dict[str, Any]:
     """Export the study's classifier and compare what its card's program says with what the classifier says.
 
     Returns the contents of parity.json.
     """
     export.export(Path("models/final"), name, out)
     picture = Path(f"images/test/{NAMES[1]}/1.png")
-    expected = probabilities(Image.open(picture), Stored(STORED), fit)
+    expected = probabilities(Image.open(picture))
     named, probability = run_card(out, picture)
     tolerance = 0.1 if name == "litert-int8" else 1e-4
     assert NAMES[int(expected.argmax())] == named == NAMES[1]

@@ -45,7 +45,7 @@ def test_exported_file_and_its_card_answer_as_the_classifier(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_study(fit)
-    found = check_round_trip(name, tmp_path / "out", fit)
+    found = check_round_trip(name, tmp_path / "out")
     assert found["differ"] == 0
     assert found["log_probability_difference"] < 1e-3
     assert found["exported"] == found["trained"]
@@ -55,7 +55,7 @@ def test_exported_file_and_its_card_answer_as_the_classifier(
 
 @pytest.mark.slow
 def test_int8_file_is_a_third_of_the_size_and_answers_much_as_the_classifier(study: Path) -> None:
-    found = check_round_trip("litert-int8", study / "out", "squash")
+    found = check_round_trip("litert-int8", study / "out")
     assert found["differ_share"] <= 0.02
     _, probability = run_card(study / "out", study / f"images/test/{NAMES[2]}/2.png")
     assert abs(256 * probability - round(256 * probability)) > 1e-3  # the softmax is not in 8 bits
@@ -100,7 +100,7 @@ def test_file_that_answers_otherwise_is_refused_and_nothing_is_left(
 def test_runtime_that_refuses_the_file_is_one_line_and_nothing_is_left(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "write", lambda *arguments, **options: arguments[3].write_bytes(b"no model"))
+    monkeypatch.setattr(convert, "write", lambda *arguments, **options: arguments[2].write_bytes(b"no model"))
     with pytest.raises(InputError, match=r"^litert: expected ai_edge_litert to run the file, received .*Flatbuffer"):
         export.export(MODEL, "litert", study / "exports/litert")
     assert list((study / "exports").iterdir()) == []
@@ -160,6 +160,15 @@ def test_records_of_other_classes_are_refused(study: Path) -> None:
     files.write_json("models/final/model.json", description | {"class_names": ["a", "b", "c"]})
     assert classifier.describe(MODEL).class_names == ["a", "b", "c"]
     with pytest.raises(InputError, match=r"^data/records: expected the model's classes a, b, c \(3\), received blue, "):
+        export.export(MODEL, "litert", study / "out")
+
+
+def test_records_of_another_fit_are_refused(study: Path) -> None:
+    description = files.read_json("models/final/model.json")
+    files.write_json("models/final/model.json", description | {"fit": "crop"})
+    with pytest.raises(
+        InputError, match=r"^data/records: expected val as the model was trained, fit crop, stored side 24"
+    ):
         export.export(MODEL, "litert", study / "out")
 
 

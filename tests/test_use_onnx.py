@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(bool(formats.missing("onnx")), reason="requireme
 def test_exported_file_and_its_card_answer_as_the_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_study("pad")
-    found = check_round_trip("onnx", tmp_path / "out", "pad")
+    found = check_round_trip("onnx", tmp_path / "out")
     assert found["differ"] == 0
     assert found["log_probability_difference"] < 1e-3
     assert found["trained"]["accuracy"] > 0.9

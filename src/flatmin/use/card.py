@@ -23,15 +23,17 @@ class Made:
     """What was exported.
 
     Attributes:
-        fit, stored: how the study brought its pictures to the network's input.
         parity: the contents of parity.json.
     """
 
     description: Description
     name: formats.Name
-    fit: Fit
-    stored: Stored
     parity: dict[str, Any]
+
+    @property
+    def stored(self) -> Stored:
+        """How large the study stored its pictures."""
+        return Stored(self.description.stored_side, self.description.stored_enlarge)
 
     @property
     def format(self) -> formats.Format:
@@ -161,7 +163,7 @@ def program(made: Made) -> list[str]:
         *(
             []
             if made.format.any_size
-            else [*_stored_size(made.stored), *_square(made.fit, made.description.image_size)]
+            else [*_stored_size(made.stored), *_square(made.description.fit, made.description.image_size)]
         ),
         "pixels = np.asarray(picture)",
         *loading[1:],

@@ -14,32 +14,19 @@ import numpy as np
 import tensorflow as tf
 
 from flatmin.common import console
-from flatmin.images import Fit, Stored
 from flatmin.models.classifier import Classifier
 from flatmin.use import formats, network
 
 
-def write(
-    model: Classifier,
-    temperature: float,
-    name: formats.Name,
-    path: Path,
-    *,
-    fit: Fit,
-    stored: Stored,
-    sample: Callable[[], Iterator[np.ndarray]],
-) -> None:
+def write(model: Classifier, name: formats.Name, path: Path, sample: Callable[[], Iterator[np.ndarray]]) -> None:
     """Write a classifier as a file or folder that gives calibrated probabilities of pixels.
 
     Args:
-        fit, stored: how a picture of any size becomes the network's input, in the formats that take one.
-        sample: gives train's pictures one by one, uint8 [size, size, 3], from which int8 gets its ranges.
+        model: with a temperature.
+        sample: gives what the network sees of train's pictures, uint8 [size, size, 3] each, from which int8 gets its
+            ranges.
     """
-    form = formats.FORMATS[name]
-    if form.any_size:
-        exported = network.any_size(model, temperature, fit, stored)
-    else:
-        exported = network.one_size(model, temperature)
+    exported = network.any_size(model) if formats.FORMATS[name].any_size else network.one_size(model)
     with console.quiet(), redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of converters about their own code
         if name == "keras":

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from flatmin import images, runtime
+from flatmin import runtime
 from flatmin.common import console, files
 from flatmin.common.errors import InputError
 from flatmin.common.params import Runtime
-from flatmin.inputs.records import ROLE, Records
+from flatmin.images import Stored
+from flatmin.inputs.records import Records
 from flatmin.models import classifier
-from flatmin.use import card, convert, formats, network, parity, runtimes
+from flatmin.models.classifier import Description
+from flatmin.use import card, convert, formats, parity, runtimes
 
 RECORDS, METRICS = Path("data/records"), Path("metrics")
 PARITY, CLASSES, CARD = "parity.json", "classes.json", "README.md"
@@ -37,17 +39,15 @@ def export(model: Path, name: formats.Name, out: Path, *, force: bool = False) -
     runtime.configure(Runtime(), 0)
     keras.config.set_dtype_policy("float32")
     trained = classifier.load(model)
-    temperature = network.temperature(trained, model)
+    description, form = trained.description, formats.FORMATS[name]
     records = Records(RECORDS)
-    _check(trained, records, out)
-    form, size = formats.FORMATS[name], trained.description.image_size
-    fit, stored = records.fit("val"), _stored()
+    _check(model, description, records, out)
     with files.atomic_write(out) as folder:
         folder.mkdir()
         path = folder / form.file
-        convert.write(trained, temperature, name, path, fit=fit, stored=stored, sample=lambda: _sample(records, size))
-        probabilities, milliseconds = runtimes.answers(name, path, RECORDS, "val", size)
-        logits = _logits(trained, records) / temperature
+        convert.write(trained, name, path, lambda: _sample(records, description))
+        probabilities, milliseconds = runtimes.answers(name, path, RECORDS, "val", description.image_size)
+        logits = _logits(trained, records) / description.temperature
         found: dict[str, Any] = {
             "format": name,
             "limit": form.limit,
@@ -59,31 +59,31 @@ def export(model: Path, name: formats.Name, out: Path, *, force: bool = False) -
         }
         _refuse_other_answers(found, force)
         files.write_json(folder / PARITY, found)
-        files.write_json(folder / CLASSES, {"class_names": trained.description.class_names})
-        made = card.Made(trained.description, name, fit, stored, found)
-        (folder / CARD).write_text(card.text(made, METRICS), encoding="utf-8")
+        files.write_json(folder / CLASSES, {"class_names": description.class_names})
+        (folder / CARD).write_text(card.text(card.Made(description, name, found), METRICS), encoding="utf-8")
     console.log(
         f"export: {out / form.file}, {found['differ']} of {found['images']} val answers differ from the trained "
         f"classifier's, accuracy {found['exported']['accuracy']:.4f} (trained {found['trained']['accuracy']:.4f})"
     )
 
 
-def _check(model: classifier.Classifier, records: Records, out: Path) -> None:
-    received = records.class_names
-    if received != model.description.class_names:
+def _check(model: Path, description: Description, records: Records, out: Path) -> None:
+    if description.temperature is None:
+        raise InputError(f"{model}: expected a classifier with a temperature, as finalize releases it, received none")
+    if records.class_names != description.class_names:
         raise InputError(
-            f"{RECORDS}: expected the model's classes {_short(model.description.class_names)}, "
-            f"received {_short(received)}"
+            f"{RECORDS}: expected the model's classes {_short(description.class_names)}, "
+            f"received {_short(records.class_names)}"
         )
+    expected = description.fit, Stored(description.stored_side, description.stored_enlarge)
+    received = records.fit("val"), records.stored_size("val")
+    if received != expected:
+        shown = (f"fit {fit}, stored side {stored.side}" for fit, stored in (expected, received))
+        raise InputError(f"{RECORDS}: expected val as the model was trained, {', received '.join(shown)}")
     if (records.labels("val") < 0).any():
         raise InputError(f"{RECORDS}: expected labels of all val pictures, received some without")
     if out.exists() and not (out.is_dir() and ((out / PARITY).is_file() or not any(out.iterdir()))):
         raise InputError(f"--out: expected a new folder or one of an earlier export, received {out}")
-
-
-def _stored() -> images.Stored:
-    """How large prepare stored the pictures."""
-    return images.Stored(**files.read_json(RECORDS / "val" / ROLE)["stored"])
 
 
 def _short(names: Any) -> str:
@@ -102,24 +102,22 @@ def _refuse_other_answers(found: dict[str, Any], force: bool) -> None:
     console.log(f"export: {result}; exported since --force is given")
 
 
-def _squares(records: Records, role: str, positions: Any, size: int) -> Iterator[np.ndarray]:
+def _inputs(records: Records, role: str, positions: Iterable[int], description: Description) -> Iterator[np.ndarray]:
     """What the network sees of the pictures at these positions: uint8 [size, size, 3] each."""
-    fit = records.fit(role)
-    for stored in records.stored(role, positions):
-        yield np.asarray(images.to_square(stored.read(), size, fit))
+    return (description.input_of(stored.read()) for stored in records.stored(role, positions))
 
 
-def _sample(records: Records, size: int) -> Iterator[np.ndarray]:
-    """At most `CALIBRATION` pictures of train, evenly spread over the records, which have the classes mixed."""
+def _sample(records: Records, description: Description) -> Iterator[np.ndarray]:
+    """At most `CALIBRATION` pictures of train, evenly spread over the records."""
     count = records.count("train")
     positions = np.unique(np.linspace(0, count - 1, min(count, CALIBRATION)).astype(np.int64))
-    return _squares(records, "train", positions, size)
+    return _inputs(records, "train", positions, description)
 
 
 def _logits(model: classifier.Classifier, records: Records) -> np.ndarray:
     """The trained classifier's logits of val: float32 [pictures, classes]."""
-    size, count = model.description.image_size, records.count("val")
+    count = records.count("val")
     starts = range(0, count, BATCH)
     parts = (range(start, min(start + BATCH, count)) for start in starts)
-    batches = (np.stack(list(_squares(records, "val", part, size))).astype(np.float32) for part in parts)
+    batches = (np.stack(list(_inputs(records, "val", part, model.description))).astype(np.float32) for part in parts)
     return model.logits(batches, len(starts), "the trained classifier on val")
