@@ -17,7 +17,7 @@ from flatmin.use import resize
 SIZE = 48
 # Height and width. In the last five Pillow goes through the columns first.
 SHAPES = [(16, 16), (32, 32), (48, 48), (36, 60), (64, 64), (72, 95), (31, 301), (300, 299), (480, 640)]
-SHAPES += [(49, 48), (96, 40), (96, 71), (200, 50), (301, 31)]
+SHAPES += [(49, 48), (96, 40), (96, 71), (200, 50), (301, 31), (3, 400)]
 
 
 def graph(fit: Fit, stored: Stored = OWN_SIZE) -> tf.types.experimental.GenericFunction:

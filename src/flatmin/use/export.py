@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 from flatmin import runtime
@@ -37,7 +36,6 @@ def export(model: Path, name: formats.Name, out: Path, *, force: bool = False) -
             nothing is written.
     """
     runtime.configure(Runtime(), 0)
-    keras.config.set_dtype_policy("float32")
     trained = classifier.load(model)
     description, form = trained.description, formats.FORMATS[name]
     records = Records(RECORDS)

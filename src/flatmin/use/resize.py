@@ -125,7 +125,7 @@ def _weights(
     numbers = np.arange(places, dtype=np.float64)
     is_filled = ops.logical_and(ops.less_equal(first, numbers), ops.greater(first + filled, numbers))
     is_filled = ops.cast(is_filled, "float64")
-    scale = used / filled
+    scale = used / ops.maximum(filled, 1.0)  # none is filled by a line thinner than a pixel: Pillow leaves it out
     center = (axis.length - used) * 0.5 + ops.expand_dims((0.5 - first) + numbers, 1) * scale
     distance = ops.abs(ops.expand_dims(axis.positions - 0.5, 0) - center)
     values = kernel(distance * (1.0 / ops.maximum(scale, 1.0)))
