@@ -8,7 +8,7 @@ PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 .PHONY: help repro setup check-params check test format golden accept docs study sweep study-sweep
 .PHONY: negative test-looks lock
 .PHONY: export-setup export-test
-.PHONY: image docker-repro docker-shell image-test bench
+.PHONY: image docker-repro docker-shell image-test browser-test bench
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -83,6 +83,7 @@ lock:  ## compile the locks again (needs uv)
 	cd requirements && $(COMPILE) --override overrides.txt gpu.in -o gpu.txt
 	cd requirements && $(COMPILE) dev.in -o dev.txt
 	cd requirements && $(COMPILE) export.in -o export.txt
+	cd requirements && $(COMPILE) browser.in -o browser.txt
 
 # LOCK=cpu leaves out the CUDA wheels; ENGINE=podman replaces docker. See docs/container.md.
 ENGINE ?= docker
@@ -101,6 +102,9 @@ docker-shell: image  ## open a shell in the image
 
 image-test: setup  ## build the image without a registry, run the study in it, compare (root on Debian)
 	scripts/image_test.sh
+
+browser-test: setup $(VENV)/dev.done $(VENV)/browser.done  ## look at reports in Chromium, if it and npm are here (or root on Debian)
+	@$(RUN) scripts/browser_test.sh
 
 # QUICK=1 measures less, in minutes, into bench/results-quick.json. After a kill speed.py, the longest, resumes.
 bench: setup  ## compare Flatmin with the usual pipelines: bench/results.json and docs/speed.md

@@ -107,17 +107,17 @@ say "inside: SIGTERM in finetune's fourth epoch: exit code $code after $(($(date
 inside dvc repro || fail "dvc repro after SIGTERM"
 grep -q '^finetune@42: resuming after epoch' "$work/log" || fail "expected finetune to resume after its last whole epoch"
 say "inside: $(grep '^finetune@42: resuming' "$work/log"); ran $(stages)"
-for folder in metrics plots predictions models; do
+for folder in metrics plots predictions evaluation models; do
     diff -r "$work/outside/$folder" "$work/inside/$folder" >"$work/log" 2>&1 || fail "$folder differ from those outside"
 done
-say "metrics, plots, predictions and models are byte for byte those made outside"
+say "metrics, plots, predictions, evaluation and models are byte for byte those made outside"
 
 inside dvc repro || fail "the second dvc repro"
 grep -q 'up to date' "$work/log" || fail "the second dvc repro: expected nothing to run, received $(stages)"
 say "inside: dvc repro again ran nothing"
 
 inside dvc exp run -S sam.rho=0.1 || fail "dvc exp run"
-[ "$(stages)" = "sam-finetune@42 finalize evaluate " ] || fail "dvc exp run: expected three stages, received $(stages)"
+[ "$(stages)" = "sam-finetune@42 finalize evaluate report " ] || fail "dvc exp run: expected four stages, received $(stages)"
 say "inside: dvc exp run -S sam.rho=0.1 ran $(stages)"
 
 # The queue, with an experiment that reruns evaluate alone.

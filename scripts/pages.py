@@ -27,8 +27,8 @@ MEANINGS = {
 def results(select: Mapping[str, Any], final: Mapping[str, Any], evaluated: Mapping[str, Any]) -> str:
     """The table of the default study's methods, and what SAM gained."""
     names = {"extract": f"extract: frozen {select['backbone']}, linear classifier", **MEANINGS}
-    rows = ["| | val accuracy | test accuracy | test loss | the same, calibrated | largest Hessian eigenvalue |"]
-    rows.append("|---|---|---|---|---|---|")
+    columns = ("", "val accuracy", "test accuracy", "test loss", "the same, calibrated", "train loss", "eigenvalue")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method, name in names.items():
         test, spread = evaluated[method]["test"], evaluated[method].get("test_deviation", {})
         val, val_spread = final[method]["val"], final[method].get("val_deviation", {})
@@ -36,7 +36,8 @@ def results(select: Mapping[str, Any], final: Mapping[str, Any], evaluated: Mapp
         sharpness_spread = evaluated[method].get("sharpness_deviation", {})
         cells = [_number(val, val_spread, "accuracy", 4)]
         cells += [_number(test, spread, key, 4) for key in ("accuracy", "loss", "calibrated_loss")]
-        cells += [_number(sharpness, sharpness_spread, "eigenvalue_1", 0) if sharpness else ""]
+        for key, digits in (("loss", 3), ("eigenvalue_1", 0)):
+            cells += [_number(sharpness, sharpness_spread, key, digits) if sharpness else ""]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*rows, "", *_sentences(final, evaluated)]) + "\n"
 

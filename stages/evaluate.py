@@ -1,7 +1,8 @@
 """evaluate: score every method's classifiers and the released one on test, compare the methods, predict.
 
 Reads `seeds`, `runtime`, `evaluate` of params.yaml, data/records/, metrics/final.json and models/. Writes
-metrics/evaluate.json, predictions/ and plots/confusion.csv, plots/class_accuracy.csv, plots/sharpness.png.
+metrics/evaluate.json, predictions/, evaluation/ (what the report shows of the images), and plots/confusion.csv,
+plots/class_accuracy.csv, plots/sharpness.png.
 """
 
 from flatmin.common import console, stage
@@ -25,6 +26,7 @@ def main(declared: stage.Declared) -> None:
         ),
         outputs=Outputs(
             predictions="predictions",
+            evaluation="evaluation",
             metrics="metrics/evaluate.json",
             confusion="plots/confusion.csv",
             class_accuracy="plots/class_accuracy.csv",

@@ -125,8 +125,8 @@ class Repository:
         return output
 
     def results(self) -> dict[str, bytes]:
-        """Return every file of metrics, plots, models and predictions with its bytes."""
-        folders = ("metrics", "plots", "models", "predictions")
+        """Return every file that stages wrote, but for the records, with its bytes."""
+        folders = ("metrics", "plots", "models", "predictions", "evaluation", "report")
         found = [path for folder in folders for path in (self.folder / folder).rglob("*")]
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in found if path.is_file()}
 

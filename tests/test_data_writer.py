@@ -127,7 +127,7 @@ def test_write_of_a_role_says_nothing_of_others(tmp_path: Path) -> None:
     before, after = contents(tmp_path / "before"), contents(tmp_path / "after")
     changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
     assert {name.partition("/")[0] for name in changed} == {"test", "predict", "dataset.json"}
-    assert "predict" in before, "a folder for the role that there is none of"
+    assert before["predict/index.csv"].count(b"\n") == 1, "a folder for the role that there is none of"
 
 
 @pytest.mark.parametrize("image_size", ["auto", "original", 10])

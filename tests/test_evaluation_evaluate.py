@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import runpy
@@ -42,7 +43,9 @@ SHARPNESS = {"loss", "gradient_rise", "adaptive_rise", "trace", *(f"eigenvalue_{
 
 
 def study(mirrored: bool = False, runtime: dict[str, Any] | None = None, **splits: str) -> Params:
-    recipe = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 4, "epochs": 1}
+    roles = {"train": "train", "val": "val", "test": "test", **splits}
+    left = sorted({"train", "val", "test", "unknown"} - set(roles.values()))
+    recipe = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 4, "epochs": 1, "image_size": 32}
     return params.parse(
         {
             "seeds": list(SEEDS),
@@ -50,7 +53,7 @@ def study(mirrored: bool = False, runtime: dict[str, Any] | None = None, **split
             "data": {
                 "source": "folder",
                 "name": "images",
-                "splits": {"train": "train", "val": "val", "test": "test", **splits},
+                "splits": {**roles, "unused": "+".join(left)} if left else roles,
             },
             "augment": {"engine": "none"},
             "backbones": ["MobileNet025"],
@@ -223,6 +226,38 @@ def test_evaluate_plots_are_of_the_predictions(evaluated: Path) -> None:
 
 
 @pytest.mark.slow
+def test_evaluate_writes_what_the_report_shows(evaluated: Path) -> None:
+    folder, test = evaluated / "evaluation", rows(evaluated / "predictions/test.csv")
+    shown = json.loads((folder / "shown.json").read_text())
+    wrong = [row for row in test if row["label"] != row["final"]]
+    assert shown["wrong"] == len(wrong) > 0
+    found = {(each["name"], each["actual"], each["predicted"]) for each in shown["mistakes"]}
+    assert found == {(row["name"], NAMES[int(row["label"])], NAMES[int(row["final"])]) for row in wrong}
+    sure = [each["probability"] for each in shown["mistakes"]]
+    assert sure == sorted(sure, reverse=True)
+    assert sum(each["count"] for each in shown["confused"]) == len(wrong)
+    files_named = {each[key] for each in shown["mistakes"] for key in ("picture", "activation")}
+    files_named |= {name for each in shown["confused"] for name in each["pictures"]}
+    files_named |= {name for role in shown["examples"].values() for names in role.values() for name in names}
+    assert {path.name for path in (folder / "pictures").iterdir()} == files_named
+    assert {role: set(each) for role, each in shown["examples"].items()} == {
+        role: set(NAMES) for role in ("train", "val", "test")
+    }
+    released = classifier.load(evaluated / "models/final")
+    assert shown["network"]["parameters"] == released.network.count_params()
+    assert shown["network"]["trained_parameters"] == sum(
+        math.prod(each.shape) for each in released.head.trainable_variables
+    )
+    by_class = rows(folder / "classes.csv")
+    recall = [np.mean([row["final"] == row["label"] for row in test if row["label"] == str(k)]) for k in range(3)]
+    assert [float(row["recall"]) for row in by_class] == pytest.approx(recall, abs=1e-6)
+    covered = {row["model"]: float(row["accuracy"]) for row in rows(folder / "coverage.csv") if row["coverage"] == "1"}
+    metrics = read_metrics(evaluated)
+    assert set(covered) == {*MODELS, "final"}
+    assert covered["sam@3"] == pytest.approx(metrics["sam"]["seeds"]["3"]["test"]["accuracy"], abs=1e-6)
+
+
+@pytest.mark.slow
 def test_evaluate_mirrored_is_scored_apart_and_changes_no_other_metric(
     evaluated: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +289,7 @@ def test_measure_sharpness_is_of_plain_train_images_in_float32(workspace: Path) 
     writer.write(settings.data, "data/records")
     records = Records("data/records")
     with runtime.dtype_policy("mixed_float16"):
-        measured = minima.measure_sharpness(records, FOLDERS, settings.evaluate, 1, "sharpness.png")
+        measured = minima.measure_sharpness(records, FOLDERS, settings.evaluate, 1, "sharpness.png", "sharpness.csv")
     model = classifier.load(MODELS["sam@4"])
     pixels, labels = next(iter(batches.plain(records, "train", 32, 3)))
     pixels, labels = pixels[::2], labels[::2]  # of three images every second, to have at most two
@@ -272,6 +307,12 @@ def test_measure_sharpness_is_of_plain_train_images_in_float32(workspace: Path) 
     assert measured["sam"][4]["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert measured["sam"][4]["gradient_rise"] == pytest.approx(float(rise), rel=1e-3, abs=1e-6)
     assert Path("sharpness.png").exists()
+    drawn = rows(Path("sharpness.csv"))
+    assert {(row["method"], row["direction"]) for row in drawn} == {
+        (name, direction) for name in METHODS for direction in ("eigenvector", "random")
+    }
+    middle = [float(row["loss"]) for row in drawn if row["method"] == "sam" and float(row["position"]) == 0]
+    assert middle == pytest.approx([measured["sam"][3]["loss"]] * 2, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -305,6 +346,10 @@ def test_evaluate_test_split_without_labels_is_predicted_and_not_scored(
     assert [row["label"] for row in test] == ["-1"] * 5
     assert not (workspace / "predictions/predict.csv").exists()
     assert (workspace / "plots/confusion.csv").read_text() == "actual,predicted\n"
+    shown = json.loads((workspace / "evaluation/shown.json").read_text())
+    assert (shown["mistakes"], shown["confused"]) == ([], [])
+    assert [len(shown["examples"]["test"][name]) for name in NAMES] == [0, 0, 0]
+    assert not (workspace / "evaluation/classes.csv").exists()
     assert (workspace / "plots/class_accuracy.csv").read_text() == "class,method,accuracy\n"
 
 
@@ -317,4 +362,19 @@ def test_evaluate_without_a_classifier_is_an_error_that_writes_nothing(workspace
         runpy.run_path(str(ROOT / "stages/evaluate.py"))["main"](Given(settings))
     assert keras.config.dtype_policy().name == "float32"
     assert not (workspace / "predictions").exists()
+    assert not (workspace / "evaluation").exists()
     assert not (workspace / "metrics/evaluate.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("sam", "expected"),
+    [
+        ({1: 0.10, 2: 0.20}, []),
+        ({1: 0.109, 2: 0.183}, []),
+        ({1: 0.12, 2: 0.20}, ["control and sam of seed 1"]),
+        ({1: 0.12, 2: 0.18}, ["control and sam of seeds 1 and 2"]),
+        ({1: 0.12, 2: 0.22}, ["control and sam"]),
+    ],
+)
+def test_unequal_losses_are_told_by_method_or_by_seed(sam: dict[int, float], expected: list[str]) -> None:
+    assert minima.unequal_losses({"control": {1: 0.10, 2: 0.20}, "sam": sam}) == expected

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pictures import folder_data, write_picture
+from PIL import Image
 from threadpoolctl import threadpool_info
 
 from flatmin.common.errors import InputError
@@ -130,6 +131,40 @@ def test_in_order_has_no_more_ahead_than_fits(side: int, size: int, expected: in
     for _ in workers.in_order(pool, [Task([image] * 32, size, "squash")] * 100, workers=16):
         pool.waiting -= 1
     assert pool.most == expected
+
+
+LIMITED = """
+import os, resource, sys
+from pathlib import Path
+from flatmin.inputs import workers
+from flatmin.inputs.pixels import Task
+from flatmin.inputs.records import Records
+
+workers.cores = lambda: 16
+records = Records(sys.argv[1])
+tasks = [Task(records.stored("train", [0] * 4), int(sys.argv[2]), "squash") for _ in range(int(sys.argv[3]))]
+next(workers.read([Task(records.stored("test", [0]), 16, "squash")]))  # what reading loads once
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+stacks = 16 * 9 * 2**20  # of the threads
+resource.setrlimit(resource.RLIMIT_AS, (now + stacks + int(sys.argv[4]), -1))
+print(sum(len(images) for images in workers.read(tasks)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "tasks"), [(64, 12), (1500, 12)])
+def test_read_by_16_threads_stays_within_its_bounds(size: int, tasks: int, tmp_path: Path) -> None:
+    """A limit of the address space, under which a picture more at a time would be refused."""
+    for split in ("train", "val", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / f"source/{split}/{name}").mkdir(parents=True)
+            side = (4000, 3000) if split == "train" else (16, 16)
+            Image.new("RGB", side, (9, 90, 30)).save(tmp_path / f"source/{split}/{name}/1.jpg")
+    writer.write(folder_data(tmp_path / "source", val="val"), tmp_path / "records")
+    code = ["-c", LIMITED, str(tmp_path / "records"), str(size), str(tasks), str(512 * 10**6)]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"{4 * tasks}\n", "")
 
 
 def test_in_order_that_is_left_early_runs_no_more(records: Records) -> None:

@@ -100,7 +100,11 @@ def test_script_paths_are_those_that_dvc_yaml_declares(stage: str) -> None:
     data = {records(path.partition("${")[0]) for path in declared if not path.startswith(("src/", "stages/"))}
     tree = ast.parse((ROOT / script_of(stage)).read_text())
     texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
-    assert {records(text) for text in texts if re.match(r"(data|models|metrics|plots)/|predictions$", text)} == data
+    assert {
+        records(text)
+        for text in texts
+        if re.match(r"(data|models|metrics|plots)/|(predictions|evaluation|report)$", text)
+    } == data
 
 
 def test_package_that_no_stage_depends_on_is_a_docstring() -> None:
@@ -166,10 +170,12 @@ def test_repro_runs_every_stage_and_prints_nothing_of_tensorflow(finished_study:
     output = (finished_study.folder.parent / "repro.log").read_text()
     assert stages_run(output) == [
         *("prepare", "augment-preview", "extract-train@EfficientNetLite0", "select-best"),
-        *("finetune@7", "sam-finetune@7", "control@7", "finalize", "evaluate"),
+        *("finetune@7", "sam-finetune@7", "control@7", "finalize", "evaluate", "report"),
     ]
     assert "prepare: train 60, val 54, test 180; 10 classes" in output.splitlines()
     assert "prepare: 180 test images show differences" in output
+    assert re.search(r"^report: SAM is .* plain fine-tuning at equal compute.* 1 seed, 180 test images", output, re.M)
+    assert f"report: {finished_study.folder}/report/index.html" in output.splitlines()
     assert "oneDNN" not in output, "what TensorFlow writes as it is imported"
 
 
@@ -216,6 +222,30 @@ def test_predictions_name_every_test_image(finished_study: Repository) -> None:
 
 
 @pytest.mark.slow
+def test_report_shows_the_digests_of_dvc_lock_and_is_made_again_to_the_byte(study: Repository) -> None:
+    path = study.folder / "report/index.html"
+    before = path.read_bytes()
+    locked = yaml.safe_load((study.folder / "dvc.lock").read_text())["stages"]
+    for stage in ("prepare", "finetune@7", "evaluate"):
+        assert all(out["md5"] in before.decode() for out in locked[stage]["outs"])
+    assert stages_run(study.run("dvc", "repro", "--force", "--single-item", "report")) == ["report"]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_plots_show_a_bar_for_each_method_and_trainings_in_one_chart(study: Repository) -> None:
+    shown = json.loads(study.run("dvc", "plots", "show", "--json", "--quiet", "--out", "drawn"))["data"]
+    (bars,) = [each["content"] for each in shown["plots/class_accuracy.csv"]]
+    values = bars["data"]["values"]
+    assert len({(row["class"], row["method"]) for row in values}) == len(values) == 40
+    assert [bars["encoding"][channel]["field"] for channel in ("y", "yOffset", "x")] == ["class", "method", "accuracy"]
+    for name in ("val accuracy of the first seed", "val loss of the first seed"):
+        (lines,) = [each["content"] for each in shown[name]]
+        assert {row["filename"] for row in lines["data"]["values"]} == {"finetune/7.csv", "control/7.csv", "sam/7.csv"}
+        assert lines["encoding"]["color"]["field"] == "filename"
+
+
+@pytest.mark.slow
 def test_preview_is_a_picture(finished_study: Repository) -> None:
     with Image.open(finished_study.folder / "plots/augment.png") as picture:
         assert picture.width >= 400
@@ -228,7 +258,11 @@ def test_second_repro_runs_nothing_and_git_tracks_metrics_but_no_models(study: R
     assert study.run("git", "status", "--porcelain") == ""
     tracked = study.run("git", "ls-files").split()
     assert {"dvc.lock", "metrics/sam/7.json", "plots/sam/7.csv", "plots/augment.png"} <= set(tracked)
-    assert not [name for name in tracked if name.startswith(("data/records", "models/", "predictions"))]
+    assert not [
+        name
+        for name in tracked
+        if name.startswith(("data/records", "models/", "predictions", "evaluation/", "report/"))
+    ]
     assert not list(study.cache.rglob("*.npz")), "resume state is left behind"
 
 
@@ -236,6 +270,7 @@ def test_second_repro_runs_nothing_and_git_tracks_metrics_but_no_models(study: R
 TRAINING = {"extract-train@EfficientNetLite0", "finetune@7", "control@7", "sam-finetune@7"}
 EDITS = {
     "evaluation/evaluate.py": {"evaluate"},
+    "report/page.py": {"report"},
     "selection/release.py": {"select-best", "finalize"},
     "data/sources": {"prepare"},
     "models/build.py": TRAINING | {"evaluate"},
@@ -289,17 +324,17 @@ def test_exp_run_reruns_what_a_change_concerns(study: Repository) -> None:
     def model(name: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (study.folder / "models" / name / "7").iterdir()}
 
-    assert experiment(study, "finalize.tolerance=0.02") == ["finalize"]
+    assert experiment(study, "finalize.tolerance=0.02") == ["finalize", "report"]
     before = {name: model(name) for name in ("finetune", "control")}
     assert before["finetune"] != before["control"]
     # Without perturbation SAM takes what finetune took: control takes as little, and gives the same bytes.
-    assert experiment(study, "sam.rho=0") == ["sam-finetune@7", "control@7", "finalize", "evaluate"]
+    assert experiment(study, "sam.rho=0") == ["sam-finetune@7", "control@7", "finalize", "evaluate", "report"]
     assert model("control") == model("finetune") == before["finetune"]
     assert read(study, "control/7") == read(study, "finetune/7")
     assert read(study, "evaluate")["sam_minus_finetune"]["discordance"] == 0
     # A seed more trains that seed, and one that left is pruned and not read.
     ran = experiment(study, "seeds=[8]")
-    assert ran == ["finetune@8", "sam-finetune@8", "control@8", "finalize", "evaluate"]
+    assert ran == ["finetune@8", "sam-finetune@8", "control@8", "finalize", "evaluate", "report"]
     assert set(read(study, "evaluate")["finetune"]["seeds"]) == {"8"}
     assert "pruned: finetune@7" in study.run("python", "-m", "flatmin.prune")
     assert not (study.folder / "models/finetune/7").exists()
@@ -310,9 +345,9 @@ def test_repro_new_backbone_runs_only_itself_and_prune_deletes_one_that_left(stu
     # The classifier that was chosen stays, since its rival has random weights: what follows it has nothing to do.
     study.write_params(STUDY | {"backbones": ["EfficientNetLite0", "MobileNet025"]})
     ran = stages_run(study.run("dvc", "repro"))
-    assert ran[:2] == ["extract-train@MobileNet025", "select-best"]
+    assert ran[:3] == ["prepare", "extract-train@MobileNet025", "select-best"]
     assert read(study, "select")["backbone"] == "EfficientNetLite0"
-    assert ran[2:] == []
+    assert ran[3:] == ["report"]
     study.write_params(STUDY)
     study.run("python", "-m", "flatmin.prune")
     assert not (study.folder / "metrics/extract/MobileNet025.json").exists()

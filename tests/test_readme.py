@@ -56,10 +56,11 @@ def test_daily_commands_and_a_grid_run(study: Repository) -> None:
     assert "valid" in study.run("make", "check-params")
     assert stages_run(study.run("make", "repro")) == []
     study.write_params(tiny_params(**STUDY | {"evaluate": {"ece_bins": 10}}))
-    assert stages_run(study.run("make", "repro")) == ["evaluate"]
+    assert stages_run(study.run("make", "repro")) == ["evaluate", "report"]
     study.run("git", "checkout", "--force", "--quiet", ".")
     study.run("dvc", "checkout", "--quiet")
-    assert stages_run(study.run("dvc", "exp", "run", "-S", "sam.rho=0.1")) == ["sam-finetune@7", "finalize", "evaluate"]
+    ran = stages_run(study.run("dvc", "exp", "run", "-S", "sam.rho=0.1"))
+    assert ran == ["sam-finetune@7", "finalize", "evaluate", "report"]
     assert "sam" in study.run("dvc", "metrics", "diff")
     for command in ("dvc exp show", "dvc dag"):
         assert study.run(*command.split()).strip()

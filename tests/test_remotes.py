@@ -253,7 +253,7 @@ def test_pushed_experiment_is_pulled_in_another_checkout(machine: Machine, serve
     machine.script(scripts(S3)[0])
     before = made(machine.study)
     run, pull = scripts(EXPERIMENTS)
-    assert stages_run(machine.script(run)) == ["sam-finetune@7", "finalize", "evaluate"]
+    assert stages_run(machine.script(run)) == ["sam-finetune@7", "finalize", "evaluate", "report"]
     machine.cloned()
     assert made(machine.clone) == before
     machine.script(pull, machine.clone)

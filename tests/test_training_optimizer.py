@@ -16,7 +16,9 @@ from flatmin.training.optimizer import averaged_weights, make_optimizer, updates
 
 
 def recipe(**changes: Any) -> Finetune:
-    return Finetune.model_validate({"optimizer": "sgd", "learning_rate": 0.4, "batch_size": 25, "epochs": 2} | changes)
+    return Finetune.model_validate(
+        {"optimizer": "sgd", "learning_rate": 0.4, "batch_size": 25, "epochs": 2, "image_size": None} | changes
+    )
 
 
 def built(recipe: Finetune, value: float = 1.0) -> tuple[keras.optimizers.Optimizer, keras.Variable]:

@@ -37,6 +37,7 @@ def rates(updates: float, warmup_epochs: float, epochs: int, count: int) -> list
     """The learning rates of the first updates, of at most 0.4."""
     cosine = {"name": "cosine", "warmup_epochs": warmup_epochs}
     values = {"optimizer": "sgd", "learning_rate": 0.4, "batch_size": 25, "epochs": epochs, "schedule": cosine}
+    values["image_size"] = None
     return [schedule.cosine(update, updates, Finetune.model_validate(values)) for update in range(count)]
 
 

@@ -103,7 +103,8 @@ def _layers() -> TrainedLayers:
 
 def point_recipe(**changes: Any) -> Finetune:
     return Finetune.model_validate(
-        {"optimizer": "adam", "learning_rate": 0.02, "batch_size": 4, "epochs": 4, "schedule": None} | changes
+        {"optimizer": "adam", "learning_rate": 0.02, "batch_size": 4, "epochs": 4, "image_size": None, "schedule": None}
+        | changes
     )
 
 

@@ -35,7 +35,7 @@ rm -rf "$(dvc cache dir)/runs"
 dvc fetch --quiet --run-cache --max-size 0  # the records of runs alone
 for stage in $(dvc stage list --name-only); do  # in the order of dvc.yaml, in which each comes after what it needs
     if [ "$first" = no ]; then
-        case $stage in augment-preview | finalize | evaluate) continue ;; esac  # nothing that is trained needs them
+        case $stage in augment-preview | finalize | evaluate | report) continue ;; esac  # nothing that is trained needs them
     fi
     dvc repro --pull "$stage"
     if [ "$first" = yes ]; then python "$scripts/push.py" "$stage"; fi

@@ -1,9 +1,9 @@
 """Writes a data set as records: a folder of sharded TFRecords for each role, and `dataset.json`, which describes all.
 
-A role's folder, which is empty where the data set has no such role, holds `00000-of-00003.tfrecord`, `role.json` (what
-a reader needs to know) and `index.csv` (a row for each example, in order). The index says where in its shard the
-encoded picture lies, so that a process reads it without TensorFlow. Nothing in a role's folder depends on other roles.
-Equal sources, settings and seeds give equal bytes.
+A role's folder holds `00000-of-00003.tfrecord`, `role.json` (what a reader needs to know) and `index.csv` (a row for
+each example, in order). The index says where in its shard the encoded picture lies, so that a process reads it without
+TensorFlow. Of a role without examples there is an index without rows. Nothing in a role's folder depends on other
+roles. Equal sources, settings and seeds give equal bytes.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ class RecordsWriter:
     def close(self) -> None:
         self.roles = {role: self.roles[role] for role in ROLES if role in self.roles}
         for role in ROLES:
-            (self._folder / role).mkdir(exist_ok=True)
+            if role not in self.roles:  # a table without rows, since DVC warns of an empty folder
+                files.write_csv(self._folder / role / "index.csv", Row._fields, ())
         for role, writer in self.roles.items():
             written = {
                 path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in writer.close()

@@ -13,7 +13,7 @@ import numpy as np
 from flatmin import power, runtime
 from flatmin.common import console, files
 from flatmin.common.params import Evaluate, Runtime
-from flatmin.evaluation import comparison, plots
+from flatmin.evaluation import comparison, gallery, plots, tables
 from flatmin.evaluation.metrics import average_predictions, mean_and_deviation, scores
 from flatmin.evaluation.minima import measure_sharpness, unequal_losses
 from flatmin.inputs import batches
@@ -61,9 +61,10 @@ class Models:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where evaluate writes."""
+    """Where evaluate writes. evaluation: a folder, what the report shows of the images."""
 
     predictions: str
+    evaluation: str
     metrics: str
     confusion: str
     class_accuracy: str
@@ -86,20 +87,27 @@ def evaluate(*, runtime: Runtime, settings: Evaluate, records: str, models: Mode
             _write_predictions(temporary / f"{role}.csv", dataset, role, logits[role, False])
     test, known = logits["test", False], labels if labelled else labels[:0]
     metrics = _score(models, test, logits.get(("test", True), {}), labels, settings) if labelled else {}
-    sharpness = measure_sharpness(dataset, models.seeded, settings, SEED, outputs.sharpness)
+    with files.atomic_write(outputs.evaluation) as folder:
+        folder.mkdir()
+        sharpness = measure_sharpness(
+            dataset, models.seeded, settings, SEED, outputs.sharpness, folder / "sharpness.csv"
+        )
+        _write_evaluation(folder, dataset, models, test, known, settings)
     for method, measured in sharpness.items():
         part = metrics.setdefault(method, {"seeds": {str(seed): {} for seed in measured}})
         for seed, values in measured.items():
             part["seeds"][str(seed)]["sharpness"] = values
         _add_means(part, "sharpness", list(measured.values()))
-    unequal = unequal_losses({method: metrics[method]["sharpness"]["loss"] for method in sharpness})
-    metrics["sharpness"] = {"equal_loss": not unequal, "not_compared": ", ".join(unequal)}
+    unequal = unequal_losses(
+        {method: {seed: values["loss"] for seed, values in measured.items()} for method, measured in sharpness.items()}
+    )
+    metrics["sharpness"] = {"equal_loss": not unequal, "not_compared": "; ".join(unequal)}
     files.write_json(outputs.metrics, metrics)
     predicted = {name: values.argmax(axis=1)[: len(known)] for name, values in test.items()}
     plots.write_confusion(outputs.confusion, predicted["final"], known, dataset.class_names)
     plots.write_class_accuracy(outputs.class_accuracy, _by_method(models, predicted), known, dataset.class_names)
-    for pair, (one, other) in unequal.items():
-        console.log(f"evaluate: flatness of {pair} is not compared at equal train loss: {one:.3g} and {other:.3g}")
+    for pair in unequal:
+        console.log(f"evaluate: flatness of {pair} is not compared at equal train loss")
     if labelled:
         _report(metrics)
 
@@ -184,6 +192,56 @@ def _by_method(models: Models, predicted: Mapping[str, np.ndarray]) -> dict[str,
     """The predictions of each method's seeds; extract has one."""
     return {"extract": [predicted["extract"]]} | {
         method: [predicted[f"{method}@{seed}"] for seed in models.seeds] for method in models.seeded
+    }
+
+
+def _write_evaluation(
+    folder: Path,
+    records: Records,
+    models: Models,
+    logits: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    settings: Evaluate,
+) -> None:
+    """Write tables and pictures for the report; without labels of test only what needs none.
+
+    labels: int [n], or [0].
+    """
+    names, released = records.class_names, classifier.load(models.final)
+    (folder / "pictures").mkdir()
+    shown = gallery.Gallery(records, folder / "pictures")
+    found: dict[str, Any] = {"network": _describe(released, models.final), "mistakes": [], "confused": []}
+    recall: dict[str, float] = {}
+    if len(labels):
+        temperatures, final = models.temperatures(), logits["final"]
+        predicted, temperature = final.argmax(axis=1), temperatures["final"]
+        by_class = list(tables.classes(predicted, labels, names))
+        recall = {str(row[0]): float(row[3]) for row in by_class if row[1]}
+        files.write_csv(folder / "classes.csv", tables.CLASSES, by_class)
+        bins = tables.reliability(final, labels, temperature, settings.ece_bins)
+        files.write_csv(folder / "reliability.csv", tables.RELIABILITY, bins)
+        answered = (tables.coverage(name, each, labels, temperatures[name]) for name, each in logits.items())
+        files.write_csv(folder / "coverage.csv", tables.COVERAGE, (row for rows in answered for row in rows))
+        found["mistakes"] = gallery.mistakes(shown, records, released, final, labels, temperature)
+        found["confused"] = gallery.confused(shown, records, predicted, labels)
+        found["wrong"] = int((predicted != labels).sum())
+    found["examples"] = gallery.examples(shown, records, gallery.classes_shown(names, recall))
+    found["duplicates"] = gallery.duplicates(shown, records, records.folder / "dataset.json")
+    files.write_json(folder / "shown.json", found)
+
+
+def _describe(model: classifier.Classifier, folder: str) -> dict[str, Any]:
+    """What the released network is and takes."""
+    description = model.description
+    _, layers = model.split(description.fine_tune_at)
+    return {
+        "backbone": description.backbone,
+        "image_size": description.image_size,
+        "fine_tune_at": description.fine_tune_at,
+        "multiply_adds": description.multiply_adds,
+        "parameters": model.network.count_params(),
+        "trained_parameters": sum(math.prod(each.shape) for each in layers.trainable_variables),
+        "bytes": Path(folder, classifier.WEIGHTS).stat().st_size,
     }
 
 

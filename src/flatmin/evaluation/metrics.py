@@ -57,11 +57,16 @@ def average_predictions(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int) -> float:
     """Expected calibration error with `bins` equal bins of confidence (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    confidence, correct, bin_indices = confidence_bins(logits, labels, bins)
+    gap = np.bincount(bin_indices, correct - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def confidence_bins(logits: np.ndarray, labels: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each image's highest probability, float64 [n], whether it is the label's, bool [n], and its bin, int [n]."""
     logits = logits.astype(np.float64)
     probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    bin_indices = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(bin_indices, correct - confidence, minlength=bins)
-    return float(np.abs(gap).sum() / len(labels))
+    return confidence, correct, np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -25,13 +27,19 @@ EQUAL_LOSS = 0.1  # flatness is compared at equal training loss, which is one th
 
 
 def measure_sharpness(
-    records: Records, folders: Mapping[str, Mapping[int, str]], settings: Evaluate, seed: int, plot: str
+    records: Records,
+    folders: Mapping[str, Mapping[int, str]],
+    settings: Evaluate,
+    seed: int,
+    plot: Path | str,
+    table: Path | str,
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Measure every minimum on the same un-augmented train images; draw the loss around those of the first seed.
 
     Args:
         folders: by method and seed, the folders of classifiers that were trained from one start.
         plot: the PNG file to write.
+        table: the CSV file of what it draws.
 
     Returns:
         By method and seed, what `sharpness.measure` measures, and `loss`, the mean loss on these images.
@@ -62,6 +70,7 @@ def measure_sharpness(
                 f"{measured.trace_error:.2g}), train loss {metrics[method][number]['loss']:.4g}"
             )
     plots.draw_sharpness(plot, lines)
+    plots.write_sharpness(table, lines)
     return metrics
 
 
@@ -91,10 +100,23 @@ def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
 
 
-def unequal_losses(losses: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """The pairs of methods, by `sam and control`, whose mean training losses differ by more than EQUAL_LOSS.
+def unequal_losses(losses: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """The pairs of methods whose training losses differ by more than EQUAL_LOSS, by method and seed.
 
     Flatness says little about a pair whose losses differ: a minimum that was followed further down is flatter, too.
+
+    Returns:
+        `sam and control` where the means over seeds differ so much, else `sam and control of seeds 42 and 44` for the
+        seeds where their own do.
     """
-    pairs = {f"{a} and {b}": (losses[a], losses[b]) for a, b in itertools.combinations(losses, 2)}
-    return {pair: each for pair, each in pairs.items() if max(each) > (1 + EQUAL_LOSS) * min(each)}
+    pairs = []
+    for (first, ones), (second, others) in itertools.combinations(losses.items(), 2):
+        if _differ(statistics.fmean(ones.values()), statistics.fmean(others.values())):
+            pairs.append(f"{first} and {second}")
+        elif seeds := [str(seed) for seed in ones if _differ(ones[seed], others[seed])]:
+            pairs.append(f"{first} and {second} of seed{'s' if len(seeds) > 1 else ''} {' and '.join(seeds)}")
+    return pairs
+
+
+def _differ(one: float, other: float) -> bool:
+    return max(one, other) > (1 + EQUAL_LOSS) * min(one, other)

@@ -37,6 +37,18 @@ def write_class_accuracy(
     files.write_csv(path, ["class", "method", "accuracy"], rows)
 
 
+def write_sharpness(path: Path | str, losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write what `draw_sharpness` draws: a row for each model, direction and position."""
+    directions = (("eigenvector", EIGENVECTOR_POSITIONS), ("random", RANDOM_POSITIONS))
+    rows = (
+        [name, direction, f"{position:.6g}", f"{loss:.6g}"]
+        for name, pair in losses.items()
+        for (direction, positions), line in zip(directions, pair, strict=True)
+        for position, loss in zip(positions, line, strict=True)
+    )
+    files.write_csv(path, ["method", "direction", "position", "loss"], rows)
+
+
 def draw_sharpness(path: Path | str, losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Draw the loss along two directions as a PNG.
 
