@@ -7,6 +7,7 @@ PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: help repro setup check-params check test format golden accept docs study sweep study-sweep
 .PHONY: negative test-looks lock
+.PHONY: export-setup export-test
 .PHONY: image docker-repro docker-shell image-test browser-test bench
 .DELETE_ON_ERROR:
 
@@ -46,7 +47,7 @@ accept: setup $(VENV)/dev.done  ## record in dvc.lock that a change of code chan
 docs: setup  ## fill the pages' tables with the numbers of metrics/
 	$(RUN) python scripts/pages.py
 
-$(VENV)/dev.done: | setup
+$(VENV)/dev.done $(VENV)/export.done: | setup
 $(VENV)/%.done: requirements/%.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
@@ -71,11 +72,17 @@ negative: setup check-params  ## run the negative controls of the default study:
 test-looks: setup  ## count the sets of models that were ever scored on test
 	@$(RUN) python scripts/test_looks.py
 
+export-setup: $(VENV)/export.done  ## add what `flatmin export --format onnx` needs
+
+export-test: setup $(VENV)/dev.done $(VENV)/export.done  ## test the format that needs a lock of its own
+	$(RUN) python -m pytest tests/test_use_onnx.py
+
 COMPILE := uv pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 lock:  ## compile the locks again (needs uv)
 	cd requirements && $(COMPILE) --override overrides.txt cpu.in -o cpu.txt
 	cd requirements && $(COMPILE) --override overrides.txt gpu.in -o gpu.txt
 	cd requirements && $(COMPILE) dev.in -o dev.txt
+	cd requirements && $(COMPILE) export.in -o export.txt
 	cd requirements && $(COMPILE) browser.in -o browser.txt
 
 # LOCK=cpu leaves out the CUDA wheels; ENGINE=podman replaces docker. See docs/container.md.

@@ -14,12 +14,15 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 import yaml
 from repository import ROOT, Repository
+
+from flatmin.use import formats
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_cuda
@@ -371,3 +374,13 @@ def test_locks_differ_in_the_cuda_wheels_only() -> None:
     assert extra
     assert all(name.startswith("nvidia-") for name in extra)
     assert {"nvidia-cudnn-cu12", "nvidia-cuda-runtime-cu12", "nvidia-nccl-cu12"} <= extra
+
+
+def test_export_lock_has_what_the_extra_names_in_the_versions_of_the_pipeline() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["export"]
+    export, cpu = lock("export"), lock("cpu")
+    assert {requirement.partition(">=")[0] for requirement in extra} == set(formats.FORMATS["onnx"].packages)
+    assert set(formats.FORMATS["onnx"].packages) <= set(export)
+    assert {name: export[name][0] for name in export if name in cpu} == {
+        name: cpu[name][0] for name in cpu if name in export
+    }
