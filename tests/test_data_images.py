@@ -28,6 +28,7 @@ def pixels(read: Picture) -> np.ndarray:
         encode(picture().convert("CMYK"), "JPEG"),
         *(encode(picture().convert(mode)) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")),
     ],
+    ids=["JPEG", "grey JPEG", "CMYK JPEG", "PNG 1", "PNG L", "PNG LA", "PNG P", "PNG RGB", "PNG RGBA"],
 )
 def test_read_picture_without_metadata_keeps_its_bytes(encoded: bytes) -> None:
     read = read_picture(encoded)

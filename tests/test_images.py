@@ -30,7 +30,9 @@ def blocks(size: tuple[int, int] = (80, 60)) -> Image.Image:
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("quality", [75, 100])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": with_orientation(6)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"exif": with_orientation(6)}], ids=["plain", "progressive", "turned"]
+)
 def test_read_jpeg_gives_pillows_pixels(quality: int, subsampling: int, options: dict[str, Any]) -> None:
     encoded = encode(blocks(), "JPEG", quality=quality, subsampling=subsampling, **options)
     np.testing.assert_array_equal(np.asarray(images.read(encoded)), expected(encoded))
