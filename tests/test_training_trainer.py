@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from trainings import interrupted_after, point_recipe, point_trainer
 
 from flatmin import runtime
 from flatmin.common.errors import InputError
 from flatmin.common.params import Finetune, Sam
+from flatmin.training import live
 from flatmin.training.optimizer import updates
 from flatmin.training.resume import State
 from flatmin.training.schedule import Plan, best_epoch
@@ -165,6 +167,44 @@ def test_trainer_of_several_epochs_leaves_the_best_ones_weights(tmp_path: Path) 
     assert validation_loss(points) == pytest.approx(history[best]["val_loss"], rel=1e-6)
     assert step.rule.gradient_evaluations == 6 * 13
     assert all(0 <= epoch["accuracy"] <= 1 for epoch in history)
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """By tag and step, the values of TensorBoard's event files, as its scalars plugin finds them."""
+    found: dict[str, dict[int, float]] = {}
+    for path in folder.glob("events.out.tfevents.*"):
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
+            for value in event.summary.value:
+                assert value.metadata.plugin_data.plugin_name == "scalars"
+                found.setdefault(value.tag, {})[event.step] = float(tf.make_ndarray(value.tensor))
+    return found
+
+
+def test_trainer_with_flatmin_logs_writes_event_files_that_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = point_trainer(point_recipe(epochs=3))[0].train(State(tmp_path / "without"))
+    monkeypatch.setenv("FLATMIN_LOGS", str(tmp_path / "logs"))
+    history = point_trainer(point_recipe(epochs=3))[0].train(
+        State(tmp_path / "with"), lambda history: live.write("points@7", len(history), history[-1])
+    )
+    assert history == without
+    found = scalars(tmp_path / "logs/points/7")
+    assert set(found) == set(history[0]) >= {"loss", "val_loss", "val_accuracy", "learning_rate"}
+    for key, by_step in found.items():
+        assert by_step == pytest.approx({number: each[key] for number, each in enumerate(history, 1)}, rel=1e-6)
+
+
+def test_trainer_with_flatmin_logs_that_cannot_be_written_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLATMIN_LOGS", str(tmp_path / "file"))
+    with pytest.raises(
+        InputError, match=r"^\$FLATMIN_LOGS: expected a folder to write to, received '.*/file': [^\n]+$"
+    ):
+        live.write("points", 1, {"loss": 0.5})
 
 
 @pytest.mark.slow

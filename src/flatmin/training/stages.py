@@ -24,7 +24,7 @@ from flatmin.models import classifier, registry
 from flatmin.models.classifier import Classifier, TrainedLayers
 from flatmin.models.cpu_kernels import optimize_for_cpu
 from flatmin.models.weights_files import weights_digest
-from flatmin.training import resume
+from flatmin.training import live, resume
 from flatmin.training.batch_sources import AugmentedImages, BatchSource, CachedActivations
 from flatmin.training.resume import State
 from flatmin.training.schedule import Budget, Epoch, Plan, best_epoch
@@ -205,8 +205,14 @@ def _train(job: Job, records_folder: str, outputs: Outputs) -> State:
                     classes=len(records.class_names),
                 )
             validator = Validator(source, model, records, job.recipe.batch_size)
-            history = Trainer(job.name, job.recipe, plan, step, validator, workers).train(state)
+
+            def watch(history: list[Epoch]) -> None:
+                live.write(job.name, len(history), history[-1])
+                _write_plot(history, outputs.plot)
+
+            history = Trainer(job.name, job.recipe, plan, step, validator, workers).train(state, watch)
             if workers.writes_outputs:
+                _write_plot(history, outputs.plot)
                 _write(job, model, step, validator, history, outputs)
             workers.barrier()  # nobody removes a state before the first worker has written
     return state
@@ -280,9 +286,13 @@ def _write(
     files.write_json(outputs.metrics, metrics)
     if outputs.budget:
         Budget(step.rule.gradient_evaluations, len(history)).write(outputs.budget)
+    console.log(f"{job.name}: val accuracy {val['accuracy']:.4f} at epoch {best['epoch']:.6g} of {last['epoch']:.6g}")
+
+
+def _write_plot(history: Sequence[Epoch], path: str) -> None:
+    """Write what is plotted, after every epoch, so that a plot follows the training."""
     # Part of an epoch may have no wrong label, or no other.
     noise = [key for key in ("accuracy_clean", "accuracy_wrong") if any(key in epoch for epoch in history)]
     columns = ("epoch", "learning_rate", "loss", "accuracy", *noise, "val_loss", "val_accuracy")
     rows = ([f"{epoch[key]:.6g}" if key in epoch else "" for key in columns] for epoch in history)
-    files.write_csv(outputs.plot, columns, rows)
-    console.log(f"{job.name}: val accuracy {val['accuracy']:.4f} at epoch {best['epoch']:.6g} of {last['epoch']:.6g}")
+    files.write_csv(path, columns, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -31,12 +31,17 @@ class Trainer:
         self._step, self._validator, self._workers = step, validator, workers
         self._layers, self._optimizer = step.layers, step.optimizer
 
-    def train(self, state: State) -> list[Epoch]:
-        """Run what remains; leave the weights of the best validation in the layers and return the history."""
+    def train(self, state: State, watch: Callable[[list[Epoch]], None] = lambda _: None) -> list[Epoch]:
+        """Run what remains; leave the weights of the best validation in the layers and return the history.
+
+        watch: is given the history after every validation, in a worker that writes outputs.
+        """
         variables = self._step.variables
         history, best = self._resume(state, variables)
         while len(history) < self.plan.validations and not stops(history, self.recipe.early_stopping):
             history.append(self._epoch(history))
+            if self._workers.writes_outputs:
+                watch(history)
             if best_epoch(history) == len(history) - 1:
                 with averaged_weights(self._optimizer, self._layers.trainable_variables):
                     best = values(self._layers.trainable_variables)
