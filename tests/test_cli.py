@@ -84,7 +84,8 @@ print({"tensorflow", "keras", "numpy", "scipy", "matplotlib"} & set(sys.modules)
 @pytest.mark.parametrize(
     ("package", "arguments", "part"),
     [
-        ("typer", ["--help"], "its extra `pipeline`"),
+        ("typer", ["--help"], "flatmin needs typer, of its extra `pipeline`"),
+        ("tensorflow", ["predict", "cat.jpg"], "flatmin needs tensorflow, of its extra `pipeline`"),
         ("tf2onnx", ["export", "--format", "onnx"], "onnx needs tf2onnx"),
         ("onnxruntime", ["export", "--format", "onnx"], "onnxruntime, of the extra `export`"),
     ],

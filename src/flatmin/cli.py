@@ -10,10 +10,15 @@ from typing import Any
 from flatmin.common import errors
 from flatmin.use import commands
 
-EXAMPLES = """Use what a study released.
+EXAMPLES = """Begin a study, and use what it released.
 
 \b
 Examples:
+  flatmin new birds --folder ~/pictures/birds
+  flatmin check studies/birds/params.yaml
+  flatmin predict picture.jpg --top 3
+  flatmin predict pictures --format csv > predictions.csv
+  flatmin explain picture.jpg --out why.png
   flatmin export --format onnx
   flatmin export --format litert-int8 --model models/final --out phone
 
@@ -26,9 +31,12 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         import typer
-    except ImportError:
-        _refuse("flatmin needs its extra `pipeline`, as by: pip install '.[pipeline]' in a checkout")
-    errors.run(lambda: _call(_application(typer), arguments))
+
+        errors.run(lambda: _call(_application(typer), arguments))
+    except ModuleNotFoundError as error:  # the base of the package has Keras alone
+        if (error.name or "flatmin").startswith("flatmin"):
+            raise
+        _refuse(f"flatmin needs {error.name}, of its extra `pipeline`, as by: pip install '.[pipeline]' in a checkout")
 
 
 def _application(typer: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import scipy.linalg
 
 
 def largest_eigenpairs(
@@ -43,7 +42,7 @@ def largest_eigenpairs(
         scale = max(scale, float(np.linalg.norm(image)))
         diagonal[step] = image @ basis[step]
         remainder = _outside(image, basis[: step + 1])
-    values, combinations = scipy.linalg.eigh_tridiagonal(diagonal, off_diagonal[:-1])
+    values, combinations = np.linalg.eigh(np.diag(diagonal) + np.diag(off_diagonal[:-1], -1))  # its lower triangle
     order = np.argsort(values)[::-1][:count]
     vectors = combinations[:, order].T.astype(np.float32) @ basis
     return values[order], vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
