@@ -7,9 +7,9 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -27,15 +27,33 @@ THREADS_BYTES, PROCESSES_BYTES = 400 * 10**6, 2000 * 10**6
 _AHEAD = 4  # tasks a worker, so that none waits for the next one
 
 
+Result = TypeVar("Result", covariant=True)
+
+
+class Job(Protocol[Result]):
+    """A task for `in_order`; `Task` is one."""
+
+    @property
+    def result_bytes(self) -> int:
+        """The size of what `run` returns."""
+
+    @property
+    def working_bytes(self) -> int:
+        """The memory that `run` takes beside its result, roughly."""
+
+    def run(self) -> Result:
+        """Do it, in a worker."""
+
+
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def in_order(pool: Executor, tasks: Iterable[Task], workers: int) -> Iterator[np.ndarray]:
+def in_order(pool: Executor, tasks: Iterable[Job[Result]], workers: int) -> Generator[Result]:
     """Run tasks in a pool of so many workers; give their results in order."""
     working_bytes = PROCESSES_BYTES if isinstance(pool, ProcessPoolExecutor) else THREADS_BYTES
-    pending: deque[tuple[Future[np.ndarray], Task]] = deque()
+    pending: deque[tuple[Future[Result], Job[Result]]] = deque()
     queued = working = 0
     try:
         for task in tasks:

@@ -157,6 +157,10 @@ class Classifier:
     def _forward(self) -> Any:
         return tf.function(lambda pixels: self.network(pixels, training=False), reduce_retracing=True)
 
+    def logits_of(self, pixels: Any) -> np.ndarray:
+        """Compute the logits of one batch in inference mode: float32 [batch, size, size, 3] -> [batch, classes]."""
+        return self._forward(pixels).numpy()
+
     def logits(self, images: Iterable[Any], total: int | None = None, description: str = "scoring") -> np.ndarray:
         """Compute logits in inference mode.
 
@@ -169,7 +173,7 @@ class Classifier:
             float32 [examples, classes], in the order of the images.
         """
         batches = console.progress(images, description, total, "batch")
-        return np.concatenate([self._forward(pixels).numpy() for pixels in batches])
+        return np.concatenate([self.logits_of(pixels) for pixels in batches])
 
     def save(self, folder: Path | str, val_logits: np.ndarray | None = None) -> None:
         """Write the weights, `model.json` and, if given, `val_logits.npy` into a folder; equal ones give equal bytes.
