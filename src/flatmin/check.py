@@ -1,6 +1,7 @@
 """Check params.yaml without running anything: `python -m flatmin.check`.
 
-Also says which differences the images can show, where prepare has counted them for these params.
+Also says which differences the images can show, where prepare has counted them for these params. `flatmin check` looks
+at the data too, which need not be where a study is repeated from its cache.
 """
 
 from __future__ import annotations
@@ -32,9 +33,14 @@ def prepared_counts(path: Path | str = "params.yaml") -> dict[str, int] | None:
     return counts if same and digest == recorded.get(PREPARED) else None
 
 
+def describe(settings: params.Params, path: str) -> str:
+    """One line on checked params."""
+    return f"{path}: valid, seeds {', '.join(map(str, settings.seeds))}"
+
+
 def _main(path: str = "params.yaml") -> None:
     settings = params.load(path)
-    console.log(f"{path}: valid, seeds {', '.join(map(str, settings.seeds))}")
+    console.log(describe(settings, path))
     counts = prepared_counts(path)
     known = power.describe(counts) if counts else "which differences test and val can show is known after prepare"
     console.log(known)

@@ -188,3 +188,13 @@ def refuse_unknown_labels(labels: np.ndarray, class_names: list[str], key: str) 
             f"{key}: expected labels from 0 to {len(class_names) - 1}, received {labels[invalid][0]}"
             f" in {invalid.sum()} of {len(labels)} examples"
         )
+
+
+def refuse_missing_classes(labels: np.ndarray, class_names: list[str]) -> None:
+    """Raise InputError if a class is not among train's labels, int [n]."""
+    missing = np.setdiff1d(np.arange(len(class_names)), labels)
+    if len(missing):
+        raise InputError(
+            f"data.splits.train: expected images of each class, received none of {class_names[missing[0]]!r}"
+            f" ({len(missing)} of {len(class_names)} classes are missing)"
+        )

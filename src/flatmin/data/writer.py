@@ -304,12 +304,7 @@ def _check(writer: RecordsWriter, data: Data, expressions: Mapping[str, str], cl
         del labels["test"]  # nothing can be scored on it then, which evaluate reports
     for role, role_labels in labels.items():
         splits.refuse_unknown_labels(role_labels, class_names, keys[role])
-    missing = np.setdiff1d(np.arange(len(class_names)), labels["train"])
-    if len(missing):
-        raise InputError(
-            f"data.splits.train: expected images of each class, received none of {class_names[missing[0]]!r}"
-            f" ({len(missing)} of {len(class_names)} classes are missing)"
-        )
+    splits.refuse_missing_classes(labels["train"], class_names)
 
 
 def _describe(
