@@ -268,7 +268,7 @@ def test_estimate_is_the_sum_of_its_parts() -> None:
 
 @pytest.mark.slow
 def test_new_study_of_a_folder_runs(tmp_path: Path) -> None:
-    """From a folder to the verdict, with a smaller backbone than is written, and fewer epochs."""
+    """From a folder to the report, with a smaller backbone than is written, and fewer epochs."""
     folder = picture_folder(tmp_path / "pictures", per_class=24)
     repository = Repository(tmp_path / "repository")
     command = ["python", "-m", "flatmin.cli"]
@@ -289,7 +289,7 @@ def test_new_study_of_a_folder_runs(tmp_path: Path) -> None:
     values["evaluate"] = {"sharpness": {"images": 4, "steps": 5, "probes": 1}}
     path.write_text(yaml.safe_dump(values))
     output = repository.run("sh", "scripts/study.sh", "colours")
-    assert stages_run(output)[-1] == "evaluate"
+    assert stages_run(output)[-1] == "report"
     assert (path.parent / "metrics/evaluate.json").is_file()
 
 
