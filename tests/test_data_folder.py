@@ -338,6 +338,18 @@ def test_folder_of_classes_with_folders_in_them_is_refused(
     assert "move them into a folder train/" in message
 
 
+def test_folder_whose_classes_would_be_years_is_refused(tmp_path: Path) -> None:
+    files = [f"{split}/{year}/{name}/1.png" for split in ("train", "test") for year in (2019, 2020) for name in "ab"]
+    message = refused(put(tmp_path, files), GIVEN)
+    assert message.startswith("data.name: expected SPLIT/CLASS/image, received '")
+    assert message.endswith("whose classes would be 2019, 2020: put the folders of years below those of classes")
+
+
+def test_folder_with_empty_folder_of_odd_name_tells_it_as_text(tmp_path: Path) -> None:
+    os.mkdir(os.fsencode(put(tmp_path, CLASSES)) + b"/\xff")
+    assert opened(tmp_path).empty == ["\\xff"]
+
+
 @pytest.mark.parametrize("splits", [HALVES, GIVEN, None])
 @pytest.mark.parametrize("inner", ["cat/1.png", "train/cat/1.png", "train/1.png"])
 def test_folder_that_lies_deeper_is_refused(inner: str, splits: dict[str, str] | None, tmp_path: Path) -> None:

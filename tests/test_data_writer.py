@@ -130,6 +130,17 @@ def test_write_of_a_role_says_nothing_of_others(tmp_path: Path) -> None:
     assert before["predict/index.csv"].count(b"\n") == 1, "a folder for the role that there is none of"
 
 
+def test_write_counts_examples_that_no_role_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = cats_and_dogs(tmp_path / "source", train=6, test=2, extra=3)
+    (source / "train/cat/00.png").write_bytes(b"broken")
+    splits = {"train": "train[:10]", "test": "test", "unused": "extra"}
+    data = folder_data(source, splits=splits, skip_broken=1, train_per_class=2)
+    metrics = writer.write(data, tmp_path / "records")
+    taken = sum(metrics["roles"][role]["count"] for role in ("train", "val", "test"))
+    assert metrics["left_out"] == 2 * 6 + 2 * 2 + 2 * 3 - taken - metrics["broken"] > 6
+    assert f"prepare: examples that no role takes: {metrics['left_out']}\n" in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("image_size", ["auto", "original", 10])
 def test_write_with_image_size_stores_pictures_of_it(image_size: Any, tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=3, test=1)
@@ -157,10 +168,9 @@ def test_write_counts_first_frames_and_dark_pictures(tmp_path: Path, capsys: pyt
     assert (metrics["first_frames"], metrics["dark"]) == (1, 1)
     assert described(tmp_path / "records")["dark"]["names"] == ["train/dog/dark.png"]
     told = "".join(capsys.readouterr())
-    assert "1 files have several frames or pages, of which the first is taken" in told
-    assert (
-        "1 pictures of 16 bits use less than a quarter of their range, and are dark for it, such as train/dog" in told
-    )
+    assert "files with several frames or pages, of which the first is taken: 1" in told
+    assert "less than a quarter of their range: 1, such as 'train/dog/dark.png'" in told
+    assert "prepare: classes: cat, dog\n" in told
 
 
 def test_write_to_existing_folder_replaces_it(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_read_ignores_orientations_that_are_none(orientation: int) -> None:
 
 def tagged(*tag: Any) -> bytes:
     """A JPEG of 24 x 16 pixels with EXIF orientation 6, and one more tag: number, type, count and content."""
-    entries = sorted([(0x0112, 3, 1, struct.pack("<H", 6)), tag])
+    entries = sorted([*([] if tag[0] == 0x0112 else [(0x0112, 3, 1, struct.pack("<H", 6))]), tag])
     start, table, values = 8 + 2 + 12 * len(entries) + 4, b"", b""
     for number, kind, count, content in entries:
         if len(content) > 4:
@@ -86,6 +86,7 @@ def tagged(*tag: Any) -> bytes:
         (256, 11, 1, struct.pack("<f", 24.0)),  # ImageWidth as a float
         (531, 5, 1, struct.pack("<II", 1, 0)),  # YCbCrPositioning as a fraction of zero
         (0x8769, 4, 1, struct.pack("<I", 99999)),  # details that lie outside the file
+        (0x0112, 5, 1, struct.pack("<II", 6, 1)),  # the orientation itself as a fraction
     ],
     ids=lambda tag: str(tag[0]),
 )
@@ -100,13 +101,26 @@ def test_read_png_with_long_text_or_profile_gives_its_pixels() -> None:
     for options in ({"pnginfo": text}, {"icc_profile": bytes(1_500_000)}):
         encoded = encode(picture(), **options)
         np.testing.assert_array_equal(np.asarray(images.read(encoded)), np.asarray(picture()))
+    text.add_itxt("XML:com.adobe.xmp", "<x>" + "more " * 600_000 + "</x>", zip=True)
+    np.testing.assert_array_equal(np.asarray(images.read(encode(picture(), pnginfo=text))), np.asarray(picture()))
 
 
-def test_read_png_with_orientation_in_xmp_is_upright() -> None:
+RAW_EXIF = f"\nexif\n      {len(with_orientation(6).tobytes())}\n{with_orientation(6).tobytes().hex()}\n"
+
+
+@pytest.mark.parametrize(
+    ("keyword", "content"), [("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>'), ("Raw profile type exif", RAW_EXIF)]
+)
+@pytest.mark.parametrize("kind", ["iTXt", "tEXt", "zTXt"])
+def test_read_png_with_orientation_in_text_is_upright(keyword: str, content: str, kind: str) -> None:
     text = PngImagePlugin.PngInfo()
-    text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    if kind == "iTXt":
+        text.add_itxt(keyword, content)
+    else:
+        text.add_text(keyword, content, zip=kind == "zTXt")
     encoded = encode(picture(), pnginfo=text)
-    assert expected(encoded).shape == (12, 8, 3)  # else Pillow reads none, and this shows nothing
+    if (keyword, kind) == ("XML:com.adobe.xmp", "iTXt") or keyword != "XML:com.adobe.xmp":
+        assert expected(encoded).shape == (12, 8, 3)  # else Pillow reads none, and this shows nothing
     np.testing.assert_array_equal(np.asarray(images.read(encoded)), expected(encoded))
 
 
@@ -199,3 +213,14 @@ def test_to_square_averages_where_it_shrinks() -> None:
 def test_images_imports_no_tensorflow() -> None:
     code = "import sys, flatmin.images; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_stored_resize_of_too_many_pixels_is_broken() -> None:
+    with pytest.raises(BrokenImageError, match="of 100000 x 1 pixels it would get 22400000 x 224"):
+        images.Stored(224).resize(Image.new("RGB", (100_000, 1)))
+
+
+def test_file_orientation_is_an_integer() -> None:
+    with images.open_image(tagged(0x0112, 5, 1, struct.pack("<II", 6, 1)), 10**6) as opened:
+        orientation = images.file_orientation(opened)
+    assert (orientation, type(orientation)) == (6, int)

@@ -103,6 +103,16 @@ def test_records_with_damaged_file_name_it(tmp_path: Path) -> None:
     assert Records(tmp_path / "records").count("train") == 4
 
 
+def test_records_with_index_of_other_bytes_name_it(tmp_path: Path) -> None:
+    writer.write(folder_data(cats_and_dogs(tmp_path / "source", train=3, test=1)), tmp_path / "records")
+    index = tmp_path / "records/train/index.csv"
+    content = index.read_text()
+    index.write_text(content.replace(",0,", ",1,", 1))  # a label, in as many bytes
+    assert len(content) == index.stat().st_size
+    with pytest.raises(InputError, match=r"train/index\.csv: expected it as prepare wrote it, received other bytes"):
+        Records(tmp_path / "records").labels("train")
+
+
 def test_stored_image_of_other_bytes_is_an_error_that_names_it(tmp_path: Path) -> None:
     writer.write(folder_data(cats_and_dogs(tmp_path / "source", train=3, test=1)), tmp_path / "records")
     first, second = Records(tmp_path / "records").stored("test", [0, 1])

@@ -37,8 +37,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_TEXT = frozenset((b"iCCP", b"zTXt", b"tEXt"))
-_XMP = b"XML:com.adobe.xmp"  # the one text that Pillow finds an orientation in
+_PNG_TEXT = frozenset((b"iCCP", b"iTXt", b"tEXt", b"zTXt"))
+_WITH_ORIENTATION = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # the text that Pillow finds an orientation in
 _opening = threading.Lock()
 
 
@@ -82,7 +82,11 @@ class Stored(NamedTuple):
     def resize(self, picture: Image.Image) -> Image.Image:
         """Bring an RGB picture to its stored size, bicubically, with antialiasing where it shrinks."""
         size = self.size(*picture.size)
-        return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
+        if size == picture.size:
+            return picture
+        if size[0] * size[1] > LARGEST:
+            raise BrokenImageError(f"of {picture.width} x {picture.height} pixels it would get {size[0]} x {size[1]}")
+        return picture.resize(size, Image.Resampling.BICUBIC)
 
 
 OWN_SIZE = Stored()
@@ -151,7 +155,10 @@ def open_image(encoded: bytes, max_pixels: int) -> Image.Image:
         raise BrokenImageError("no bytes could be read")
     with _opening, warnings.catch_warnings():  # which sets filters of the whole process
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` decides
-        image = Image.open(io.BytesIO(_without_text(encoded)), formats=formats())
+        try:
+            image = Image.open(io.BytesIO(_without_text(encoded, _WITH_ORIENTATION)), formats=formats())
+        except ValueError:  # such text can be too long, too
+            image = Image.open(io.BytesIO(_without_text(encoded, ())), formats=formats())
     if image.width * image.height > max_pixels:
         image.close()
         raise BrokenImageError(
@@ -166,7 +173,7 @@ def file_orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # EXIF data can be damaged in any way, and the pixels be whole
         return 1
-    return orientation if orientation in _TURNS else 1
+    return int(orientation) if orientation in _TURNS else 1  # a file may have it as a fraction
 
 
 def to_rgb(image: Image.Image, orientation: int) -> Image.Image:
@@ -208,11 +215,14 @@ def png_chunks(encoded: bytes) -> Iterator[tuple[bytes, bytes]]:
         start = end
 
 
-def _without_text(encoded: bytes) -> bytes:
-    """Leave out a PNG file's text and colour profile, whose length Pillow limits, and which change no pixel."""
-    chunks = [chunk for name, chunk in png_chunks(encoded) if name not in _PNG_TEXT and not _is_other_text(name, chunk)]
+def _without_text(encoded: bytes, keywords: tuple[bytes, ...]) -> bytes:
+    """Leave out a PNG file's text but that of these keywords, and its colour profile.
+
+    Pillow limits the length of both, and they change no pixel.
+    """
+    chunks = [
+        chunk
+        for name, chunk in png_chunks(encoded)
+        if name not in _PNG_TEXT or (name != b"iCCP" and chunk[8:].partition(b"\0")[0] in keywords)
+    ]
     return PNG + b"".join(chunks) if chunks else encoded
-
-
-def _is_other_text(name: bytes, chunk: bytes) -> bool:
-    return name == b"iTXt" and not chunk.startswith(_XMP, 8)

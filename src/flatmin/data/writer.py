@@ -34,6 +34,7 @@ SHARD_EXAMPLES = 4096
 SHARD_BYTES = 2**27
 
 MAX_LISTED = 20  # examples that dataset.json names of a kind
+MAX_TOLD = 10  # classes that are printed
 
 RECORD_HEADER, RECORD_FOOTER = 12, 4  # bytes before and after the serialized example in a TFRecord file
 
@@ -86,12 +87,16 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
 
 def _tell(info: Mapping[str, Any]) -> None:
     """Say what was read otherwise than one might think."""
+    names = info["class_names"]
+    console.log(f"prepare: classes: {', '.join(names[:MAX_TOLD])}{', ...' if len(names) > MAX_TOLD else ''}")
+    if info["left_out"]:
+        console.log(f"prepare: examples that no role takes: {info['left_out']}")
     if info["first_frames"]:
-        console.log(f"prepare: {info['first_frames']} files have several frames or pages, of which the first is taken")
+        console.log(f"prepare: files with several frames or pages, of which the first is taken: {info['first_frames']}")
     if info["dark"]["count"]:
         console.log(
-            f"prepare: {info['dark']['count']} pictures of 16 bits use less than a quarter of their range, and are dark"
-            f" for it, such as {info['dark']['names'][0]}"
+            "prepare: pictures of 16 bits that are dark, since they use less than a quarter of their range:"
+            f" {info['dark']['count']}, such as {info['dark']['names'][0]!r}"
         )
 
 
@@ -324,6 +329,9 @@ def _describe(
         "broken": broken,
         "ignored": source.ignored,
         "empty": list(source.empty),
+        "left_out": sum(split.num_examples for split in source.splits.values())
+        - sum(len(each.rows) for each in writer.roles.values())
+        - len(broken),
         "first_frames": writer.first_frames,
         "dark": {"count": len(writer.dark), "names": writer.dark[:MAX_LISTED]},
         "digest": _digest({role: described["digest"] for role, described in writer.described.items()}),
@@ -349,6 +357,7 @@ def _metrics(info: Mapping[str, Any]) -> dict[str, Any]:
         "broken": len(info["broken"]),
         "ignored": info["ignored"],
         "empty": len(info["empty"]),
+        "left_out": info["left_out"],
         "first_frames": info["first_frames"],
         "dark": info["dark"]["count"],
         "wrong_labels": info["roles"]["train"]["wrong_labels"],

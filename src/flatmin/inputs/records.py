@@ -184,6 +184,11 @@ class _Role:
         names: list[str] = []
         shards: list[str] = []
         numbers, true_labels = array("q"), array("q")
+        if files.sha256(self.folder / INDEX) != self.info["files"][INDEX]["sha256"]:
+            raise InputError(
+                f"{self.folder / INDEX}: expected it as prepare wrote it, received other bytes;"
+                " `dvc repro --force prepare` writes it again"
+            )
         with (self.folder / INDEX).open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 names.append(row["name"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +31,8 @@ class FolderSource(ListedSource):
         if not self._root.is_dir():
             raise InputError(f"data.name: expected a folder, received {data.name!r}")
         listed = Listing(self._root, data.links)
-        self.ignored, self.empty = listed.ignored, _without_pictures(listed)
+        self.ignored = listed.ignored
+        self.empty = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in _without_pictures(listed)]
         if described := listing.describe(self.ignored, self.empty):
             console.log(f"prepare: {described}")
         outside = [file for file in listed.files if "/" not in file]
@@ -68,9 +71,21 @@ def _arrange(files: Sequence[str], data: Data) -> dict[str, list[tuple[str, str]
         split, *classes = file.split("/")[:-1]
         items.setdefault(split, []).append((file, classes[0] if classes else ""))
     _refuse_other_than_splits(items, data)
+    _refuse_years(items)
     for split, pairs in items.items():
         roles.refuse_splits_as_classes(sorted({name for _, name in pairs if name}), f"{data.name}/{split}")
     return items
+
+
+def _refuse_years(items: dict[str, list[tuple[str, str]]]) -> None:
+    """Refuse classes that are all years, with pictures in folders below them: those are the classes."""
+    classes = {name for pairs in items.values() for _, name in pairs if name}
+    deeper = next((file for pairs in items.values() for file, _ in pairs if file.count("/") > 2), None)
+    if deeper and classes and all(re.fullmatch(r"(19|20)\d\d", name) for name in classes):
+        raise InputError(
+            f"data.name: expected SPLIT/CLASS/image, received {deeper!r}, whose classes would be"
+            f" {', '.join(sorted(classes)[: roles.MAX_LISTED])}: put the folders of years below those of classes"
+        )
 
 
 def _refuse_other_than_splits(items: dict[str, list[tuple[str, str]]], data: Data) -> None:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flatmin.common import errors
+from flatmin.common import console, errors
 from flatmin.common.errors import InputError
 from flatmin.common.params import Columns, Data, Links
 from flatmin.data.sources import listing
@@ -147,7 +147,10 @@ def _read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
             for batch in file.iter_batches(columns=names):
                 for values in batch.select(names).to_pylist():
                     number += 1
-                    cells = [None if index is None else values[header[index]] for index in chosen]
+                    # None is a column that is not there, and no empty cell.
+                    found = [None if index is None else values[header[index]] for index in chosen]
+                    empty = [index is not None and cell is None for index, cell in zip(chosen, found, strict=True)]
+                    cells = ["" if is_empty else cell for is_empty, cell in zip(empty, found, strict=True)]
                     yield _row(table, f"row {number}", cells)
     except (ArrowException, OSError) as error:
         raise InputError(f"{table}: expected Parquet, received: {errors.first_line(str(error))}") from None
@@ -161,6 +164,8 @@ def _choose_columns(table: Path, header: Sequence[str], columns: Columns) -> lis
     """
     if len(header) == 1 and (found := [name for mark, name in SEPARATORS.items() if mark in header[0]]):
         raise InputError(f"{table}: expected columns separated by commas, received {found[0]}")
+    if "group" in header:
+        console.log("prepare: the column group is not used: val is carved without regard to it")
     chosen: list[int | None] = []
     for key, name in columns:
         count = header.count(name or key)
