@@ -589,6 +589,7 @@ def of_augment(side: str, workers: str) -> dict[str, Any]:
 
 def of_index(images: str) -> dict[str, Any]:
     """Peak memory of a process that reads names and labels of so many train images, as every later stage does."""
+    from flatmin.images import OWN_SIZE
     from flatmin.inputs.records import INDEX, ROLE, Records
 
     with tempfile.TemporaryDirectory() as folder:
@@ -600,7 +601,9 @@ def of_index(images: str) -> dict[str, Any]:
         )
         files.write_csv(role / INDEX, columns, rows)
         info = {"class_names": [str(label) for label in range(1000)], "count": int(images), "mean_pixels": 1.0}
-        files.write_json(role / ROLE, info | {"fit": "squash", "files": {}, "digest": ""})
+        index = {"bytes": (role / INDEX).stat().st_size, "sha256": files.sha256(role / INDEX)}
+        info |= {"fit": "squash", "stored": OWN_SIZE._asdict(), "files": {INDEX: index}, "digest": ""}
+        files.write_json(role / ROLE, info)
         Records(folder).labels("train")
     # getrusage's peak would be the parent's where that is larger: Linux carries it over into a child.
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())

@@ -191,9 +191,12 @@ def identity(targets: Sequence[str], settings: params.Params, pipeline: Pipeline
     The order of keys does not matter, nor whether a default value is written out, so a new key in the schema renames no
     run. The code is no part of it; its version is a column of the table.
     """
-    used = used_sections(needed_stages(targets, pipeline), pipeline)
+    used = used_params(needed_stages(targets, pipeline), pipeline)
     values = settings.model_dump(mode="json", exclude_defaults=True)
     sections = {name: section for name, section in values.items() if name in used}
+    for section, _, key in (name.partition(".") for name in sorted(used)):
+        if key and section not in used and key in values[section]:
+            sections.setdefault(section, {})[key] = values[section][key]
     return hashlib.sha256(json.dumps([list(targets), sections], sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -211,11 +214,14 @@ def needed_stages(targets: Sequence[str], pipeline: Pipeline) -> set[str]:
     return needed
 
 
-def used_sections(stages: Iterable[str], pipeline: Pipeline) -> set[str]:
-    """The sections of params.yaml that stages read, or that dvc.yaml itself fills in (`${backbones}`)."""
+def used_params(stages: Iterable[str], pipeline: Pipeline) -> set[str]:
+    """The sections of params.yaml that stages read, or that dvc.yaml itself fills in (`${backbones}`).
+
+    Single keys are among them where a stage reads no more of a section: `extract.image_size`.
+    """
     used = set[str]()
     for stage in stages:
-        used |= {key.partition(".")[0] for key in pipeline[stage].get("params", ()) if isinstance(key, str)}
+        used |= {key for key in pipeline[stage].get("params", ()) if isinstance(key, str)}
         used |= set(re.findall(r"\$\{(\w+)", json.dumps(pipeline[stage])))
     return used
 

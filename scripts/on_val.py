@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from dvc.api import DVCFileSystem
-from grids import METRICS, SEEDED, SEEDS, Pipeline, Run, identity, needed_stages, read_pipeline, used_sections
+from grids import METRICS, SEEDED, SEEDS, Pipeline, Run, identity, needed_stages, read_pipeline, used_params
 from provenance import output
 from runs_table import cell, find, value
 
@@ -73,8 +73,9 @@ def labels(settings: Mapping[str, Sequence[Run]]) -> dict[str, str]:
     """The params in which each setting differs from the others, of those that a grid sets and the stage uses."""
     firsts = {setting: some[0] for setting, some in settings.items()}
     stage, pipeline = judged(next(iter(firsts.values()))), read_pipeline()
-    used = used_sections(needed_stages([stage], pipeline), pipeline)
-    keys = dict.fromkeys(key for run in firsts.values() for key in run.values if key.partition(".")[0] in used)
+    used = used_params(needed_stages([stage], pipeline), pipeline)
+    prefixes = tuple(f"{name}." for name in used)
+    keys = dict.fromkeys(key for run in firsts.values() for key in run.values if f"{key}.".startswith(prefixes))
     values = {key: {each: str(cell(value(run.settings, key))) for each, run in firsts.items()} for key in keys}
     varying = [key for key in keys if key not in SEEDS and len(set(values[key].values())) > 1]
     return {each: ", ".join(f"`{key}: {values[key][each] or 'default'}`" for key in varying) for each in firsts}

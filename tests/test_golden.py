@@ -14,12 +14,12 @@ import golden
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from PIL import Image
 
 from flatmin import sam
 from flatmin.common import params
 from flatmin.evaluation import metrics
-from flatmin.inputs import augment, batches
+from flatmin.inputs import augment
 from flatmin.models import split
 from flatmin.training import optimizer, schedule
 
@@ -109,7 +109,9 @@ def break_magnitude(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_resize(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images shrink without antialiasing."""
-    monkeypatch.setattr(batches, "resize", lambda image, size: tf.image.resize(image, (size, size)))
+    monkeypatch.setattr(
+        "golden.to_square", lambda picture, size, _: picture.resize((size, size), Image.Resampling.NEAREST)
+    )
 
 
 def break_label_smoothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,8 +91,8 @@ def runs(**changes: Any) -> list[grids.Run]:
         ({"runs": [{"sam.rho.x": [1]}]}, "runs.0: sam.rho.x: expected a key within mappings, received one within 0.05"),
         ({"runs": [{"backbones.0": ["A"]}]}, "runs.0: backbones.0: expected a key within ... ['EfficientNetLite0']"),
         ({"runs": [{"seeds": [datetime.date(2026, 1, 2)]}]}, "runs.0: seeds: expected ... datetime.date(2026, 1, 2)"),
-        ({"targets": ["train"]}, "targets: expected a list of prepare, ... evaluate, each once, received 'train'"),
-        ({"targets": "finetune"}, "targets: expected a list of prepare, ... evaluate, each once, received 'finetune'"),
+        ({"targets": ["train"]}, "targets: expected a list of prepare, ... report, each once, received 'train'"),
+        ({"targets": "finetune"}, "targets: expected a list of prepare, ... report, each once, received 'finetune'"),
         (
             {"targets": ["finetune", "finetune"]},
             "targets: expected a list of prepare, ... each once, received 'finetune'",

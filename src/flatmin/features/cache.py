@@ -30,7 +30,7 @@ LIBRARIES = ("tensorflow", "keras", "numpy", "imgaug", "opencv-python-headless",
 
 # The parts of the package whose source decides what an entry holds: what the code that makes it imports.
 ENGINE_ROOMS = ("common", "features", "models", "runtime.py")
-ACTIVATION_ROOMS = (*ENGINE_ROOMS, "inputs")
+ACTIVATION_ROOMS = (*ENGINE_ROOMS, "images.py", "inputs")
 TRAINING_ROOMS = (*ACTIVATION_ROOMS, "training")
 
 
