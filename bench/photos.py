@@ -38,7 +38,7 @@ STAGES = {
     "select_best": (),
     "finetune": ("42",),
 }
-RECIPE = {"epochs": 2, "views": 2, "image_size": 224, "batch_size": 32}
+RECIPE = {"epochs": 2, "views": 2, "image_size": 224, "batch_size": 32, "schedule": None}
 
 
 def make(folder: Path, count: int) -> None:
