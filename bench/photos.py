@@ -131,7 +131,8 @@ def run(count: int, photographs: Path) -> None:
 def table(results: dict[str, Any]) -> str:
     """The table of docs/sizing.md."""
     lines = ["| stage | seconds | memory, MB | disk, MB |", "| --- | --- | --- | --- |"]
-    for stage, found in results["stages"].items():
+    for stage in STAGES:
+        found = results["stages"][stage]
         megabytes = [f"{found[key] / 10**6:,.0f}" for key in ("memory", "disk")]
         lines.append(f"| {stage.replace('_', '-')} | {found['seconds']:.0f} | {' | '.join(megabytes)} |")
     return "\n".join(lines)
