@@ -21,6 +21,7 @@ from fixtures import tiny_classifier
 from networks import spread
 from pictures import encode, picture, with_orientation
 from PIL import Image
+from repository import ROOT
 
 from flatmin import images
 from flatmin.common import files
@@ -248,8 +249,11 @@ def test_predict_ends_quietly_when_its_reader_does(workspace: Path, tmp_path: Pa
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "flatmin.cli", "predict", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     try:
-        done = subprocess.run(command, cwd=workspace, stdout=write, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(
+            command, cwd=workspace, env=environment, stdout=write, stderr=subprocess.PIPE, check=False
+        )
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
