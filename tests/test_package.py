@@ -99,6 +99,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dist"
 
 
+@pytest.mark.slow  # and not in the image, which has nothing to build with
 def test_wheel_holds_every_file_of_the_package(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("flatmin/")}
