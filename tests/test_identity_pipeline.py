@@ -81,7 +81,11 @@ def test_rename_after_accept_finds_views_and_resumes_a_killed_training(trained: 
     checkout.write_params(with_learning_rate(0.02))
     model = checkout.folder / "models/finetune/7/classifier.weights.h5"
     before = model.read_bytes()
+    plot = checkout.folder / "plots/finetune/7.csv"
+    complete = plot.read_bytes()
     kill_in_training(checkout, epochs=1)
+    assert plot.read_bytes() != complete, "it grows while a training runs"
+    plot.write_bytes(complete)  # what `git checkout plots` does
 
     checkout.write_params(STUDY)
     rename_in_augmentation_and_training(checkout)

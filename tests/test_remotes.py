@@ -181,7 +181,7 @@ def test_second_checkout_pulls_and_runs_nothing(machine: Machine, server: Server
         machine.study.variables |= credentials(server.keys[0])
         machine.clone.variables |= credentials(server.keys[0])
     (block,) = scripts(remote)
-    assert re.search(r"^\d\d files pushed$", machine.script(block), re.MULTILINE)
+    assert re.search(r"^\d+ files pushed$", machine.script(block), re.MULTILINE)
     assert_nothing_runs(machine.cloned(), machine)
     assert made(machine.clone) == made(machine.study)
     expected = {"models/sam/7/classifier.weights.h5", "models/budget/7.json", "metrics/sam/7.json", "plots/sam/7.csv"}
