@@ -74,7 +74,7 @@ test-looks: setup  ## count the sets of models that were ever scored on test
 
 export-setup: $(VENV)/export.done  ## add what `flatmin export --format onnx` needs
 
-export-test: setup $(VENV)/dev.done $(VENV)/export.done  ## test the format that needs a lock of its own
+export-test: setup $(VENV)/dev.done $(VENV)/export.done  ## test ONNX export, which needs packages of its own
 	$(RUN) python -m pytest tests/test_use_onnx.py
 
 COMPILE := uv pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet

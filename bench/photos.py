@@ -93,7 +93,7 @@ def _memory(process: int) -> int:
 
 
 def size(*folders: Path) -> int:
-    """Bytes of all files below folders."""
+    """The total size of all files in these folders and below, in bytes."""
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 

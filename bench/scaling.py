@@ -545,7 +545,7 @@ def of_draw(folder: str, images: str, side: str) -> dict[str, Any]:
 
 
 def of_augment(side: str, workers: str) -> dict[str, Any]:
-    """Time of reading an image, RandAugment with n=3 and resizing: by so many workers, or with none in this process."""
+    """Time to read, augment (RandAugment, n=3) and resize an image: in this many workers, or in this process with 0."""
     from threadpoolctl import threadpool_limits
 
     from flatmin.common.params import Augment, Data
