@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 
 from flatmin import runtime
 from flatmin.common import console
@@ -91,8 +92,8 @@ def load(model: Path) -> Classifier:
 def probabilities(model: Classifier, pixels: np.ndarray) -> np.ndarray:
     """The calibrated probabilities, float64 [batch, classes], of uint8 [batch, size, size, 3]."""
     logits = model.logits_of(pixels.astype(np.float32)).astype(np.float64) / (model.description.temperature or 1)
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
+    found: np.ndarray = scipy.special.softmax(logits, axis=1)
+    return found
 
 
 def _without_broken(read: Iterable[Picture], broken: list[str]) -> Iterator[Picture]:

@@ -147,13 +147,15 @@ def _read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
             for batch in file.iter_batches(columns=names):
                 for values in batch.select(names).to_pylist():
                     number += 1
-                    # None is a column that is not there, and no empty cell.
-                    found = [None if index is None else values[header[index]] for index in chosen]
-                    empty = [index is not None and cell is None for index, cell in zip(chosen, found, strict=True)]
-                    cells = ["" if is_empty else cell for is_empty, cell in zip(empty, found, strict=True)]
+                    # None stands for a missing column, so an empty cell must be something else.
+                    cells = [None if index is None else _or_empty(values[header[index]]) for index in chosen]
                     yield _row(table, f"row {number}", cells)
     except (ArrowException, OSError) as error:
         raise InputError(f"{table}: expected Parquet, received: {errors.first_line(str(error))}") from None
+
+
+def _or_empty(cell: Any) -> Any:
+    return "" if cell is None else cell
 
 
 def _choose_columns(table: Path, header: Sequence[str], columns: Columns) -> list[int | None]:
