@@ -75,10 +75,11 @@ OPTIONS="$OPTIONS --user 0:0" "$work/inside/scripts/container.sh" \
     fail "a cache is in the image"
 say "exit codes, user, read-only root, git, no compilers or caches: good"
 
-# pytest and what comes with it are not in the image: they are installed in a folder that the container mounts. CI: hypothesis sets no deadlines then.
+# pytest and what comes with it are not in the image: they are installed in a folder that the container mounts. CI:
+# hypothesis sets no deadlines then.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
     --target "$work/dev" -r requirements/dev.txt >"$work/log" 2>&1 || fail "the tests' requirements"
-OPTIONS="$OPTIONS --volume $work/dev:/dev-packages:ro --env PYTHONPATH=/dev-packages --env CI=true" \
+OPTIONS="$OPTIONS --volume $work/dev:/dev-packages:ro --env PYTHONPATH=/workspace/src:/dev-packages --env CI=true" \
     "$work/tested/scripts/container.sh" python -m pytest -q -p no:cacheprovider -m 'not slow' >"$work/log" 2>&1 ||
     fail "the unit tests"
 say "inside: the unit tests: $(tail -n 1 "$work/log")"
