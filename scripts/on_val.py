@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from dvc.api import DVCFileSystem
-from grids import METRICS, SEEDED, SEEDS, Pipeline, Run, identity, needed_stages, read_pipeline, used_params
-from provenance import output
+from grids import METRICS, SEEDED, SEEDS, Pipeline, Run, identity, needed_stages, output, read_pipeline, used_params
 from runs_table import cell, find, value
 
 from flatmin.common import console, files, params
@@ -21,7 +20,7 @@ from flatmin.evaluation import comparison
 
 LEVEL = 0.95  # of all the intervals of one choice taken together
 Seeds = tuple[int, ...]  # of a training, where it has its own; of data, of extract
-Groups = dict[str, dict[str, list[Run]]]  # what is chosen from -> setting -> its runs, which differ in SEEDS
+Settings = dict[str, list[Run]]  # setting -> its runs, which differ in SEEDS
 
 
 class Scores(NamedTuple):
@@ -34,7 +33,7 @@ class Scores(NamedTuple):
 def write(runs: Sequence[Run], path: Path) -> bool:
     """Print what val tells and write it as Markdown; False if nothing is compared, or DVC's cache lacks the logits."""
     pages = []
-    for settings in group(runs, read_pipeline()).values():
+    for settings in group(runs, read_pipeline()):
         if len(settings) == 1:
             continue
         try:
@@ -55,9 +54,9 @@ def judged(run: Run) -> str:
     return next((stage for stage in stages if stage in (*SEEDED, "select-best")), "")
 
 
-def group(runs: Sequence[Run], pipeline: Pipeline) -> Groups:
-    """Runs by what is chosen from, the settings of one stage on the same data, and by setting."""
-    groups: Groups = {}
+def group(runs: Sequence[Run], pipeline: Pipeline) -> list[Settings]:
+    """The settings of each choice: those of one stage on the same data."""
+    groups: dict[str, Settings] = {}
     for run in runs:
         if stage := judged(run):
             settings = copy.deepcopy(dict(run.settings))
@@ -66,15 +65,15 @@ def group(runs: Sequence[Run], pipeline: Pipeline) -> Groups:
             setting = identity([stage], params.parse(settings), pipeline)
             choice = json.dumps([stage, settings["data"]], sort_keys=True)
             groups.setdefault(choice, {}).setdefault(setting, []).append(run)
-    return groups
+    return list(groups.values())
 
 
-def labels(settings: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+def labels(settings: Settings) -> dict[str, str]:
     """The params in which each setting differs from the others, of those that a grid sets and the stage uses."""
     firsts = {setting: some[0] for setting, some in settings.items()}
-    stage, pipeline = judged(next(iter(firsts.values()))), read_pipeline()
-    used = used_params(needed_stages([stage], pipeline), pipeline)
-    prefixes = tuple(f"{name}." for name in used)
+    pipeline = read_pipeline()
+    stages = needed_stages([judged(next(iter(firsts.values())))], pipeline)
+    prefixes = tuple(f"{name}." for name in used_params(stages, pipeline))
     keys = dict.fromkeys(key for run in firsts.values() for key in run.values if f"{key}.".startswith(prefixes))
     values = {key: {each: str(cell(value(run.settings, key))) for each, run in firsts.items()} for key in keys}
     varying = [key for key in keys if key not in SEEDS and len(set(values[key].values())) > 1]
@@ -92,17 +91,18 @@ def read_scores(runs: Sequence[Run]) -> dict[Seeds, Scores]:
         ref, stage = find(run), judged(run)
         if not ref:
             raise InputError(f"{run.name}: expected its experiment in this checkout, found none")
+        filesystem = DVCFileSystem(rev=output("git", "rev-parse", ref).strip())
         drawn = (value(run.settings, "data.seed") or 0, value(run.settings, "extract.seed") or 0)
-        folder = f"models/{METRICS[stage]}"
-        for seeds in [(seed, *drawn) for seed in run.settings["seeds"]] if stage in SEEDED else [drawn]:
-            where = f"{folder}/{seeds[0]}" if stage in SEEDED else folder
-            found[seeds] = _read(output("git", "rev-parse", ref).strip(), f"{where}/val_logits.npy", run.name)
+        folders: dict[Seeds, str] = {drawn: METRICS[stage]}
+        if stage in SEEDED:
+            folders = {(seed, *drawn): f"{METRICS[stage]}/{seed}" for seed in run.settings["seeds"]}
+        for seeds, folder in folders.items():
+            found[seeds] = _read(filesystem, f"models/{folder}/val_logits.npy", run.name)
     return found
 
 
-def _read(commit: str, path: str, name: str) -> Scores:
+def _read(filesystem: DVCFileSystem, path: str, name: str) -> Scores:
     """Whether each val image gets its label from logits, float32 [images, classes]."""
-    filesystem = DVCFileSystem(rev=commit)
     try:
         with filesystem.open("data/records/val/index.csv", "r", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -120,36 +120,33 @@ def describe(names: Mapping[str, str], settings: Mapping[str, Mapping[Seeds, Sco
     A setting is compared with the best over the seeds that both have. As many intervals as there are others cover the
     truth together, so with `LEVEL` the truly best one is among those that val cannot tell from the best it found.
     """
-    accuracies = {
-        setting: float(np.mean([each.correct.mean() for each in scores.values()]))
-        for setting, scores in settings.items()
-    }
-    ranked = sorted(settings, key=lambda setting: -accuracies[setting])
-    best, level = ranked[0], 1 - (1 - LEVEL) / (len(ranked) - 1)
-    rows, close, covers = [], list[str](), set[str]()
-    for setting in ranked:
-        found = compare(settings[best], settings[setting], level) if setting != best else None
-        cells = ["", "best"] if setting == best else ["", "not compared: not the same val images"]
-        if found:
-            cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * found[key] for key in ("accuracy", "low", "high")))]
-            cells.append("no" if found["low"] <= 0 <= found["high"] else "yes")
-            covers.add(found["covers"])
-        if found and cells[1] == "no":
+    means = {each: float(np.mean([one.correct.mean() for one in scores.values()])) for each, scores in settings.items()}
+    best, *others = sorted(settings, key=lambda setting: -means[setting])
+    level = 1 - (1 - LEVEL) / len(others)
+    lines = ["| setting | seeds | val accuracy | best less it, points | told apart |", "|---|---|---|---|---|"]
+    close, covers = list[str](), set[str]()
+    for setting in (best, *others):
+        cells = ("", "best")
+        if setting != best:
+            cells = ("", "not compared: not the same val images")
+            if found := compare(settings[best], settings[setting], level):
+                mean, low, high = (100 * found[key] for key in ("accuracy", "low", "high"))
+                cells = (f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", "no" if low <= 0 <= high else "yes")
+                covers.add(found["covers"])
+        if cells[1] == "no":
             close.append(names[setting])
-        rows.append((names[setting], len(settings[setting]), f"{accuracies[setting]:.4f}", *cells))
+        row = (names[setting], len(settings[setting]), f"{means[setting]:.4f}", *cells)
+        lines.append(f"| {' | '.join(map(str, row))} |")
     head = (
-        f"{len(ranked)} settings of {stage} were tried. Best on val: {names[best]}, {accuracies[best]:.4f}. "
+        f"{len(settings)} settings of {stage} were tried. Best on val: {names[best]}, {means[best]:.4f}. "
         f"Val cannot tell from it: {'; '.join(close) or 'none of the others'}."
     )
     console.log(f"val: {head}")
-    columns = ("setting", "seeds", "val accuracy", "best less it, points", "told apart")
-    table = [columns, ["---"] * len(columns), *rows]
-    lines = [f"| {' | '.join(map(str, line))} |" for line in table]
     note = (
-        f"The intervals cover the truth together in {LEVEL:.0%} of sweeps (Bonferroni: {level:.2%} each), over "
-        f"{' and '.join(sorted(covers)) or 'nothing'}, for this training set and this start. The best's own accuracy "
-        "is optimistic, since val chose it."
-    ).replace("%", " %")
+        f"The intervals cover the truth together in {100 * LEVEL:.0f} % of sweeps (Bonferroni: {100 * level:.2f} % "
+        f"each), over {' and '.join(sorted(covers)) or 'nothing'}, for this training set and this start. The best's "
+        "own accuracy is optimistic, since val chose it."
+    )
     return "\n".join([head, "", *lines, "", note, ""])
 
 

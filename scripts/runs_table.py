@@ -1,25 +1,68 @@
-"""The table of a grid's experiments, and its picture."""
+"""The table of a grid's experiments: what they gave, where their numbers come from; and its picture."""
 
 from __future__ import annotations
 
-import csv
+import contextlib
+import importlib.util
 import json
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import provenance
-from grids import METRICS, SEEDED, SEEDS, Run
+from grids import METRICS, SEEDED, SEEDS, Picture, Run, output
 from matplotlib.figure import Figure
-from provenance import output
 
 from flatmin.common import console, files
 from flatmin.common.errors import InputError
+from flatmin.common.identity import RESULTS_VERSION as RESULTS_VERSION
 
 Row = Mapping[str, Any]
 # Params that every row has, set by the grid or not: they tell one study's data and training from another's.
 SHOWN = ("seeds", "data.seed", "data.name", "data.train_per_class", "data.label_noise", "finetune.ema")
+# Where numbers come from. commit: 7 digits. dirty: whether the stages' code differed from the commit's. lock: the file
+# of requirements/ and a digest of it. records: a digest of the records that the run trained on.
+ORIGIN = ("commit", "dirty", "results_version", "lock", "machine", "cores", "records")
+UNKNOWN = "unknown"
+MACHINE = "from flatmin import runtime; print(', '.join(runtime.machine()))"
+
+
+@contextlib.contextmanager
+def cores_only(cores: Sequence[int]) -> Iterator[None]:
+    """Within the block, bind what is started to these cores: TensorFlow and Augmenter count those that they may use."""
+    everything = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, everything)
+
+
+def describe(checkout: Path, cores: Sequence[int]) -> dict[str, Any]:
+    """The origin that all runs of a sweep share: those from this checkout on as many cores as these."""
+    code = ("src", "stages", "dvc.yaml")
+    differs = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=checkout, check=False)
+    lock = "gpu" if importlib.util.find_spec("nvidia") else "cpu"  # the CUDA wheels
+    with cores_only(cores):
+        machine = output("env", "PYTHONPATH=src", sys.executable, "-c", MACHINE, cwd=checkout).splitlines()[-1]
+    return {
+        "dirty": bool(differs.returncode),
+        "results_version": RESULTS_VERSION,
+        "lock": f"{lock}-{files.sha256(checkout / f'requirements/{lock}.txt')[:8]}",
+        "machine": machine,
+        "cores": len(cores),
+    }
+
+
+def read_origin(run: Run, ref: str) -> dict[str, Any]:
+    """The columns of ORIGIN of a run that succeeded; `unknown` where another checkout made it."""
+    written = files.read_json(run.file("json")) if run.file("json").exists() else {}
+    commit = output("git", "rev-parse", "--short=7", f"{ref}^").strip()
+    records = json.loads(output("git", "show", f"{ref}:metrics/prepare.json"))["digest"][:12]
+    return dict.fromkeys(ORIGIN, UNKNOWN) | written | {"commit": commit, "records": records}
 
 
 def find(run: Run) -> str | None:
@@ -34,13 +77,9 @@ def read_table(path: Path) -> dict[str, Row]:
     Raises:
         InputError: a row does not have one cell for each column, or a name is there twice.
     """
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     succeeded: dict[str, Row] = {}
-    for row in rows:
-        name = row.get("name")
+    for row in files.read_csv(path) if path.exists() else []:
+        name = row.get("name", "")
         if None in row or None in row.values():
             raise InputError(f"{path}: {name}: expected a cell for each column, received more or fewer")
         if name and row.get("status") == "succeeded":
@@ -57,27 +96,36 @@ def check_versions(path: Path, runs: Sequence[Run], previous: Mapping[str, Row],
         InputError: the table would mix versions, or a row and the experiment of its name disagree.
     """
     places: dict[str, str] = {}  # version -> where it is
-    complete = True
     for run in runs:
         ref = find(run)
         rows = {str(path): previous[run.name]} if run.name in previous else {}
         if ref:
-            rows["its experiment"] = provenance.read(run, ref)
-        provenance.refuse_contradiction(run.name, rows)
-        for place, row in rows.items():
-            places.setdefault(str(row.get("results_version") or provenance.UNKNOWN), f"{run.name}: {place}")
-        complete &= bool(rows)
-    current = str(provenance.RESULTS_VERSION)
-    if not complete:
-        places.setdefault(current, "this code")
+            rows["its experiment"] = read_origin(run, ref)
+        refuse_contradiction(run.name, rows)
+        for place, row in (rows or {"this code": {"results_version": RESULTS_VERSION}}).items():
+            where = f"{run.name}: {place}" if rows else place
+            places.setdefault(str(row.get("results_version") or UNKNOWN), where)
     if len(places) > 1 and not mix_versions:
         received = " and ".join(f"{version} ({place})" for version, place in places.items())
         raise InputError(
             f"{path}: expected one results version, received {received}: to run those of another version again, delete "
             "their rows and their experiments (`dvc exp remove`); to keep them, give --mix-versions"
         )
-    if places and current not in places:
-        console.log(f"note: {path}: all runs are of results version {', '.join(places)}, this code is of {current}")
+    if str(RESULTS_VERSION) not in places:
+        console.log(f"note: {path}: all runs are of results version {', '.join(places)}, this code: {RESULTS_VERSION}")
+
+
+def refuse_contradiction(name: str, rows: Mapping[str, Row]) -> None:
+    """Refuse results of one run that differ in records or results version; `rows`: where each stands -> its row.
+
+    Raises:
+        InputError: they differ.
+    """
+    for column in ("results_version", "records"):
+        values = {where: str(row.get(column, UNKNOWN)) for where, row in rows.items()}
+        if len(set(values.values()) - {UNKNOWN}) > 1:
+            received = " and ".join(f"{value} ({where})" for where, value in values.items())
+            raise InputError(f"{name}: {column}: expected one, received {received}: delete one of them")
 
 
 def table(
@@ -85,7 +133,7 @@ def table(
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Columns, and a row for each run.
 
-    They are name, status, targets, SHOWN, the grid's keys, metrics, provenance and seconds. Metrics are those of the
+    They are name, status, targets, SHOWN, the grid's keys, metrics, ORIGIN and seconds. Metrics are those of the
     stages that the run needs: an experiment's commit also holds old ones of other stages.
     """
     keys = list(dict.fromkeys([*SHOWN, *(key for run in runs for key in run.values)]))
@@ -98,14 +146,14 @@ def table(
         row |= {key: cell(value(run.settings, key)) for key in keys}
         row |= dict(_metrics(run, ref)) if ref else {key: each for key, each in before.items() if "/" in key and each}
         metrics |= {key: None for key in row if "/" in key}
+        made = read_origin(run, ref) if ref else {}
         if status == "succeeded":
-            known = {key: before[key] for key in provenance.COLUMNS if before.get(key)}
-            made = provenance.read(run, ref) if ref else {}
-            known |= {key: value for key, value in made.items() if value != provenance.UNKNOWN}
-            row |= {key: str(cell(known.get(key, provenance.UNKNOWN))) for key in provenance.COLUMNS}
-        seconds = run.clock.read_text() if run.clock.exists() else ""
-        rows.append({**row, "seconds": before.get("seconds") or seconds})
-    return ["name", "status", "targets", *keys, *metrics, *provenance.COLUMNS, "seconds"], rows
+            for key in ORIGIN:
+                known = made.get(key, UNKNOWN)
+                row[key] = str(cell(before.get(key) or UNKNOWN if known == UNKNOWN else known))
+        clock = run.file("seconds")
+        rows.append({**row, "seconds": before.get("seconds") or (clock.read_text() if clock.exists() else "")})
+    return ["name", "status", "targets", *keys, *metrics, *ORIGIN, "seconds"], rows
 
 
 def _metrics(run: Run, ref: str) -> Iterator[tuple[str, Any]]:
@@ -137,6 +185,34 @@ def cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict | list | bool) else "" if value is None else value
 
 
+def draw(columns: Sequence[str], rows: Sequence[Row], picture: Picture, path: Path) -> None:
+    """Write a PNG of `spread`'s lines: each run is a dot, the mean a line; x values are evenly spaced.
+
+    Raises:
+        InputError: the picture's x or y is no column, or a y is no number.
+    """
+    for key, name in (("x", picture.x), ("y", picture.y)):
+        if name not in columns:
+            raise InputError(f"picture.{key}: expected a column of the table, received {name!r}")
+    keys = [column for column in columns[2:-1] if "/" not in column and column not in ORIGIN]
+    rows = [row for row in rows if picture.y in row]
+    lines = spread(rows, picture.x, picture.y, [*keys, "results_version"])
+    ticks = sorted({value for points in lines.values() for value in points}, key=_order)
+    figure = Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    for index, (label, points) in enumerate(lines.items()):
+        where = [ticks.index(value) + 0.06 * (index - (len(lines) - 1) / 2) for value in points]
+        (line,) = axis.plot(where, [statistics.mean(values) for values in points.values()], label=label, linewidth=1.8)
+        for position, values in zip(where, points.values(), strict=True):
+            axis.plot([position] * len(values), values, "o-", color=line.get_color(), alpha=0.5, linewidth=1)
+    axis.set_xticks(range(len(ticks)), [str(value) for value in ticks])
+    axis.set(xlabel=picture.x, ylabel=picture.y)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    with files.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
 def spread(rows: Sequence[Row], x: str, y: str, keys: Sequence[str]) -> dict[str, dict[Any, list[float]]]:
     """Each line of a picture -> each x, in order -> the y of its runs, which differ in SEEDS. `keys` tell lines apart.
 
@@ -157,24 +233,3 @@ def spread(rows: Sequence[Row], x: str, y: str, keys: Sequence[str]) -> dict[str
 
 def _order(value: Any) -> tuple[bool, Any]:
     return isinstance(value, str), value
-
-
-def draw(lines: Mapping[str, Mapping[Any, Sequence[float]]], x: str, y: str, path: Path) -> None:
-    """Write a PNG of `spread`'s lines: each run is a dot, the mean a line; x values are evenly spaced."""
-    ticks = sorted({value for points in lines.values() for value in points}, key=_order)
-    figure = Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
-    axis = figure.subplots()
-    for index, (label, points) in enumerate(lines.items()):
-        shift = 0.06 * (index - (len(lines) - 1) / 2)
-        where = [ticks.index(value) + shift for value in points]
-        means = [sum(values) / len(values) for values in points.values()]
-        (line,) = axis.plot(where, means, label=label, linewidth=1.8)
-        for position, values in zip(where, points.values(), strict=True):
-            axis.plot([position] * len(values), values, "o-", color=line.get_color(), alpha=0.5, linewidth=1)
-    axis.set_xticks(range(len(ticks)), [str(value) for value in ticks])
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    with files.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})

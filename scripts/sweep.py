@@ -24,20 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import on_val
-import provenance
-from grids import FOLDER, Run, read_grid
-from provenance import output
-from runs_table import Row, check_versions, draw, find, read_table, spread, table
-from tqdm import tqdm
+from grids import FOLDER, Run, output, read_grid, set_value
+from ruamel.yaml import YAML
+from runs_table import Row, check_versions, cores_only, describe, draw, find, read_table, table
 
 from flatmin.common import console, errors, files
 from flatmin.common.errors import InputError
 
-# A diff that `git apply` can read, whatever the user's git settings are.
-DIFF = ["git", "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--unified=3"]
-DIFF += ["--src-prefix=a/", "--dst-prefix=b/", "HEAD"]
-# The process writes its own number before it becomes the run, so a sweep killed at any moment has left it.
-RECORDED = ["sh", "-c", 'cat /proc/$$/stat /proc/sys/kernel/random/boot_id > "$0" && exec "$@"']
+# The process records its own number, start and boot before it becomes the run, so a sweep killed at any moment has left
+# it: fields 1 and 22 of /proc/PID/stat, whose second one is `(sh)` then.
+RECORDED = ["sh", "-c", 'cut -d " " -f 1,22 /proc/$$/stat | cat - /proc/sys/kernel/random/boot_id >"$0" && exec "$@"']
+PLACES = ("FLATMIN_CACHE", "FLATMIN_WEIGHTS", "TFDS_DATA_DIR")  # variables that may be relative to the checkout
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Worker:
 
     def has_ended(self) -> bool:
         """Whether the process has ended. Also stores the run's seconds so far, since the sweep itself may be killed."""
-        with files.atomic_write(self.run.clock) as temporary:
+        with files.atomic_write(self.run.file("seconds")) as temporary:
             temporary.write_text(f"{time.monotonic() - self.began:.1f}")
         return self.process.poll() is not None
 
@@ -73,24 +70,22 @@ def run_all(runs: Sequence[Run], jobs: int, previous: Mapping[str, Row], failed:
     available = {shared for run in runs if run.name in here for shared in run.shared}
     try:
         make_base()
-        origin = provenance.describe(FOLDER / "base", slots[0])
-        with tqdm(total=len(pending), desc="sweep", disable=None) as bar:
-            while pending or workers:
-                busy = {shared for worker in workers for shared in worker.run.shared} - available
-                run = next((run for run in pending if not run.shared & busy), None)
-                if run and len(workers) < len(slots):
-                    pending.remove(run)
-                    slot = min(set(range(len(slots))) - {worker.slot for worker in workers})
-                    workers.append(start(run, slot, slots[slot], origin))
-                    continue
-                time.sleep(1)
-                for worker in [worker for worker in workers if worker.has_ended()]:
-                    if finish(worker):
-                        available |= worker.run.shared
-                    else:
-                        failed.append(worker.run)
-                    workers.remove(worker)
-                    bar.update()
+        origin = describe(FOLDER / "base", slots[0])
+        while pending or workers:
+            busy = {shared for worker in workers for shared in worker.run.shared} - available
+            run = next((run for run in pending if not run.shared & busy), None)
+            if run and len(workers) < len(slots):
+                pending.remove(run)
+                slot = min(set(range(len(slots))) - {worker.slot for worker in workers})
+                workers.append(start(run, slot, slots[slot], origin))
+                continue
+            time.sleep(1)
+            for worker in [worker for worker in workers if worker.has_ended()]:
+                if finish(worker):
+                    available |= worker.run.shared
+                else:
+                    failed.append(worker.run)
+                workers.remove(worker)
     finally:
         for worker in workers:
             end(worker)
@@ -111,10 +106,11 @@ def make_base() -> None:
     """Clone this checkout as it is now: with changes to tracked files, git's identity, DVC's settings and cache."""
     base = FOLDER / "base"
     output("git", "clone", "--quiet", ".", str(base))
-    output("git", "checkout", "--quiet", "--detach", output("git", "rev-parse", "HEAD").strip(), cwd=base)
-    changes = subprocess.run(DIFF, check=True, capture_output=True).stdout
+    changes = output("git", "-c", "user.name=sweep", "-c", "user.email=sweep", "stash", "create").strip()
     if changes:
-        subprocess.run(["git", "apply", "--whitespace=nowarn"], cwd=base, input=changes, check=True)
+        output("git", "fetch", "--quiet", os.getcwd(), changes, cwd=base)
+        output("git", "read-tree", "-u", "--reset", changes, cwd=base)
+        output("git", "reset", "--quiet", cwd=base)
     for key in ("user.name", "user.email"):
         value = subprocess.run(["git", "config", key], capture_output=True, text=True, check=False).stdout.strip()
         if value:
@@ -125,30 +121,34 @@ def make_base() -> None:
 
 
 def start(run: Run, slot: int, cores: Sequence[int], origin: Mapping[str, Any]) -> Worker:
-    """Start a run in a copy of the base, on these cores; `origin` is its provenance."""
+    """Start a run in a copy of the base, on these cores; `origin` is its code and machine."""
     clone = FOLDER / f"clone-{slot}"
     shutil.rmtree(clone, ignore_errors=True)
     shutil.copytree(FOLDER / "base", clone, symlinks=True)
-    environment = dict(os.environ)
-    for name in ("FLATMIN_CACHE", "FLATMIN_WEIGHTS", "TFDS_DATA_DIR"):
-        value = environment.get(name)
-        # TFDS also takes ~ and addresses such as gs://.
-        if value and not (name == "TFDS_DATA_DIR" and re.match(r"~|\w+://", value)):
-            environment[name] = os.path.abspath(value)
-    files.write_json(run.provenance, origin)
-    began = time.monotonic() - (float(run.clock.read_text()) if run.clock.exists() else 0)
+    write_params(clone / "params.yaml", run.values)
+    places = {name: os.environ[name] for name in PLACES if os.environ.get(name)}
+    # TFDS also takes ~ and addresses such as gs://.
+    absolute = {name: os.path.abspath(place) for name, place in places.items() if not re.match(r"~|\w+://", place)}
+    files.write_json(run.file("json"), origin)
+    clock = run.file("seconds")
+    began = time.monotonic() - (float(clock.read_text()) if clock.exists() else 0)
     console.log(f"{run.name}: started")
-    command = [*RECORDED, str(run.process.resolve()), *run.command]
-    everything = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # the run inherits it; TensorFlow and Augmenter count the cores that they may use
-    try:
-        with run.log.open("ab") as log:
-            process = subprocess.Popen(
-                command, cwd=clone, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-    finally:
-        os.sched_setaffinity(0, everything)
+    command = [*RECORDED, str(run.file("process").resolve()), "dvc", "exp", "run", "--name", run.name, *run.targets]
+    with run.file("log").open("ab") as log, cores_only(cores):
+        process = subprocess.Popen(
+            command, cwd=clone, env=os.environ | absolute, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     return Worker(run, slot, clone, process, began)
+
+
+def write_params(path: Path, values: Mapping[str, Any]) -> None:
+    """Set these keys in a YAML file, whose comments stay."""
+    editor = YAML()
+    editor.width = 4096
+    document = editor.load(path)
+    for key, value in values.items():
+        set_value(document, key, value, str(path))
+    editor.dump(document, path)
 
 
 def finish(worker: Worker) -> bool:
@@ -160,7 +160,8 @@ def finish(worker: Worker) -> bool:
         ref = f"refs/exps/{head[:2]}/{head[2:]}/{run.name}"
         subprocess.run(["git", "fetch", "--quiet", str(worker.clone), f"+{ref}:{ref}"], check=False)
     succeeded = find(run) is not None
-    console.log(f"{run.name}: {'succeeded' if succeeded else f'failed, see {run.log}'} ({run.clock.read_text()} s)")
+    outcome = "succeeded" if succeeded else f"failed, see {run.file('log')}"
+    console.log(f"{run.name}: {outcome} ({run.file('seconds').read_text()} s)")
     return succeeded
 
 
@@ -172,7 +173,7 @@ def end(worker: Worker) -> None:
             worker.process.wait(timeout=10)
         os.killpg(worker.process.pid, signal.SIGKILL)
     worker.process.wait()
-    worker.run.process.unlink(missing_ok=True)
+    worker.run.file("process").unlink(missing_ok=True)
 
 
 def clear() -> None:
@@ -190,21 +191,15 @@ def clear() -> None:
 def recorded_group(path: Path) -> int | None:
     """The process group in a run's file, unless its number belongs to a later process now."""
     try:
-        stat, boot = path.read_text().splitlines()
-        if boot != Path("/proc/sys/kernel/random/boot_id").read_text().strip():
-            return None
-        group = int(stat.split()[0])
-        with contextlib.suppress(FileNotFoundError):  # the first process has ended, what it started may still run
-            if _start_time(Path(f"/proc/{group}/stat").read_text()) != _start_time(stat):
-                return None
-    except (ValueError, IndexError):  # cut short by a kill
+        group, began, boot = path.read_text().split()
+    except ValueError:  # cut short by a kill
         return None
-    return group
-
-
-def _start_time(stat: str) -> str:
-    """In clock ticks since boot: field 22 of /proc/PID/stat, of which field 2, the name, may hold spaces."""
-    return stat.rpartition(")")[2].split()[19]
+    if boot != Path("/proc/sys/kernel/random/boot_id").read_text().strip():
+        return None
+    with contextlib.suppress(FileNotFoundError):  # the first process has ended, what it started may still run
+        if Path(f"/proc/{group}/stat").read_text().rpartition(")")[2].split()[19] != began:
+            return None
+    return int(group)
 
 
 def _interrupt(*_: Any) -> None:
@@ -235,18 +230,14 @@ def sweep(path: Path, jobs: int, mix_versions: bool = False) -> None:
             if not previous or any(row["status"] == "succeeded" for row in rows):
                 files.write_csv(written, columns, [[row.get(column, "") for column in columns] for row in rows])
     if failed:
-        logs = ", ".join(str(run.log) for run in failed)
+        logs = ", ".join(str(run.file("log")) for run in failed)
         raise InputError(f"{len(failed)} of {len(runs)} experiments: expected success, failed: {logs}")
     outputs, apart = [written], path.with_suffix(".val.md")
     if on_val.write(runs, apart):
         outputs.append(apart)
     if picture:
-        x, y = picture
-        if y not in columns:
-            raise InputError(f"{path}: picture.y: expected a column of {written}, received {y!r}")
         outputs.append(path.with_suffix(".png"))
-        keys = [column for column in columns[2:-1] if "/" not in column and column not in provenance.COLUMNS]
-        draw(spread([row for row in rows if y in row], x, y, [*keys, "results_version"]), x, y, outputs[-1])
+        draw(columns, rows, picture, outputs[-1])
     console.log(f"{len(runs)} experiments: {', '.join(map(str, outputs))}")
 
 

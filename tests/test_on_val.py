@@ -22,7 +22,8 @@ RIGHT = {0.02: 60, 0.05: 90, 0.1: 88}  # rho -> how many of the 100 val images a
 
 
 def read_runs(**keys: list[Any]) -> list[grids.Run]:
-    values = {"targets": ["sam-finetune"], "runs": [{"seeds": [[7, 8]], "sam.rho": [*RIGHT], **keys}]}
+    targets = keys.pop("targets", ["sam-finetune"])
+    values = {"targets": targets, "runs": [{"seeds": [[7, 8]], "sam.rho": [*RIGHT], **keys}]}
     Path("grid.yaml").write_text(yaml.safe_dump(values))
     return grids.read_grid(Path("grid.yaml"))[0]
 
@@ -109,8 +110,8 @@ def test_describe_other_val_images_are_not_compared() -> None:
 def test_group_settings_of_a_stage_on_the_same_data_whatever_their_seeds() -> None:
     runs = read_runs(**{"data.seed": [1, 2], "data.train_per_class": [5, 6]})
     groups = on_val.group(runs, grids.read_pipeline())
-    assert [[len(some) for some in settings.values()] for settings in groups.values()] == [[2, 2, 2], [2, 2, 2]]
-    for settings in groups.values():
+    assert [[len(some) for some in settings.values()] for settings in groups] == [[2, 2, 2], [2, 2, 2]]
+    for settings in groups:
         assert sorted(on_val.labels(settings).values()) == [f"`sam.rho: {rho}`" for rho in RIGHT]
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import yaml
-from dvc.utils.hydra import apply_overrides
 from PIL import Image
 from repository import ROOT, TINY, Repository
 
@@ -28,7 +27,6 @@ from flatmin.common.errors import InputError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import grids
-import provenance
 import runs_table
 import sweep
 
@@ -73,39 +71,26 @@ def runs(**changes: Any) -> list[grids.Run]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"jobs": 3}, "jobs: expected targets, runs or picture, received this key"),
-        ({"runs": []}, "runs: expected a list of grids, received []"),
-        ({"runs": [{"seeds": []}]}, "runs.0.seeds: expected a list of at least one value, received []"),
-        ({"runs": [{"seeds": 3}]}, "runs.0.seeds: expected a list of at least one value, received 3"),
+        ({"jobs": 3}, "jobs: expected no such key, received 3"),
+        ({"runs": []}, "runs: expected a list of at least 1, received []"),
+        ({"runs": [{"seeds": []}]}, "runs.0.seeds: expected a list of at least 1, received []"),
+        ({"runs": [{"seeds": 3}]}, "runs.0.seeds: expected a list, such as [3], received 3"),
         ({"runs": [{"seeds": [3]}]}, "runs.0: seeds: expected ... received 3"),
         ({"runs": [{"seed": [3]}]}, "runs.0: seed: expected seeds, a list, for ... in its place, received 3"),
-        ({"runs": [{"seeds": [[1]]}, {}]}, "runs.1: expected a mapping from keys of params.yaml to lists, received {}"),
-        ({"runs": [{"a b": [1]}]}, "runs.0: expected a key of params.yaml such as sam.rho, received 'a b'"),
-        (
-            {"runs": [{"data.name": ["${HOME}"]}]},
-            "runs.0: data.name: expected no ${, which DVC takes for another key's value, received '${HOME}'",
-        ),
+        ({"runs": [3]}, "runs.0: expected a mapping, received 3"),
+        ({"runs": [{"a b": [1]}]}, "runs.0: a b: expected no such key, received 1"),
         ({"runs": [{"sam.roh": [1]}]}, "runs.0: sam.roh: expected no such key, received 1"),
         ({"runs": [{"sam.rho": [0.1, -1]}]}, "runs.0: sam.rho: expected greater than or equal to 0, received -1"),
         ({"runs": [{"seeds.x": [1]}]}, "runs.0: seeds.x: expected a key within mappings, received one within [7]"),
         ({"runs": [{"sam.rho.x": [1]}]}, "runs.0: sam.rho.x: expected a key within mappings, received one within 0.05"),
-        ({"runs": [{"backbones.0": ["A"]}]}, "runs.0: backbones.0: expected a key within ... ['EfficientNetLite0']"),
         ({"runs": [{"seeds": [datetime.date(2026, 1, 2)]}]}, "runs.0: seeds: expected ... datetime.date(2026, 1, 2)"),
-        ({"targets": ["train"]}, "targets: expected a list of prepare, ... report, each once, received 'train'"),
-        ({"targets": "finetune"}, "targets: expected a list of prepare, ... report, each once, received 'finetune'"),
+        ({"targets": ["train"]}, "targets: expected some of prepare, ... report, each once, received ['train']"),
+        ({"targets": "finetune"}, "targets: expected a list, such as ['finetune'], received 'finetune'"),
         (
             {"targets": ["finetune", "finetune"]},
-            "targets: expected a list of prepare, ... each once, received 'finetune'",
+            "targets: expected some of prepare, ... each once, received ['finetune', 'finetune']",
         ),
-        ({"picture": None}, "picture: expected x and y, received None"),
-        ({"picture": {"x": "seeds", "y": "sam/"}}, "picture.y: expected select or sam, ... received 'sam/'"),
-        ({"picture": {"x": "seed", "y": "sam/epochs"}}, "picture.x: expected one of seeds, sam.rho, received 'seed'"),
-        ({"picture": {"x": ["seeds"], "y": "sam/epochs"}}, "picture.x: expected one of ... received ['seeds']"),
-        (
-            {"picture": {"x": "seeds", "y": "evaluate/sam.test.accuracy"}},
-            "picture.y: expected select or sam, a slash and a metric such as val.accuracy, "
-            "received 'evaluate/sam.test.accuracy'",
-        ),
+        ({"picture": {"x": "seeds"}}, "picture.y: expected a value, found none"),
     ],
 )
 def test_read_grid_wrong_file_is_refused(
@@ -123,42 +108,46 @@ def test_read_grid_wrong_file_is_refused(
 def test_sweep_wrong_grid_prints_one_line(repository: Repository) -> None:
     grid(targets=["train"])
     output = repository.run(*COMMAND, expect=1)
-    assert output.startswith("error: grid.yaml: targets: expected a list of prepare, ")
+    assert output.startswith("error: grid.yaml: targets: expected some of prepare, ")
     assert len(output.splitlines()) == 1
     repository.variables["PYTHONPATH"] = ""
-    assert "found no file" in repository.run("python", "scripts/sweep.py", "nothing.yaml", expect=1)
-    Path("grid.yaml").write_text("runs: [{seeds: [2026-02-30]}]")
-    assert repository.run(*COMMAND, expect=1).startswith("error: grid.yaml: expected YAML, received ")
+    assert "expected a file, found none" in repository.run("python", "scripts/sweep.py", "nothing.yaml", expect=1)
 
 
 @pytest.mark.slow
-def test_sweep_picture_of_text_prints_one_line(repository: Repository) -> None:
-    cells = [[run.name, "succeeded", "A"] for run in runs(picture={"x": "seeds", "y": "select/backbone"})]
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        ("select/backbone", "picture.y: expected a metric that is a number, received select/backbone: 'A'"),
+        ("sam/epochs", "picture.y: expected a column of the table, received 'sam/epochs'"),
+    ],
+)
+def test_sweep_wrong_picture_prints_one_line(repository: Repository, y: str, message: str) -> None:
+    cells = [[run.name, "succeeded", "A"] for run in runs(picture={"x": "seeds", "y": y})]
     files.write_csv("grid.csv", ["name", "status", "select/backbone"], cells)
     output = repository.run(*COMMAND, expect=1).splitlines()
-    assert output[-1] == "error: picture.y: expected a metric that is a number, received select/backbone: 'A'"
+    assert output[-1] == f"error: {message}"
     assert not [line for line in output if "Traceback" in line]
 
 
 @pytest.mark.slow
-def test_make_base_odd_git_settings_keeps_uncommitted_changes(
+def test_make_base_has_uncommitted_changes_and_commits_none(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", repository.environment["PATH"])
-    settings = {
-        "color.ui": "always",
-        "diff.noprefix": "true",
-        "diff.external": "echo",
-        "diff.context": "0",
-        "diff.yaml.textconv": "wc",
-    }
-    for key, value in settings.items():
-        repository.run("git", "config", key, value)
-    Path(".git/info/attributes").write_text("*.yaml diff=yaml\n")
     text = Path("params.yaml").read_text().replace("  seed: 7", "  seed: 8")
     Path("params.yaml").write_text(text)
+    Path("README.md").unlink()
+    Path("new.txt").write_text("added")
+    repository.run("git", "add", "new.txt")
+    before = repository.run("git", "status", "--porcelain")
     sweep.make_base()
-    assert (grids.FOLDER / "base/params.yaml").read_text() == text
+    base = grids.FOLDER / "base"
+    assert (base / "params.yaml").read_text() == text
+    assert (base / "new.txt").read_text() == "added"
+    assert not (base / "README.md").exists()
+    assert repository.run("git", "-C", str(base), "rev-parse", "HEAD") == repository.run("git", "rev-parse", "HEAD")
+    assert repository.run("git", "status", "--porcelain") == before
 
 
 def write_params(**changes: Any) -> None:
@@ -227,12 +216,11 @@ def test_run_name_other_targets_is_another() -> None:
 
 @pytest.mark.slow
 def test_read_grid_of_each_study_fits_the_schema(repository: Repository) -> None:
-    found = [path for study in ("cifar100", "digits") for path in (ROOT / "studies" / study).glob("*.yaml")]
-    named = re.findall(r"^make study-sweep NAME=(\w+)(?:.* GRID=(\w+))?", (ROOT / "docs/sweeps.md").read_text(), re.M)
-    assert {ROOT / f"studies/{study}/{name or 'sweep'}.yaml" for study, name in named} < {*found}
-    for path in found:
-        shutil.copy(path.with_name("params.yaml"), repository.folder / "params.yaml")
-        assert path.name == "params.yaml" or grids.read_grid(path)[0]
+    for study in (ROOT / "studies/cifar100", ROOT / "studies/digits"):
+        shutil.copy(study / "params.yaml", repository.folder / "params.yaml")
+        found = [path for path in study.rglob("*.yaml") if path.name != "params.yaml"]
+        assert all(grids.read_grid(path)[0] for path in found)
+        assert "sweep" in {path.stem for path in found}
 
 
 @pytest.mark.usefixtures("repository")
@@ -252,7 +240,7 @@ def test_read_grid_run_in_two_lists_is_listed_once() -> None:
 
 
 @pytest.mark.usefixtures("repository")
-def test_run_command_sets_params_as_listed() -> None:
+def test_write_params_sets_params_as_listed_and_keeps_comments() -> None:
     values = {
         "sam.rho": 1e-5,
         "sam.alpha": 0.3,
@@ -264,15 +252,18 @@ def test_run_command_sets_params_as_listed() -> None:
         "data.splits": {"train": "train[:10%]", "test": "train[90%:]"},
         "data.val_fraction": 0.1,
         "augment.flip": True,
-        "data.class_names": ["é", "a\\b", 'a"b', 'a\\"b', "a\\", "a'b, c: [d]", "true"],
+        "data.class_names": ["é", "a\\b", 'a"b', "true", "${HOME}", "x" * 200],
     }
+    write_params(finetune=TINY["finetune"] | {"schedule": {"name": "plateau", "factor": 0.5, "patience": 2}})
+    path = Path("params.yaml")
+    path.write_text(f"# The study.\n{path.read_text()}")
     (run,) = runs(runs=[{key: [value] for key, value in values.items()}])
-    overrides = [word for flag, word in zip(run.command, run.command[1:], strict=False) if flag == "-S"]
-    apply_overrides("params.yaml", overrides)
-    written = yaml.safe_load(Path("params.yaml").read_text())
+    sweep.write_params(path, run.values)
+    written = yaml.safe_load(path.read_text())
     written["sam"]["rho"] = float(written["sam"]["rho"])  # written as 1e-05, which is text to PyYAML
     assert written == run.settings
-    assert written["finetune"]["early_stopping"] == {"patience": 3}
+    assert written["finetune"]["schedule"] == {"name": "cosine", "warmup_epochs": 1}
+    assert path.read_text().startswith("# The study.\n")
 
 
 @pytest.mark.usefixtures("repository")
@@ -298,7 +289,7 @@ def test_divide_cores_gives_equal_sets() -> None:
     assert sweep.divide_cores([0], 0, 1) == [[0]]
 
 
-ORIGIN = {"dirty": False, "results_version": provenance.RESULTS_VERSION, "lock": "cpu-1", "machine": "M", "cores": 2}
+ORIGIN = {"dirty": False, "results_version": runs_table.RESULTS_VERSION, "lock": "cpu-1", "machine": "M", "cores": 2}
 RECORDS = "0123456789abcdef"
 
 
@@ -311,7 +302,7 @@ def make_experiment(
     repository.commit(run.name)
     repository.run("git", "update-ref", f"refs/exps/ab/cdef/{run.name}", "HEAD")
     if origin:
-        files.write_json(run.provenance, origin)
+        files.write_json(run.file("json"), origin)
 
 
 def test_table_has_a_row_per_run_with_metrics_of_its_stages_only(repository: Repository) -> None:
@@ -319,14 +310,14 @@ def test_table_has_a_row_per_run_with_metrics_of_its_stages_only(repository: Rep
     metrics = {"select": {"backbone": "A"}, "sam/7": {"val": {"accuracy": 0.5}}, "evaluate": {"sam": {"accuracy": 0.4}}}
     make_experiment(repository, trial, metrics)
     make_experiment(repository, control, {"sam/7": {"val": {"accuracy": 0.25}, "epochs": 3}}, origin=None)
-    trial.clock.write_text("12.5")
+    trial.file("seconds").write_text("12.5")
     columns, rows = runs_table.table([trial, control, failed, pending], {}, [failed])
     data = (7, "digits", 6, "", "")
     assert columns == [
         *("name", "status", "targets", *runs_table.SHOWN, "sam.rho"),
-        *("select/backbone", "sam/val.accuracy", "sam/epochs", *provenance.COLUMNS, "seconds"),
+        *("select/backbone", "sam/val.accuracy", "sam/epochs", *runs_table.ORIGIN, "seconds"),
     ]
-    origin = ("false", str(provenance.RESULTS_VERSION), "cpu-1", "M", "2", RECORDS[:12])
+    origin = ("false", str(runs_table.RESULTS_VERSION), "cpu-1", "M", "2", RECORDS[:12])
     first, second = (repository.run("git", "rev-parse", f"HEAD~{back}")[:7] for back in (2, 1))
     assert [[row.get(column) for column in columns[1:]] for row in rows] == [
         ["succeeded", "sam-finetune", "[7]", *data, 0.02, "A", 0.5, None, first, *origin, "12.5"],
@@ -387,7 +378,7 @@ def test_sweep_row_of_another_version_is_refused_unless_told(
     write_row(one, "0")
     before = Path("grid.csv").read_bytes()
     expected = f"error: grid.csv: expected one results version, received 0 ({one.name}: grid.csv) and "
-    expected += f"{provenance.RESULTS_VERSION} (this code): to run those of another version again, delete their rows"
+    expected += f"{runs_table.RESULTS_VERSION} (this code): to run those of another version again, delete their rows"
     output = repository.run(*COMMAND, expect=1)
     assert output.startswith(expected)
     assert len(output.splitlines()) == 1
@@ -398,7 +389,7 @@ def test_sweep_row_of_another_version_is_refused_unless_told(
     sweep.sweep(file_of({key: GRID[key] for key in ("targets", "runs")}), 1, mix_versions=True)
     with Path("grid.csv").open() as file:
         found = {row["name"]: row["results_version"] for row in csv.DictReader(file) if row["status"] == "succeeded"}
-    assert found == {one.name: "0", two.name: str(provenance.RESULTS_VERSION)}
+    assert found == {one.name: "0", two.name: str(runs_table.RESULTS_VERSION)}
 
 
 @pytest.mark.usefixtures("repository")
@@ -407,35 +398,32 @@ def test_check_versions_complete_table_of_an_older_version_is_noted(capsys: pyte
     write_row(one, "0")
     runs_table.check_versions(Path("grid.csv"), [one], runs_table.read_table(Path("grid.csv")), mix_versions=False)
     assert capsys.readouterr().out == (
-        f"note: grid.csv: all runs are of results version 0, this code is of {provenance.RESULTS_VERSION}\n"
+        f"note: grid.csv: all runs are of results version 0, this code: {runs_table.RESULTS_VERSION}\n"
     )
 
 
 def test_check_versions_row_and_experiment_that_disagree_are_refused(repository: Repository) -> None:
     one, *_ = runs()
     make_experiment(repository, one, {"sam/7": {}})
-    current = str(provenance.RESULTS_VERSION)
+    current = str(runs_table.RESULTS_VERSION)
     for version, records, what in (
-        ("0", RECORDS[:12], f"results version, received 0 (grid.csv) and {current} (its experiment)"),
-        (current, "f" * 12, f"digest of the records, received {'f' * 12} (grid.csv) and {RECORDS[:12]} (its"),
+        ("0", RECORDS[:12], f"results_version: expected one, received 0 (grid.csv) and {current} (its experiment)"),
+        (current, "f" * 12, f"records: expected one, received {'f' * 12} (grid.csv) and {RECORDS[:12]} (its"),
     ):
         write_row(one, version, records)
         with pytest.raises(InputError) as caught:
             runs_table.check_versions(Path("grid.csv"), [one], runs_table.read_table(Path("grid.csv")), True)
-        assert str(caught.value).startswith(f"{one.name}: expected one {what}")
+        assert str(caught.value).startswith(f"{one.name}: {what}")
 
 
-def test_describe_edited_stage_is_dirty_and_edited_params_are_not(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(provenance, "_machine", lambda *_: "M")
+@pytest.mark.slow
+def test_describe_edited_stage_is_dirty_and_edited_params_are_not(repository: Repository) -> None:
     write_params(seeds=[8])
-    clean = provenance.describe(repository.folder, [min(os.sched_getaffinity(0))])
+    clean = runs_table.describe(repository.folder, [min(os.sched_getaffinity(0))])
     Path("stages/finetune.py").write_text("# edited\n")
-    edited = provenance.describe(repository.folder, [min(os.sched_getaffinity(0))])
+    edited = runs_table.describe(repository.folder, [min(os.sched_getaffinity(0))])
     assert (clean["dirty"], edited["dirty"]) == (False, True)
     assert clean | {"dirty": True} == edited
-    assert clean["commit"] == repository.run("git", "rev-parse", "HEAD")[:7]
     assert re.fullmatch(r"[cg]pu-[0-9a-f]{8}", clean["lock"])
     assert clean["cores"] == 1
 
@@ -459,12 +447,12 @@ def test_spread_gives_a_line_per_other_param_and_seeds_per_x() -> None:
 def test_draw_same_values_give_same_picture(tmp_path: Path) -> None:
     pixels = []
     for name, top in (("one", 1.0), ("same", 1.0), ("other", 2.0)):
-        runs_table.draw(
-            {"mean of seeds": {0.1: [0.5, top], "auto": [0.2]}}, "rho", "accuracy", tmp_path / f"{name}.png"
-        )
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.width >= 400
-            pixels.append(picture.tobytes())
+        rows = [{"rho": rho, "y": y, "results_version": "3"} for rho, y in ((0.1, 0.5), (0.1, top), ("auto", 0.2))]
+        columns, picture = ["name", "status", "rho", "y", "seconds"], grids.Picture(x="rho", y="y")
+        runs_table.draw(columns, [{**row, "status": "succeeded"} for row in rows], picture, tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.width >= 400
+            pixels.append(image.tobytes())
     assert pixels[0] == pixels[1] != pixels[2]
 
 
@@ -581,7 +569,7 @@ def test_sweep_failing_run_is_named_and_others_succeed(tmp_path: Path) -> None:
     assert (failed["status"], failed["records"], failed["cores"]) == ("failed", "", "")
     digest = json.loads(repository.run("git", "show", f"{experiment(repository)}:metrics/prepare.json"))["digest"]
     assert (succeeded["status"], succeeded["records"], succeeded["dirty"]) == ("succeeded", digest[:12], "true")
-    assert succeeded["results_version"] == str(provenance.RESULTS_VERSION)
+    assert succeeded["results_version"] == str(runs_table.RESULTS_VERSION)
 
 
 def experiment(repository: Repository) -> str:
@@ -599,13 +587,13 @@ def test_run_all_row_of_another_machine_provides_no_shared_start(monkeypatch: py
 
     def start(run: grids.Run, slot: int, *_: Any) -> sweep.Worker:
         assert all(worker.process.poll() is not None for worker in started), "the previous run computes the start"
-        run.log.parent.mkdir(parents=True, exist_ok=True)
+        grids.FOLDER.mkdir(parents=True, exist_ok=True)
         process = subprocess.Popen(["sleep", "0.5"], start_new_session=True)
         started.append(sweep.Worker(run, slot, Path(), process, time.monotonic()))
         return started[-1]
 
     monkeypatch.setattr(sweep, "start", start)
-    monkeypatch.setattr(provenance, "_machine", lambda *_: "M")
+    monkeypatch.setattr(sweep, "describe", lambda *_: {})
     failed: list[grids.Run] = []
     sweep.run_all([first, *others], 2, {first.name: {}}, failed)
     assert [worker.run for worker in started] == failed == others, "these left no experiment"
@@ -655,11 +643,10 @@ def test_clear_ends_recorded_processes_only(repository: Repository, tmp_path: Pa
     while not all(path.exists() and path.read_text().count("\n") == 2 for path in started):
         time.sleep(0.01)
     assert sweep.recorded_group(running) == started[running].pid
-    stat, boot = other.read_text().splitlines()
-    fields = stat.split()
-    other.write_text(f"{' '.join([*fields[:21], '1', *fields[22:]])}\n{boot}\n")
+    group, began, boot = other.read_text().split()
+    other.write_text(f"{group} 1\n{boot}\n")
     (grids.FOLDER / "cut-short.process").write_text("")
-    (grids.FOLDER / "earlier-boot.process").write_text(f"{stat}\nanother boot\n")
+    (grids.FOLDER / "earlier-boot.process").write_text(f"{group} {began}\nanother-boot\n")
     sweep.clear()
     assert started[running].wait(10) == -signal.SIGKILL
     until = time.monotonic() + 10
@@ -673,7 +660,7 @@ def test_clear_ends_recorded_processes_only(repository: Repository, tmp_path: Pa
 
 def test_output_failing_command_is_one_line() -> None:
     with pytest.raises(InputError, match=r"^git nonsense: expected it to succeed, received: git: 'nonsense' is not"):
-        provenance.output("git", "nonsense")
+        grids.output("git", "nonsense")
 
 
 def test_study_broken_clone_leaves_checkout_alone(tmp_path: Path) -> None:
@@ -698,26 +685,8 @@ def test_study_checkout_moved_continues(tmp_path: Path) -> None:
     repository.folder = repository.folder.rename(tmp_path / "elsewhere")
     assert "argument --jobs" in repository.run(*command, expect=2)
     assert (repository.folder / ".studies/digits/README.md").read_text() == "later"
-    start = repository.run("git", "rev-parse", "--short", "HEAD~").strip()
-    assert "argument --jobs" in repository.run("env", f"COMMIT={start}", *command, expect=2)
-    assert (repository.folder / ".studies/digits/README.md").read_text() != "later"
-    assert repository.run("env", "COMMIT=none", *command, expect=1) == (
-        "error: COMMIT: expected one of this checkout, received 'none'\n"
-    )
-    later = repository.folder / "studies/later"
-    later.mkdir()
-    (later / "params.yaml").write_text("seeds: [1]\n")
-    assert repository.run("env", f"COMMIT={start}", "sh", "scripts/study.sh", "later", expect=1) == (
-        f"error: COMMIT: expected one with studies/later/params.yaml, received '{start}'\n"
-    )
     assert repository.run("sh", "scripts/study.sh", "digits", "sweeps", expect=1) == (
         "error: expected NAME or NAME sweep, received 'digits sweeps'\n"
-    )
-    repository.run("git", "rm", "--quiet", "scripts/provenance.py")
-    repository.commit("as it was once")
-    old = repository.run("git", "rev-parse", "--short", "HEAD").strip()
-    assert repository.run("env", f"COMMIT={old}", *command, expect=1).startswith(
-        f"error: COMMIT: expected one whose sweeps record where results come from, received '{old}': "
     )
     with (repository.folder / ".studies/digits.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -754,21 +723,15 @@ def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
     assert (row["extract.seed"], row["select/backbone"], row["status"]) == ("9", "EfficientNetLite0", "succeeded")
     assert (row["dirty"], row["cores"]) == ("false", str(len(os.sched_getaffinity(0)))), "params.yaml is no code"
     assert row["machine"]
-    assert "unknown" not in {row[column] for column in provenance.COLUMNS}
+    assert "unknown" not in {row[column] for column in runs_table.ORIGIN}
     ref = repository.run("git", "-C", ".studies/other", "for-each-ref", "--format=%(refname)", "refs/exps").strip()
     params = repository.run("git", "-C", ".studies/other", "show", f"{ref}:params.yaml")
     assert yaml.safe_load(params) == {**TINY, "extract": TINY["extract"] | {"seed": 9}, "select": {"tolerance": 0.25}}
-    # A later commit is left out where COMMIT names an earlier one, its params too.
-    start = repository.run("git", "rev-parse", "HEAD").strip()
-    (study / "params.yaml").write_text(yaml.safe_dump({**TINY, "select": {"tolerance": 0.5}}))
-    for script in ("src/flatmin/selection/backbone.py", "scripts/sweep.py"):
-        (repository.folder / script).write_text("raise SystemExit('broken')\n")
-    repository.commit("broken")
-    output = repository.run("env", f"COMMIT={start}", "sh", "scripts/study.sh", "other", "sweep")
-    assert "1 experiments: 1 have succeeded, 0 to run" in output
-    # Another grid of the study.
+    # Another grid of the study, in its folder of grids; DVC's cache has the run.
     del changed["picture"]
-    (study / "trials.yaml").write_text(yaml.safe_dump(changed))
-    repository.run("env", f"COMMIT={start}", "GRID=trials", "sh", "scripts/study.sh", "other", "sweep")
-    assert (study / "trials.csv").read_bytes() == (study / "sweep.csv").read_bytes()
-    assert not (study / "trials.png").exists()
+    (study / "grids").mkdir()
+    (study / "grids/trials.yaml").write_text(yaml.safe_dump(changed))
+    output = repository.run("env", "GRID=trials", "sh", "scripts/study.sh", "other", "sweep")
+    assert "1 experiments: 1 have succeeded, 0 to run" in output
+    assert (study / "grids/trials.csv").read_bytes() == (study / "sweep.csv").read_bytes()
+    assert not (study / "grids/trials.png").exists()
