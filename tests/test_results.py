@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,9 +49,13 @@ def edit(table: Path, change: Callable[[list[dict[str, str]]], None]) -> None:
 
 @pytest.mark.slow
 def test_write_committed_records_give_committed_files(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written = ("results.json", "tables.md", "README.md")
-    for name in ("results.json", "tables.md", "accuracy.png"):
+    written = ("results.json", "notes.md", "README.md")
+    for name in ("results.json", "accuracy.png"):
         (study / name).unlink()
+    for name in ("notes.md", "README.md"):
+        page = study / name
+        page.write_text(re.sub(r"(filled by results.py -->\n).*?(<!-- end -->)", r"\1\2", page.read_text(), flags=re.S))
+        assert page.read_bytes() != (STUDY / name).read_bytes()
     results.write(study)
     for name in written:
         assert (study / name).read_bytes() == (STUDY / name).read_bytes(), name
@@ -88,7 +93,7 @@ def set_cells(row: int, **cells: str) -> Callable[[list[dict[str, str]]], None]:
 def test_write_wrong_table_is_refused_and_nothing_written(
     study: Path, table: str, change: Callable[[list[dict[str, str]]], None], message: str
 ) -> None:
-    edit(study / f"version-1/{table}.csv", change)
+    edit(study / f"grids/{table}.csv", change)
     before = {path: path.read_bytes() for path in study.glob("*.*")}
     with pytest.raises(InputError, match=message) as caught:
         results.write(study)
@@ -98,17 +103,17 @@ def test_write_wrong_table_is_refused_and_nothing_written(
 
 @pytest.mark.slow
 def test_write_two_tables_that_disagree_about_a_run_are_refused(study: Path) -> None:
-    records = study / "version-1"
+    records = study / "grids"
     shutil.copy(records / "long.csv", records / "other.csv")
     results.write(study)
     edit(records / "other.csv", set_cells(0, records="a"))
     edit(records / "long.csv", set_cells(0, records="b"))
-    with pytest.raises(InputError, match=r"expected one digest of the records, received b \(long.csv\) and a \(other"):
+    with pytest.raises(InputError, match=r"records: expected one, received b \(long.csv\) and a \(other"):
         results.write(study)
 
 
-def test_write_page_without_its_lines_is_refused(study: Path) -> None:
+def test_write_page_without_its_block_is_refused(study: Path) -> None:
     page = study / "README.md"
-    page.write_text(page.read_text().replace("<!-- end -->", ""))
-    with pytest.raises(InputError, match=r"README.md: expected the lines <!-- begin: .* once each$"):
+    page.write_text(page.read_text().replace("<!-- recipes: ", "<!-- "))
+    with pytest.raises(InputError, match=r"README.md: expected one block <!-- recipes: ... --> to .* found 0$"):
         results.write(study)
