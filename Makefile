@@ -44,8 +44,10 @@ golden: setup $(VENV)/dev.done  ## write the golden test's numbers again
 accept: setup $(VENV)/dev.done  ## record in dvc.lock that a change of code changed no number, without a rerun
 	$(RUN) python scripts/accept.py
 
-docs: setup  ## fill the pages' tables with the numbers of metrics/
+docs: setup  ## fill the pages' tables with the numbers of metrics/, bench/ and studies/
 	$(RUN) python scripts/pages.py
+	$(RUN) python bench/page.py
+	$(RUN) python studies/cifar100/results.py
 
 $(VENV)/dev.done $(VENV)/export.done: | setup
 $(VENV)/%.done: requirements/%.txt
@@ -110,5 +112,4 @@ browser-test: setup $(VENV)/dev.done $(VENV)/browser.done  ## look at reports in
 bench: setup  ## compare Flatmin with the usual pipelines: bench/results.json and docs/speed.md
 	$(RUN) python bench/sam_cost.py $(if $(QUICK),--quick)
 	$(RUN) python bench/speed.py $(if $(QUICK),--quick)
-	$(if $(QUICK),,$(RUN) python bench/repro.py)
 	$(if $(QUICK),,$(RUN) python bench/page.py)

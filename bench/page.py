@@ -1,23 +1,21 @@
-"""Draw docs/speed.png and write the table of docs/speed.md, both from bench/results.json.
-
-The table stands between the page's two comment lines; the rest of the page is left as it is.
-"""
+"""Draw docs/speed.png and fill the tables of docs/speed.md and docs/sizing.md, from bench/*.json: for `make docs`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from repro import table
 from speed import EPOCHS, TIMED, seconds, speedup
 
 from flatmin.common import errors, files
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+from blocks import fill, table
+
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs/speed.md"
-CHART = PAGE.with_suffix(".png")
-BEGIN, END = "<!-- from bench/results.json, by bench/page.py -->\n", "<!-- end -->\n"
+DOCS = HERE.parent / "docs"
 # A stage, a pipeline, and the run of Flatmin to compare it with.
 ROWS = (
     ("extract", "original", "flatmin"),
@@ -37,12 +35,7 @@ NAMES = {
     "flatmin": "`matmul: half`",
     "flatmin-float32": "float32",
 }
-
-
-def timed(results: dict[str, Any], side: str, stage: str) -> tuple[float, int, float]:
-    """The seconds of the stage's epochs, how many epochs were measured, the seconds of importing."""
-    run = results["runs"][f"{side} {stage} {TIMED}"]
-    return seconds(run, EPOCHS[stage]), len(run["epoch_seconds"]), run["import_seconds"]
+VIEWS, VAL, LIMIT = 4, 0.2, 50e9  # of the example of disk space: augmented views, val for each train image, bytes
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -51,74 +44,93 @@ def rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def times(results: dict[str, Any]) -> str:
-    """The first table: both sides of each comparison."""
-    lines = [
-        "| stage | pipeline | seconds | Flatmin | seconds | faster by | epochs measured | importing, both |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Both sides of each comparison, with what it was measured on."""
+    plan, lines = results["plan"], []
     for stage, side, own in rows(results):
-        theirs, measured, imports = timed(results, side, stage)
-        ours, _, our_imports = timed(results, own, stage)
-        factor = speedup(results["runs"], stage, side, own)
+        theirs, ours = (results["runs"][f"{name} {stage} {TIMED}"] for name in (side, own))
+        epochs = EPOCHS[stage]
         lines.append(
-            f"| {stage}, {EPOCHS[stage]} epochs | {NAMES[side]} | {theirs:.0f} | {NAMES[own]} | {ours:.0f} "
-            f"| {factor:.1f} | {measured} of {EPOCHS[stage]} | {imports:.1f}, {our_imports:.1f} s |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def accuracy(title: str, found: dict[str, Any] | None) -> str:
-    return (
-        f"| {title} | {found['mean']:+.2f} points, standard error "
-        f"{found['standard_error']:.2f}, {found['seeds']} seeds |"
-        if found
-        else f"| {title} | not measured |"
-    )
-
-
-def metrics(results: dict[str, Any]) -> str:
-    """The second table: accuracies, rates and ratios."""
-    rates = results["augment_images_per_second"]
-    lines = [
-        "| | |",
-        "|---|---|",
-        *(
-            accuracy(f"{stage}'s val accuracy, `matmul: half`, less {whose}", found)
-            for stage in EPOCHS
-            for whose, found in (
-                ("the original pipeline's in float32", results[f"{stage}_accuracy_difference"]),
-                ("the same in float32", results["half_accuracy_differences"][stage]),
+            (
+                f"{stage}, {epochs} epochs",
+                NAMES[side],
+                f"{seconds(theirs, epochs):.0f}",
+                NAMES[own],
+                f"{seconds(ours, epochs):.0f}",
+                f"{speedup(results['runs'], stage, side, own):.1f}",
+                f"{len(theirs['epoch_seconds'])} of {epochs}",
+                f"{theirs['import_seconds']:.1f}, {ours['import_seconds']:.1f} s",
             )
-        ),
-        f"| the frozen layers in LiteRT, TensorFlow = 1 | {results['litert_speedup']:.2f} |",
-        f"| the same with `matmul: half` | {results['litert_half_speedup']:.2f} |",
-        *(f"| images a second augmented by {count} processes | {rate:.0f} |" for count, rate in sorted(rates.items())),
-        f"| peak memory of extract with four times the images, 1 = with one | {results['peak_memory_growth']:.2f} |",
-        f"| `dvc repro` with nothing to do | {results['repro_noop_seconds']:.1f} s |",
-        f"| a SAM step, plain = 1 | {results['sam_step_ratio']:.2f} |",
-        f"| the same with `every: 5` | {results['sam_every_5_step_ratio']:.2f} |",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def profiles(results: dict[str, Any]) -> str:
-    """The last tables: the seconds of the default study by stage, now and before."""
-    titles = {"profile": "`dvc repro` of the default study:", "profile_before": "Before tf.data's tuning was off:"}
-    return "\n".join(f"{title}\n\n{table(results[key])}" for key, title in titles.items() if key in results)
-
-
-def section(results: dict[str, Any]) -> str:
-    """Return everything between the page's two comment lines."""
-    plan = results["plan"]
-    said = (
+        )
+    columns = ("stage", "pipeline", "seconds", "Flatmin", "seconds", "faster by", "epochs measured", "importing, both")
+    about = (
         f"{' '.join(results['machine'])}: {plan['train']:,} train and {plan['val']:,} val images of {results['data']}, "
         f"EfficientNetLite0 at 128 pixels, batches of 128, RandAugment (n 3, m 7) and flips, four views. "
         f"Accuracies are of {plan['compared']:,} train and {plan['compared_val']:,} val images.\n"
     )
-    return "\n".join([said, times(results), metrics(results), profiles(results)])
+    return f"{about}\n{table(columns, lines)}"
 
 
-def draw(results: dict[str, Any]) -> None:
+def ratios(results: dict[str, Any]) -> str:
+    """Differences in accuracy, and ratios."""
+
+    def points(found: dict[str, Any] | None) -> str:
+        if found is None:
+            return "not measured"
+        return f"{found['mean']:+.2f} points, standard error {found['standard_error']:.2f}, {found['seeds']} seeds"
+
+    lines = []
+    for stage in EPOCHS:
+        lines += [
+            (
+                f"{stage}'s val accuracy, `matmul: half`, less the original pipeline's in float32",
+                points(results[f"{stage}_accuracy_difference"]),
+            ),
+            (
+                f"{stage}'s val accuracy, `matmul: half`, less the same in float32",
+                points(results["half_accuracy_differences"][stage]),
+            ),
+        ]
+    ratio = {
+        "the frozen layers in LiteRT, TensorFlow = 1": "litert_speedup",
+        "the same with `matmul: half`": "litert_half_speedup",
+        "peak memory of extract with four times the images, 1 = with one": "peak_memory_growth",
+        "time of a SAM step, plain = 1": "sam_step_ratio",
+        "the same with `every: 5`": "sam_every_5_step_ratio",
+    }
+    lines += [(title, f"{results[key]:.2f}") for title, key in ratio.items()]
+    return table(("", ""), lines)
+
+
+def stages(sizes: dict[str, Any]) -> str:
+    """Seconds, memory and disk of each stage of the studies measured."""
+    names = list(sizes["studies"])
+    lines = []
+    for stage in sizes["studies"][names[0]]:
+        found = [sizes["studies"][name][stage] for name in names]
+        lines.append(
+            (stage, *(f"{of['seconds']:.0f} s, {_megabytes(of['memory'])}, {_megabytes(of['disk'])}" for of in found))
+        )
+    return f"{' '.join(sizes['machine'])}.\n\n{table(('stage: time, memory, disk', *names), lines)}"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def views(sizes: dict[str, Any]) -> str:
+    """Bytes of one image's cached activations, and how many images fit."""
+    lines = []
+    for name, found in sizes["views"].items():
+        fitting = LIMIT / (found["224"]["bytes"] * (VIEWS + VAL))
+        bytes_of_view = (f"{found[side]['bytes']:,}" for side in ("160", "224"))
+        lines.append(
+            (name, f"`{found['224']['split']}`", f"{found['224']['pooled_bytes']:,}", *bytes_of_view, f"{fitting:,.0f}")
+        )
+    columns = ("backbone", "split of finetune", "extract", "finetune, 160 px", "finetune, 224 px", "images in 50 GB")
+    return table(columns, lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
     """Bars: the seconds of each stage on both sides."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -126,26 +138,24 @@ def draw(results: dict[str, Any]) -> None:
     bars = {}
     for stage, name in sorted(runs):
         whose = "Flatmin, " if name.startswith("flatmin") else ""
-        bars[f"{stage}\n{whose}{NAMES[name].replace('`', '')}"] = timed(results, name, stage)[0]
+        label = f"{stage}\n{whose}{NAMES[name].replace('`', '')}"
+        bars[label] = seconds(results["runs"][f"{name} {stage} {TIMED}"], EPOCHS[stage])
     drawn = axes.barh(list(bars), list(bars.values()), color=["C1" if "Flatmin" in name else "C0" for name in bars])
     axes.bar_label(drawn, fmt="%.0f", padding=3)
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds for {EPOCHS['extract']} epochs of extract, {EPOCHS['finetune']} of finetune")
     axes.spines[["top", "right"]].set_visible(False)
-    with files.atomic_write(CHART) as aside:
-        figure.savefig(aside, format="png", dpi=120, metadata={"Software": None})
+    with files.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
 
 
 def main() -> None:
-    """Write the page's tables and the chart."""
-    results = files.read_json(HERE / "results.json")
+    results, sizes = (files.read_json(HERE / f"{name}.json") for name in ("results", "sizes"))
     if not results.get("is_complete"):
         raise errors.InputError("bench/results.json: expected a whole bench, received a part; `make bench` resumes it")
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    with files.atomic_write(PAGE) as aside:
-        aside.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{after}", encoding="utf-8")
-    draw(results)
+    fill(DOCS / "speed.md", {"times": times(results), "ratios": ratios(results)})
+    fill(DOCS / "sizing.md", {"stages": stages(sizes), "views": views(sizes)})
+    draw(results, DOCS / "speed.png")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,6 @@ class Plan:
     seeds: Sequence[int]
     same_math: bool
     small: int
-    chunks: int
     turns: int
 
 
@@ -69,11 +68,10 @@ FULL = Plan(
     seeds=(0, 1, 2),
     same_math=True,
     small=1000,
-    chunks=100,
     turns=5,
 )
 DIGITS = {"train": 1000, "compared": 1000, "compared_val": 500, "small": 250}  # at most, as there are no more
-QUICK = Plan(train=2000, val=500, compared=0, compared_val=0, seeds=(), same_math=False, small=500, chunks=30, turns=2)
+QUICK = Plan(train=2000, val=500, compared=0, compared_val=0, seeds=(), same_math=False, small=500, turns=2)
 BASELINE_EPOCHS = 2  # timed; the others cost the same
 # runtime.matmul: Flatmin's setting for speed, and the pipelines as they are found; then each in the other's.
 SIDES = {
@@ -295,60 +293,6 @@ def engine_rates(turns: int) -> dict[str, float]:
     return {name: round(5 * len(sample) / taken, 1) for name, taken in quickest.items()}
 
 
-def augment_rates(folder: Folder, chunks: int) -> dict[str, float]:
-    """Images a second by the number of augmenting processes, once these have started."""
-    import itertools
-
-    from flatmin.common import params
-    from flatmin.inputs.augment import AUGMENT_CHUNK
-    from flatmin.inputs.records import Records
-    from flatmin.inputs.workers import Augmenter
-
-    settings = params.load(folder.path / "params.yaml")
-    records = Records(folder.path / "data/records")
-    whole = range(records.count("train") // AUGMENT_CHUNK)
-    rates = {}
-    for workers in range(1, len(os.sched_getaffinity(0)) + 1):
-        with Augmenter(settings.augment, 0, workers) as augmenter:
-            warm = 4 * workers + 4  # chunks, until all processes have come up
-            many = itertools.islice(itertools.cycle(whole), warm + chunks)
-            done = augmenter.chunks(records, settings.extract.image_size, 0, many)
-            for _ in range(warm):
-                next(done)
-            started = time.perf_counter()
-            count = sum(map(len, done))
-            rates[str(workers)] = round(count / (time.perf_counter() - started), 1)
-    return rates
-
-
-def clone_checkout(folder: Path, commit: str) -> dict[str, str]:
-    """Clone this checkout at a commit into `folder`; the environment to run it in, with a cache of its own."""
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-    subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=folder, check=True)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "FLATMIN_CACHE": f"{folder}_cache"}
-
-
-def noop_seconds(folder: Path) -> float:
-    """Of a `dvc repro` that finds nothing to do: the default study, cut to an epoch a stage, in a clone."""
-    clone = folder / "clone"
-    shutil.rmtree(clone, ignore_errors=True)
-    environment = clone_checkout(clone, "HEAD")
-    params = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
-    for stage in ("extract", "finetune"):
-        params[stage] |= {"epochs": 1, "views": 1, "schedule": None}
-    params["evaluate"]["sharpness"] = {"images": 8, "steps": 5, "probes": 2}
-    (clone / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-
-    def repro() -> float:
-        started = time.monotonic()
-        subprocess.run(["dvc", "repro", "--quiet"], cwd=clone, env=environment, check=True, stdout=subprocess.DEVNULL)
-        return time.monotonic() - started
-
-    repro()
-    return round(min(repro() for _ in range(3)), 2)
-
-
 def difference(bench: Bench, plan: Plan, stage: str, less: str = "original") -> dict[str, Any] | None:
     """Flatmin's best val accuracy less another side's in points, over the seeds; None where they are left out."""
     if not plan.compared:
@@ -386,8 +330,6 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
     memory = [bench.once(f"peak memory {times}x", lambda t=times: peak_memory(plan, folder, t)) for times in (1, 4)]
     with console.importing_tensorflow():
         rates = bench.once("engines", lambda: engine_rates(plan.turns))
-    augmented = bench.once("augment", lambda: augment_rates(place, plan.chunks))
-    noop = bench.once("noop", lambda: noop_seconds(folder))
     for seed in plan.seeds:  # last, since what else runs on the machine matters to times alone
         compare(bench, Folder(folder / "compared"), (plan.compared, plan.compared_val), seed, str(seed), [*both, *own])
     return {
@@ -399,9 +341,7 @@ def measure(bench: Bench, plan: Plan, folder: Path) -> dict[str, Any]:
         "extract_accuracy_difference": difference(bench, plan, "extract"),
         "finetune_accuracy_difference": difference(bench, plan, "finetune"),
         "half_accuracy_differences": {stage: difference(bench, plan, stage, "flatmin-float32") for stage in EPOCHS},
-        "augment_images_per_second": augmented,
         "peak_memory_growth": round(memory[1] / memory[0], 3),
-        "repro_noop_seconds": noop,
         "litert_speedup": round(rates["litert"] / rates["tensorflow"], 2),
         "litert_half_speedup": round(rates["litert half"] / rates["tensorflow"], 2),
     }

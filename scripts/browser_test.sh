@@ -4,15 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-install_tools() {
-    if type chromium && type chromedriver && type npm; then return; fi
-    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        echo "chromium, chromedriver and npm: not all here, and only root can have them installed by apt-get"
-        return 1
-    fi
-    apt-get update -qq || return
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium chromium-driver npm
-}
+install_tools() { scripts/tools.sh chromium chromedriver npm -- chromium chromium-driver npm; }
 
 # The checker of accessibility, of the version and with the digest in the lock file.
 install_axe() {

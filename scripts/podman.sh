@@ -17,16 +17,6 @@ runtime = "runc"
 CONF
 export CONTAINERS_CONF="$state/containers.conf"
 
-install_tools() {
-    if type podman && type runc && type debootstrap; then return; fi
-    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        echo "podman, runc and debootstrap: not all here, and only root can have them installed by apt-get"
-        return 1
-    fi
-    apt-get update -qq || return
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends podman runc debootstrap
-}
-
 # What `FROM debian` would give: the smallest system from the archive that this machine uses itself, with its sources.
 # (dpkg is told as in Debian's own slim images to leave out documentation.) `set -e` is off in what `if` asks.
 make_base() {
@@ -72,7 +62,7 @@ pip_settings() {
 
 case "${1:?ready, or a command of podman}" in
     ready)
-        if ! { install_tools && { podman image exists "$base" || make_base; } && try_base; } >"$state/log" 2>&1; then
+        if ! { "${0%/*}/tools.sh" podman runc debootstrap -- podman runc debootstrap && { podman image exists "$base" || make_base; } && try_base; } >"$state/log" 2>&1; then
             echo "no container engine here: $(tail -n 1 "$state/log")" >&2
             exit 1
         fi

@@ -248,7 +248,8 @@ def recipes(runs: Sequence[Run], present: bool) -> str:
     for seeds in shown:
         first, which = seeds[0], len(seeds) if present else seeds[0]["seed"]
         name = f"{first['finetune/backbone']}, {first['finetune/image_size']} px, {first['finetune/epochs']} epochs"
-        stages, gain = STAGES, _sam_minus_finetune(seeds)
+        stages: Sequence[tuple[str, str]] = STAGES
+        gain = _sam_minus_finetune(seeds)
         if first["grid"] == FROZEN:
             name, stages, gain = f"{first['select/backbone']}, frozen", STAGES[:1], ""
         cells = [""] * 6

@@ -79,7 +79,8 @@ def interval(gains: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.nd
     two means (Cochran 1964, Biometrics 20:191-195). Satterthwaite's degrees of freedom (1946, Biometrics Bulletin
     2:110-114), estimated from as few as three seeds, are too many where seeds matter and images still do.
 
-    In studies that bench/coverage.py simulates, the 95 % interval covers the truth in 95 to 97.5 % with 3 and 5 seeds.
+    In simulated studies with 3 and 5 seeds (36 settings, 4,000 studies each) the 95 % interval covered the truth in 95
+    to 97.5 %, where a bootstrap of seeds and images fell to 83 %; the tests simulate fewer of them.
 
     Args:
         gains: int8 [..., seeds, images], at least two seeds: 1 where only the first classifier is right, -1 where only
