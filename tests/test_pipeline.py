@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ import yaml
 from fixtures import STUDY, picture_folder, tiny_params
 from PIL import Image
 from repository import ROOT, TINY, Repository, stages_run
-
-sys.path.append(str(ROOT / "scripts"))
 
 SOURCE = ROOT / "src"
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
