@@ -103,43 +103,28 @@ def memory(settings: dict[str, Any]) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def add(file: Path, results: dict[str, Any]) -> None:
-    """To what other scripts wrote there."""
-    before = files.read_json(file) if file.exists() else {}
-    files.write_json(file, before | results)
-
-
-def quick() -> None:
-    """Measure the two ratios that the bench names."""
+def main(quick: bool) -> None:
+    """Measure, and add the results to what other scripts wrote in their file. Prints the table of docs/sam.md."""
+    variants = {name: VARIANTS[name] for name in ("sam", "sam, every=5")} if quick else VARIANTS
+    results: dict[str, Any] = {}
+    if not quick:
+        plain, weights = memory(PLAIN), 4 * LAYERS * UNITS * (UNITS + 1)
+        copies = {name: (memory(settings) - plain) / weights for name, settings in variants.items()}
     with console.importing_tensorflow():
-        ratios = times({name: VARIANTS[name] for name in ("sam", "sam, every=5")}, turns=2)
-    results = {"sam_step_ratio": ratios["sam"], "sam_every_5_step_ratio": ratios["sam, every=5"]}
-    add(RESULTS.with_name("results-quick.json"), results)
-
-
-def main() -> None:
-    """Measure all, write the results and print the table."""
-    weights = 4 * LAYERS * UNITS * (UNITS + 1)
-    plain = memory(PLAIN)
-    copies = {name: (memory(settings) - plain) / weights for name, settings in VARIANTS.items()}
-    with console.importing_tensorflow():
-        ratios = times(VARIANTS, TURNS)
-    results = {
-        "sam_step_ratio": ratios["sam"],
-        "sam_every_5_step_ratio": ratios["sam, every=5"],
-        "sam_memory_copies": copies["sam"],
-        "sam_variants": {name: {"step_ratio": ratios[name], "memory_copies": copies[name]} for name in VARIANTS},
-    }
-    add(RESULTS, results)
-    print("| step | time, plain = 1 | memory above plain, copies of the trained weights |\n|---|---|---|")
-    for name in VARIANTS:
-        print(f"| {name} | {ratios[name]:.2f} | {copies[name]:.2f} |")
+        ratios = times(variants, 2 if quick else TURNS)
+    if not quick:
+        found = {name: {"step_ratio": ratios[name], "memory_copies": copies[name]} for name in variants}
+        results = {"sam_memory_copies": copies["sam"], "sam_variants": found}
+        print("| step | time, plain = 1 | memory above plain, copies of the trained weights |\n|---|---|---|")
+        for name in variants:
+            print(f"| {name} | {ratios[name]:.2f} | {copies[name]:.2f} |")
+    results |= {"sam_step_ratio": ratios["sam"], "sam_every_5_step_ratio": ratios["sam, every=5"]}
+    path = RESULTS.with_name("results-quick.json") if quick else RESULTS
+    files.write_json(path, (files.read_json(path) if path.exists() else {}) | results)
 
 
 if __name__ == "__main__":
-    if "--quick" in sys.argv:
-        quick()
-    elif len(sys.argv) > 1:
+    if sys.argv[1:] and sys.argv[1] != "--quick":
         peak_memory(json.loads(sys.argv[1]))
     else:
-        main()
+        main("--quick" in sys.argv)

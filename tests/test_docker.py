@@ -15,7 +15,6 @@ import sys
 import tarfile
 import time
 import tomllib
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -238,30 +237,27 @@ APT = 'Acquire::https::Proxy "http://user:secret@proxy/";\nAcquire::Retries "3";
 TREE = 'for folder in etc/apt etc/dpkg/dpkg.cfg.d usr/share/doc; do mkdir -p "$3/$folder"; done'
 
 
-def podman(folder: Path, command: str, failing: str = "none", **scripts: str) -> tuple[int, list[str], str]:
-    """Run podman.sh with scripts for the machine's tools; return exit code, podman's commands, standard error."""
+def podman(folder: Path, command: str) -> list[str]:
+    """Run podman.sh with scripts for the machine's tools, which reach what is secret; return podman's commands."""
     calls = folder / "calls"
     calls.touch()
     fakes = {
-        "podman": f"""echo "$*" >>{calls}; case "$1 $2" in "image exists" | "{failing} "*) exit 1 ;; esac
+        "podman": f"""echo "$*" >>{calls}; if [ "$1 $2" = "image exists" ]; then exit 1; fi
         if [ "$1" = import ]; then cp "$2" {folder}/base.tar; fi""",
         "runc": "",
         "debootstrap": TREE,
         "apt-get": "echo 'deb http://archive bookworm main'",
         "apt-config": f"echo '{APT}'",
         "python3": "",
-        **scripts,
     }
     names = ("sh", "mkdir", "cat", "tail", "rm", "grep", "sort", "tar", "sed", "head", "cp")
     environment = tools(folder / "bin", *names, **fakes)
-    done = subprocess.run(
-        [ROOT / "scripts/podman.sh", command], env=environment, capture_output=True, text=True, check=False
-    )
-    return done.returncode, calls.read_text().splitlines(), done.stderr
+    subprocess.run([ROOT / "scripts/podman.sh", command], env=environment, capture_output=True, check=True)
+    return calls.read_text().splitlines()
 
 
 def test_podman_ready_makes_a_base_image_without_apts_settings(tmp_path: Path) -> None:
-    assert podman(tmp_path, "ready")[0] == 0
+    podman(tmp_path, "ready")
     with tarfile.open(tmp_path / "base.tar") as tree:
         members = {Path(member.name).name: tree.extractfile(member) for member in tree if member.isfile()}
         files = {name: file.read().decode() for name, file in members.items() if file}
@@ -279,24 +275,10 @@ def test_podman_ready_without_tools_and_root_is_one_line(tmp_path: Path) -> None
 
 
 def test_podman_build_mounts_apts_settings(tmp_path: Path) -> None:
-    code, (build,), _ = podman(tmp_path, "build")
+    (build,) = podman(tmp_path, "build")
     (kept,) = re.findall(r"--volume (\S+):/etc/apt/apt.conf.d/90machine:ro ", build)
     assert Path(kept).read_text().splitlines() == APT.splitlines()[:2]
-    assert (code, "secret" in build) == (0, False)
-
-
-@pytest.mark.parametrize("tool", ["debootstrap", "tar"])
-def test_podman_base_image_that_cannot_be_made_is_not_kept(tmp_path: Path, tool: str) -> None:
-    code, calls, told = podman(tmp_path, "ready", **{tool: f"echo no {tool}; exit 3"})
-    assert (code, told) == (1, f"no container engine here: no {tool}\n")
-    assert [call.split()[:2] for call in calls] == [["image", "exists"]]
-
-
-def test_podman_base_image_that_does_not_start_is_removed(tmp_path: Path) -> None:
-    code, calls, _ = podman(tmp_path, "ready", failing="run")
-    assert code == 1
-    assert calls[-1].startswith("image rm ")
-    assert calls[-1].split()[-1] == calls[0].split()[-1]
+    assert "secret" not in build
 
 
 def test_scripts_pass_shellcheck() -> None:
@@ -319,25 +301,6 @@ def test_check_cuda_asks_tensorflow_for_the_libraries() -> None:
     assert done.returncode == (1 if missing or " 0 libraries" in summary else 0)
     assert summary.endswith(f" {len(rows)} files, {len(missing)} missing")
     assert "libcuda.so.1" not in missing
-
-
-@pytest.mark.parametrize(("openers", "wheel"), [([], True), (["open"], False), (["open"], True)])
-def test_check_cuda_without_libraries_or_functions_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, openers: list[str], wheel: bool
-) -> None:
-    files = ["cuda_nvcc/bin/ptxas", "cuda_nvcc/nvvm/libdevice/libdevice.10.bc", *["a/lib/liba.so"] * wheel]
-    for name in files:
-        (tmp_path / "nvidia" / name).parent.mkdir(parents=True)
-        (tmp_path / "nvidia" / name).touch()
-    spec = ModuleSpec("tensorflow", None, origin=str(tmp_path / "tensorflow/__init__.py"))
-    fakes = {"find_spec": spec, "tensorflow_openers": openers, "opened": {}, "needed": {}}
-    for name, value in fakes.items():
-        monkeypatch.setattr(check_cuda, name, lambda *_, value=value: value)
-    if openers and wheel:
-        assert check_cuda.main() == 0
-    else:
-        with pytest.raises(SystemExit, match=r"^error: expected functions of TensorFlow's and libraries"):
-            check_cuda.main()
 
 
 def test_check_cuda_function_that_cannot_be_called_is_named() -> None:
