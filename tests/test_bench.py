@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -11,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image, ImageOps
 from repository import ROOT
 
+from flatmin.common.errors import InputError
+
 sys.path.append(str(ROOT / "bench"))
+page: Any = importlib.import_module("page")
+sizes: Any = importlib.import_module("sizes")
 speed: Any = importlib.import_module("speed")
 
 PLAN = replace(speed.QUICK, compared=100, seeds=(0, 1))
@@ -123,3 +130,49 @@ def test_stage_and_baselines_small_run_is_timed(tmp_path: Path, monkeypatch: pyt
     assert any((folder.cache / "views").iterdir())
     folder.forget()
     assert not folder.cache.exists()
+
+
+def test_page_committed_results_give_committed_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("speed.md", "sizing.md")
+    for name in names:
+        emptied = re.sub(r"(filled by bench/page.py -->\n).*?(<!-- end -->)", r"\1\2", text(name), flags=re.DOTALL)
+        assert emptied != text(name)
+        (tmp_path / name).write_text(emptied)
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    page.main()
+    assert [(tmp_path / name).read_text() for name in names] == [text(name) for name in names]
+    assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def text(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
+def test_sizes_pictures_are_of_two_classes_and_half_are_turned(tmp_path: Path) -> None:
+    sizes.draw(tmp_path, 8, (30, 40))
+    found = sorted(tmp_path.glob("*/*.jpg"))
+    assert [path.parent.name for path in found] == ["cat"] * 4 + ["dog"] * 4
+    shapes = [ImageOps.exif_transpose(Image.open(path)).size for path in found]
+    assert (shapes.count((40, 30)), shapes.count((30, 40))) == (4, 4)
+    assert len({path.read_bytes() for path in found}) == 8
+
+
+def test_sizes_measure_adds_the_memory_of_children(tmp_path: Path) -> None:
+    child = "held = bytearray(200_000_000); import time; time.sleep(1)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    found = sizes.measure([sys.executable, "-c", code], tmp_path, dict(os.environ))
+    assert found["seconds"] >= 1
+    assert 2e8 < found["memory"] < 4e8
+    with pytest.raises(InputError, match=r"-c exit\(3\): expected it to succeed, received exit status 3$"):
+        sizes.measure([sys.executable, "-c", "exit(3)"], tmp_path, dict(os.environ))
+
+
+@pytest.mark.slow
+def test_sizes_views_follow_from_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 224 px a view has (224 / 160) squared of the values at 160, as both are multiples of 32."""
+    monkeypatch.setattr(sizes, "BACKBONES", ("EfficientNetLite0", "MobileNetV2"))
+    committed = json.loads((ROOT / "bench/sizes.json").read_text())["views"]
+    found = sizes.views()
+    assert found == {name: committed[name] for name in found}
+    for sides in found.values():
+        assert sides["224"]["bytes"] == sides["160"]["bytes"] * 224**2 // 160**2
