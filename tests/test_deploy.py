@@ -51,13 +51,6 @@ def template(manifest: dict[str, Any]) -> dict[str, Any]:
     return spec["template"] if manifest["kind"] == "Job" else spec["tfReplicaSpecs"]["Worker"]["template"]
 
 
-def build(overlay: str) -> list[dict[str, Any]]:
-    if shutil.which("kubectl") is None:
-        pytest.skip("there is no kubectl, which builds overlays")
-    done = subprocess.run(["kubectl", "kustomize", DEPLOY / overlay], capture_output=True, text=True, check=True)
-    return list(yaml.safe_load_all(done.stdout))
-
-
 @pytest.mark.parametrize("name", JOBS)
 def test_job_validates_against_its_published_schema(name: str) -> None:
     check(job(name))
@@ -69,22 +62,6 @@ def test_job_with_an_unknown_key_is_refused(name: str) -> None:
     template(manifest)["spec"]["containers"][0]["resource"] = {}
     with pytest.raises(jsonschema.ValidationError):
         check(manifest)
-
-
-@pytest.mark.parametrize("name", JOBS)
-def test_overlay_builds_and_refers_to_its_config_maps(name: str) -> None:
-    built = build(name)
-    for manifest in built:
-        check(manifest)
-        assert manifest["metadata"]["labels"]["app.kubernetes.io/part-of"] == "flatmin"
-    made = {each["metadata"]["name"] for each in built if each["kind"] == "ConfigMap"}
-    (run,) = [each for each in built if each["kind"] != "ConfigMap"]
-    pod = template(run)["spec"]
-    (container,) = pod["containers"]
-    used = {volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume}
-    used |= {source["configMapRef"]["name"] for source in container["envFrom"] if "configMapRef" in source}
-    assert used == made  # with the hash of their content
-    assert container["image"] == "flatmin:latest"  # by kustomize; docs/cluster.md tells how to set it
 
 
 def test_tfjob_container_has_the_name_that_the_operator_expects() -> None:

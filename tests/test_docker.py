@@ -13,13 +13,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from repository import ROOT, Repository
+from repository import ROOT
 
 from flatmin.use import formats
 
@@ -62,30 +61,6 @@ def test_image_runs_as_a_user_without_root() -> None:
     users = re.findall(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert users
     assert "0" not in users[-1]
-
-
-@pytest.mark.slow
-def test_image_test_that_fails_leaves_no_stage_running(tmp_path: Path) -> None:
-    repository = Repository(tmp_path)
-    for name in ("metrics/a", "plots/a", "dvc.lock"):
-        (repository.folder / name).parent.mkdir(exist_ok=True)
-        (repository.folder / name).touch()
-    stage = tmp_path / "stage"
-    scripts = {
-        ".venv/bin/dvc": f"sleep 60 & echo $! >{stage}; wait",
-        "scripts/podman.sh": f'if [ "$1" = build ]; then until [ -s {stage} ]; do sleep 0.1; done; exit 1; fi',
-    }
-    for name, text in scripts.items():
-        (repository.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (repository.folder / name).write_text(f"#!/bin/sh\n{text}\n")
-        (repository.folder / name).chmod(0o755)
-    repository.commit("an engine that fails when a stage is there")
-    output = repository.run("scripts/image_test.sh", expect=1)
-    assert "FAILED: the build" in output
-    until = time.monotonic() + 10
-    while Path(f"/proc/{stage.read_text().strip()}").exists():
-        assert time.monotonic() < until, "the stage still runs"
-        time.sleep(0.1)
 
 
 @pytest.fixture

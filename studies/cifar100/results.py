@@ -16,7 +16,6 @@ import json
 import math
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,11 +44,6 @@ METRICS = {  # title -> metric of evaluate, and its decimals
 }
 PAIR = ("accuracy", "low", "high")  # SAM minus finetune of the same run: the difference, and its interval over images
 STAGES = (("extract", "select"), ("finetune", "finetune"), ("sam", "sam"))  # of a recipe, and their files in metrics/
-LATER_SECTIONS = {  # targets -> sections that come after them, so they say nothing about the run
-    "select-best": ("finetune", "sam", "evaluate"),
-    "finetune": ("sam", "evaluate"),
-    "sam-finetune": ("evaluate",),
-}
 EARLIER = ("earlier", "removed")  # tables of settings that were given up, and of params that the schema no longer has
 FROZEN = "frozen"  # a grid whose runs fine-tune for one epoch only because evaluate needs all three classifiers
 TEXT = ("name", "targets", "commit", "lock", "machine", "records")  # digits in these are not a number
@@ -273,49 +267,22 @@ def _sam_minus_finetune(seeds: Sequence[Run]) -> str:
 
 
 def trials(runs: Sequence[Run]) -> str:
-    """The runs that were not evaluated, by val accuracy: those of a network, size and data differ in what is shown."""
-    groups: dict[str, list[Run]] = {}
-    shown = [run for run in runs if not is_evaluated(run) and any(key.endswith("/val.accuracy") for key in run)]
-    for run in sorted(shown, key=lambda run: -_val(run)):
-        size = run.get("sam/image_size") or run.get("finetune/image_size")
-        network = f"{run['select/backbone']}, {size} px" if size else run["select/backbone"]
-        groups.setdefault(f"{network}; {data_title(run)}", []).append(run)
-    usual = {**runs[-1], "runtime.matmul": "bfloat16"}  # of `make study`; in its dvc.lock this key has an earlier name
-    rows = [(title, *row) for title, group in groups.items() for row in _trials(group, usual)]
+    """The runs that were not evaluated, by grid and val accuracy of their last stage, with what their grid varies."""
+    rows = []
+    ordered = sorted(runs, key=lambda run: (run["grid"], run["targets"]))
+    for (grid, targets), group in itertools.groupby(ordered, key=lambda run: (run["grid"], run["targets"])):
+        shown = [run for run in group if not is_evaluated(run) and "select/val.accuracy" in run]
+        keys = dict.fromkeys(key for run in shown for key in run if "." in key and "/" not in key)
+        varied = [key for key in keys if len({str(run.get(key)) for run in shown}) > 1]
+        for run in shown:
+            stage = next(stage for stage in ("sam", "finetune", "select") if f"{stage}/val.accuracy" in run)
+            what = ", ".join([targets, *(f"`{key}: {run[key]}`" for key in varied if key in run)])
+            val, minutes = f"{run[f'{stage}/val.accuracy']:.4f}", f"{float(run.get('seconds', 0)) / 60:.0f}"
+            rows.append((grid, run["select/backbone"], what, val, minutes))
+    rows.sort(key=lambda row: (row[0], -float(row[3])))
     hours = sum(float(run.get("seconds", 0)) for run in runs) / 3600
     took = f"\n{len(runs)} runs; those of grids took {hours:.1f} hours in all, each on its share of the cores.\n"
-    return table(("network and data", "run", "val accuracy", "minutes"), rows) + took
-
-
-def _trials(runs: Sequence[Run], usual: Run) -> list[tuple[str, str, str]]:
-    """The most common values of the params that differ; then each run's targets with its other values, val, minutes.
-
-    usual: the values of what a run's grid does not set.
-    """
-    keys = dict.fromkeys(key for run in runs for key in run if "." in key and "/" not in key)
-    values: list[dict[str, str]] = []
-    for run in runs:
-        own = [key for key in keys if key.partition(".")[0] not in ("data", *LATER_SECTIONS[run["targets"]])]
-        values.append({key: _shown(run.get(key, usual.get(key))) for key in own})
-    counts = {key: Counter(each[key] for each in values if key in each) for key in keys}
-    common = {key: count.most_common(1)[0][0] for key, count in counts.items() if len(count) > 1}
-    told = ", ".join(f"`{key}: {value}`" for key, value in common.items())
-    rows = [(f"unless stated {told}", "", "")] if told else []
-    for run, each in zip(runs, values, strict=True):
-        rare = (f"`{key}: {each[key]}`" for key in common if key in each and each[key] != common[key])
-        what = ", ".join([run["targets"], *rare])
-        rows.append((what, f"{_val(run):.4f}", f"{float(run.get('seconds', 0)) / 60:.0f}"))
-    return rows
-
-
-def _val(run: Run) -> float:
-    """Of the last stage that ran."""
-    stages = [stage for stage in ("sam", "finetune", "select") if f"{stage}/val.accuracy" in run]
-    return float(run[f"{stages[0]}/val.accuracy"])
-
-
-def _shown(value: Any) -> str:
-    return "default" if value is None else value if isinstance(value, str) else json.dumps(value).replace('"', "")
+    return table(("grid", "network", "run", "val accuracy", "minutes"), rows) + took
 
 
 def draw(grouped: Controls, path: Path) -> None:
