@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,34 @@ def test_read_16_bits_keeps_the_upper_8() -> None:
         np.testing.assert_array_equal(pixels[..., 0], numbers >> 8)
 
 
+NUMBERS = np.arange(0, 4096, 64).reshape(8, 8)  # of 12 bits
+PACKED = b"".join((first << 12 | second).to_bytes(3, "big") for first, second in NUMBERS.reshape(-1, 2).tolist())
+BLACK_IS_ZERO, WHITE_IS_ZERO, UNSIGNED, SIGNED = 1, 0, 1, 2
+
+
+def tiff(bits: int, content: bytes, photometric: int = BLACK_IS_ZERO, sample_format: int = UNSIGNED) -> bytes:
+    """A grey TIFF file of 8 x 8 pixels."""
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 8, 279: len(content)}
+    tags[339] = sample_format
+    tags[273] = 14 + 12 * len(tags)  # where the content begins
+    table = b"".join(struct.pack("<HHII", number, 4, 1, value) for number, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + table + bytes(4) + content
+
+
+@pytest.mark.parametrize(
+    ("encoded", "grey"),
+    [
+        (tiff(8, (NUMBERS >> 4).astype(np.uint8).tobytes(), WHITE_IS_ZERO), 255 - (NUMBERS >> 4)),
+        (tiff(12, PACKED), NUMBERS >> 4),
+        (tiff(16, (NUMBERS << 4).astype("<u2").tobytes()), NUMBERS >> 4),
+        (tiff(16, (NUMBERS << 4).astype("<u2").tobytes(), WHITE_IS_ZERO), 255 - (NUMBERS >> 4)),
+    ],
+    ids=["8 bits, 0 is white", "12 bits", "16 bits", "16 bits, 0 is white"],
+)
+def test_read_tiff_uses_its_range_and_knows_what_is_white(encoded: bytes, grey: np.ndarray) -> None:
+    np.testing.assert_array_equal(np.asarray(images.read(encoded))[..., 1], grey)
+
+
 @pytest.mark.parametrize(("largest", "kind"), [(1023, ">u2"), (65535, ">u2"), (100, "u1")])
 def test_read_pgm_uses_its_stated_range(largest: int, kind: str) -> None:
     numbers = np.linspace(0, largest, 64).astype(kind)
@@ -147,28 +176,57 @@ def test_read_other_color_modes_gives_pillows_rgb(mode: str) -> None:
 
 
 def test_read_transparent_pictures_gives_the_colors_below() -> None:
-    for image, transparent in ((picture().quantize(16), 3), (picture().convert("1"), 0), (picture(), (1, 2, 3))):
+    for image, transparent in ((picture().quantize(16), 3), (picture().quantize(16), bytes(range(16))), (picture().convert("1"), 0), (picture(), (1, 2, 3))):
         encoded = encode(image, transparency=transparent)
         np.testing.assert_array_equal(np.asarray(images.read(encoded)), np.asarray(image.convert("RGB")))
+
+
+FITS = b"".join(b"%-80s" % line for line in (b"SIMPLE  = T", b"BITPIX  = 16", b"NAXIS   = 2", b"NAXIS1  = 8"))
+FITS = (FITS + b"%-80s%-80s" % (b"NAXIS2  = 8", b"END")).ljust(2880) + bytes(2880)
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "no bytes"),
+        (b"", "^it is empty$"),
         (b"no picture at all", "no format"),
         (encode(picture(width=200, height=200), "JPEG")[:3000], "truncated"),
         (encode(picture(width=200, height=200))[:3000], "truncated"),
         (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "range"),
         (encode(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF"), "range"),
+        (tiff(8, bytes(64), sample_format=SIGNED), "signed"),
+        (tiff(12, PACKED, WHITE_IS_ZERO), "a TIFF file that is damaged or whose kind of pixels is not read"),
+        (FITS, "range"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "no format"),  # whose reader starts another program
     ],
-    ids=["empty", "text", "JPEG", "PNG", "float TIFF", "32-bit TIFF", "EPS"],
+    ids=["empty", "text", "JPEG", "PNG", "float TIFF", "32-bit TIFF", "signed TIFF", "odd TIFF", "FITS", "EPS"],
 )
 def test_read_broken_picture_says_why(content: bytes, reason: str) -> None:
     with pytest.raises(BrokenImageError, match=reason) as error:
         images.read(content)
     assert "0x" not in str(error.value)
+
+
+NOISY = """
+import sys
+from flatmin import images
+for path in sys.argv[1:]:
+    try:
+        images.read(open(path, "rb").read())
+    except images.BrokenImageError:
+        print("broken")
+"""
+
+
+def test_read_lets_no_library_write_to_standard_error(tmp_path: Path) -> None:
+    damaged = bytearray(encode(picture(), "TIFF", compression="tiff_lzw"))
+    damaged[20:40] = b"x" * 20  # of which libtiff writes a line
+    planes = tiff(8, bytes(64)).replace(struct.pack("<HHII", 277, 4, 1, 1), struct.pack("<HHII", 277, 4, 1, 9))
+    for name, content in (("damaged", damaged), ("planes", planes)):  # of the latter Pillow logs an error
+        (tmp_path / name).write_bytes(content)
+    paths = [str(path) for path in tmp_path.iterdir()]
+    done = subprocess.run([sys.executable, "-c", NOISY, *paths], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("broken\n" * 2, "")
 
 
 def test_read_checks_the_size_before_decoding() -> None:
@@ -202,6 +260,21 @@ def test_to_square_by_each_fit() -> None:
 def test_to_square_of_square_of_that_size_changes_nothing(fit: images.Fit) -> None:
     square = picture(width=16, height=16)
     np.testing.assert_array_equal(np.asarray(images.to_square(square, 16, fit)), np.asarray(square))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 20_000), (20_000, 1), (3, 400)])
+def test_to_square_pads_a_thin_picture_to_a_line(width: int, height: int) -> None:
+    square = np.asarray(images.to_square(Image.new("RGB", (width, height), (255, 0, 0)), 16, "pad"))
+    line = square[:, 8] if width < height else square[8]
+    assert (line == (255, 0, 0)).all()
+    assert (square == images.PAD).all(axis=2).sum() == 16 * 15
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 20), (3, 7), (100, 4), (77, 76)])
+def test_to_square_pads_as_pillow_does(width: int, height: int) -> None:
+    image = picture(width=width, height=height)
+    expected = ImageOps.pad(image, (16, 16), Image.Resampling.BILINEAR, (images.PAD,) * 3)
+    np.testing.assert_array_equal(np.asarray(images.to_square(image, 16, "pad")), np.asarray(expected))
 
 
 def test_to_square_averages_where_it_shrinks() -> None:

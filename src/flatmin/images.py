@@ -7,7 +7,9 @@ file, apply its orientation, convert it to RGB, resize it twice.
 
 from __future__ import annotations
 
+import ctypes
 import io
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 Fit = Literal["squash", "crop", "pad"]
 
@@ -24,6 +26,11 @@ LARGEST = 178_956_970  # pixels: Pillow itself refuses pictures of more
 MAX_PIXELS = 120_000_000  # a little more than the 108 million of a phone's
 PAD = 128  # the value of the border that the fit `pad` adds, as of augmentation's
 ORIENTATION = 0x0112  # the EXIF tag
+
+_TIFF = (b"II*\0", b"MM\0*")  # how its files begin
+# Tags of TIFF, and the values of them that Pillow does not heed.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2
 
 # What Pillow reads by starting another program, or only names.
 _NOT_READ = frozenset(("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"))
@@ -96,7 +103,16 @@ OWN_SIZE = Stored()
 def formats() -> tuple[str, ...]:
     """Pillow's names of the formats that are read: all that it decodes by itself."""
     Image.init()
+    _silence()
     return tuple(sorted(set(Image.OPEN) - _NOT_READ))
+
+
+def _silence() -> None:
+    """Keep Pillow and its TIFF library from writing to standard error, beside the errors that are raised anyway."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    library = ctypes.CDLL(Image.core.__file__)  # which finds the symbols of those that it is linked with
+    if hasattr(library, "TIFFSetErrorHandler"):
+        library.TIFFSetErrorHandler(None)
 
 
 @cache
@@ -136,12 +152,21 @@ def to_square(picture: Image.Image, size: int, fit: Fit) -> Image.Image:
         return picture
     box: tuple[float, float, float, float] | None = None
     if fit == "pad":
-        return ImageOps.pad(picture, (size, size), Image.Resampling.BILINEAR, (PAD, PAD, PAD))
+        return _pad(picture, size)
     if fit == "crop":
         side = min(picture.size)
         left, top = (picture.width - side) / 2, (picture.height - side) / 2
         box = (left, top, left + side, top + side)
     return picture.resize((size, size), Image.Resampling.BILINEAR, box)
+
+
+def _pad(picture: Image.Image, size: int) -> Image.Image:
+    """Do what Pillow's `ImageOps.pad` does, which leaves out a picture that would get thinner than a pixel."""
+    width, height = (max(1, round(side / max(picture.size) * size)) for side in picture.size)
+    square = Image.new("RGB", (size, size), (PAD, PAD, PAD))
+    place = round((size - width) * 0.5), round((size - height) * 0.5)
+    square.paste(picture.resize((width, height), Image.Resampling.BILINEAR), place)
+    return square
 
 
 def open_image(encoded: bytes, max_pixels: int) -> Image.Image:
@@ -152,11 +177,15 @@ def open_image(encoded: bytes, max_pixels: int) -> Image.Image:
         Exception: almost any, from Pillow's readers of damaged files.
     """
     if not encoded:
-        raise BrokenImageError("no bytes could be read")
+        raise BrokenImageError("it is empty")
     with _opening, warnings.catch_warnings():  # which sets filters of the whole process
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` decides
         try:
             image = Image.open(io.BytesIO(_without_text(encoded, _WITH_ORIENTATION)), formats=formats())
+        except UnidentifiedImageError:
+            if not encoded.startswith(_TIFF):
+                raise
+            raise BrokenImageError("it is a TIFF file that is damaged or whose kind of pixels is not read") from None
         except ValueError:  # such text can be too long, too
             image = Image.open(io.BytesIO(_without_text(encoded, ())), formats=formats())
     if image.width * image.height > max_pixels:
@@ -184,10 +213,35 @@ def to_rgb(image: Image.Image, orientation: int) -> Image.Image:
     """
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise BrokenImageError(f"its numbers (Pillow's mode {image.mode}) have no known range")
-    if image.mode.startswith("I"):  # 16 bits, or a PPM file's, which Pillow brings to 16; Pillow itself would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.format == "FITS" and image.mode.startswith("I"):
+        raise BrokenImageError("its numbers (FITS of 16 bits) have no known range")
+    if _tiff_tag(image, _SAMPLE_FORMAT) == _SIGNED:
+        raise BrokenImageError("its numbers are signed, and have no known range")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_upper_bits(image))
+    image.info.pop("transparency", None)  # Pillow warns of it in a palette, and changes no colour for it
     rgb = image.convert("RGB")
     return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
+
+
+def _upper_bits(image: Image.Image) -> np.ndarray:
+    """The upper 8 of the 12 bits of a TIFF file or of 16: also a PPM file's, which Pillow brings to 16; it would clip.
+
+    Returns:
+        uint8 [height, width]: 255 is white.
+    """
+    bits = 12 if _tiff_tag(image, _BITS_PER_SAMPLE) == 12 else 16
+    upper = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    return 255 - upper if _tiff_tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO else upper  # of 8 bits Pillow does so
+
+
+def _tiff_tag(image: Image.Image, number: int) -> int | None:
+    """The value of a tag of a TIFF file, of several the first; None without it, and for other formats."""
+    if image.format != "TIFF":
+        return None
+    value = image.tag_v2.get(number)  # type: ignore[attr-defined]
+    found: int | None = value[0] if isinstance(value, tuple) else value
+    return found
 
 
 @contextmanager

@@ -77,8 +77,8 @@ def _fitted(picture: Any, x: _Axis, y: _Axis, size: int, fit: Fit) -> Any:
         used_x, used_y = x.length, y.length
     filled_x = filled_y = x.length * 0.0 + float(size)
     if fit == "pad":
-        filled_x = ops.round(ops.minimum(x.length / y.length, 1.0) * size)
-        filled_y = ops.round(ops.minimum(y.length / x.length, 1.0) * size)
+        filled_x = ops.maximum(ops.round(ops.minimum(x.length / y.length, 1.0) * size), 1.0)
+        filled_y = ops.maximum(ops.round(ops.minimum(y.length / x.length, 1.0) * size), 1.0)
     across, is_column = _weights(x, used_x, filled_x, ops.round((float(size) - filled_x) * 0.5), size, _triangle)
     down, is_row = _weights(y, used_y, filled_y, ops.round((float(size) - filled_y) * 0.5), size, _triangle)
     # Pillow's choice, from version 13 on. Both are made, since a graph of Keras operations has no branches.
@@ -125,7 +125,7 @@ def _weights(
     numbers = np.arange(places, dtype=np.float64)
     is_filled = ops.logical_and(ops.less_equal(first, numbers), ops.greater(first + filled, numbers))
     is_filled = ops.cast(is_filled, "float64")
-    scale = used / ops.maximum(filled, 1.0)  # none is filled by a line thinner than a pixel: Pillow leaves it out
+    scale = used / filled
     center = (axis.length - used) * 0.5 + ops.expand_dims((0.5 - first) + numbers, 1) * scale
     distance = ops.abs(ops.expand_dims(axis.positions - 0.5, 0) - center)
     values = kernel(distance * (1.0 / ops.maximum(scale, 1.0)))
