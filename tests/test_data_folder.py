@@ -227,13 +227,22 @@ def test_folder_with_a_loop_of_links_ends_and_counts_it(tmp_path: Path) -> None:
     assert source.ignored == {"loop": {"none": 3}}
 
 
-def test_folder_with_a_link_to_itself_gives_an_empty_image(tmp_path: Path) -> None:
-    put(tmp_path, CLASSES)
-    (tmp_path / "cat" / "self.png").symlink_to("self.png")
-    (tmp_path / "cat" / "self.txt").symlink_to("self.txt")
-    images = {example.name: example.image for example in opened(tmp_path).examples("train")}
-    assert images["cat/self.png"] == b""
-    assert len(images) == 5
+def test_folder_with_files_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    put(tmp_path, [*CLASSES, "dog/vanished.png", "dog/replaced.png"])
+    for link in ("self.png", "self.txt"):
+        (tmp_path / "cat" / link).symlink_to(link)
+    (tmp_path / "cat" / "away.png").symlink_to("nowhere.png")
+    source = opened(tmp_path)
+    for file in ("vanished.png", "replaced.png"):
+        (tmp_path / "dog" / file).unlink()
+    os.mkfifo(tmp_path / "dog" / "replaced.png")
+    assert {example.name: example.unreadable for example in source.examples("train")} == {
+        **dict.fromkeys(CLASSES, ""),
+        "cat/self.png": "Too many levels of symbolic links",
+        "cat/away.png": "it is a link to a missing file",
+        "dog/vanished.png": "it is missing",
+        "dog/replaced.png": "it is no file",
+    }
 
 
 @pytest.mark.parametrize("cache", ["files/md5", ".dvc/cache"])
@@ -314,12 +323,33 @@ def test_folder_of_splits_without_classes_is_refused(files: list[str], tmp_path:
     assert "data.source: table" in message
 
 
+def test_folder_with_a_copy_of_itself_inside_can_set_it_aside(tmp_path: Path) -> None:
+    put(tmp_path, [f"{top}{split}/{file}" for top in ("", "pets/") for split in ("train", "test") for file in CLASSES])
+    for splits in (GIVEN, None):
+        assert refused(tmp_path, splits, val_fraction=0.1) == (
+            "data.splits: expected a role for each split, received pets (8) unused; write data.splits.unused: pets"
+        )
+    for role in ("unused", "predict"):
+        assert opened(tmp_path, {**GIVEN, role: "pets"}).class_names == ["cat", "dog"]
+    assert "received test, train in" in refused(tmp_path, {"train": "train+pets", "test": "test"})
+
+
+def test_folder_of_splits_with_spaces_and_dots_reads_them(tmp_path: Path) -> None:
+    put(tmp_path, [f"{split}/{file}" for split in ("my train", "v1.test") for file in CLASSES])
+    splits = {"train": "my train[:50%]+v1.test[3:]", "val": "my train[50%:]", "test": "v1.test[:3]"}
+    source = opened(tmp_path, splits)
+    assert {name.partition("/")[0] for name in names(source, splits["train"])} == {"my train", "v1.test"}
+    assert [len(names(source, expression)) for expression in splits.values()] == [3, 2, 3]
+    assert names(source, splits["test"]) | names(source, "v1.test[3:]") == names(source, "v1.test")
+    assert len(names(source, "all")) == 8
+
+
 @pytest.mark.parametrize("classes", [["bus", "car", "train"], ["invalid", "valid"]])
 def test_folder_with_a_class_that_only_sounds_like_a_split_is_read(classes: list[str], tmp_path: Path) -> None:
     assert opened(put(tmp_path, [f"{name}/1.png" for name in classes])).class_names == classes
 
 
-@pytest.mark.parametrize("train", ["train", "nope+Train", "Train[:x]"])
+@pytest.mark.parametrize("train", ["train", "nope+Train", "Train[:x]", "all[:50%]"])
 def test_folder_without_a_split_that_is_named_lists_those_there_are(train: str, tmp_path: Path) -> None:
     put(tmp_path, [f"{split}/{file}" for split in ("Train", "Test") for file in CLASSES])
     message = refused(tmp_path, {"train": train, "test": "Test"})

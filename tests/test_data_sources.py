@@ -180,17 +180,6 @@ def test_folder_of_splits_may_have_unlabelled_ones(tmp_path: Path) -> None:
     assert unlabelled == [("new/1.png", -1), ("new/2.png", -1), ("new/3.png", -1)]
 
 
-def test_folder_with_dangling_link_gives_an_empty_image(tmp_path: Path) -> None:
-    write_picture(tmp_path / "cat" / "1.png")
-    write_picture(tmp_path / "dog" / "1.png")
-    (tmp_path / "dog" / "2.png").symlink_to("nowhere.png")
-    assert {example.name: len(example.image) > 0 for example in opened("folder", tmp_path).examples("train")} == {
-        "cat/1.png": True,
-        "dog/1.png": True,
-        "dog/2.png": False,
-    }
-
-
 def test_folder_with_link_within_it_is_followed(tmp_path: Path) -> None:
     write_picture(tmp_path / "cat" / "1.png")
     (tmp_path / "dog").mkdir()

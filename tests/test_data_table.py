@@ -158,9 +158,16 @@ def test_table_with_a_mistake_is_refused(text: str | bytes, message: str, tmp_pa
         assert refused(table).startswith(message.format(table=table))
 
 
-def test_table_with_missing_files_and_folders_gives_empty_images(tmp_path: Path) -> None:
-    source = opened(write(tmp_path, TEXT + "c/1.png,dog\na,cat\n"))
-    assert {example.name for example in source.examples("train") if not example.image} == {"c/1.png", "a"}
+def test_table_with_files_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    long = "x" * 300 + ".png"
+    source = opened(write(tmp_path, TEXT + f"c/1.png,dog\na,cat\n{long},dog\na/1.png/2.png,cat\n"))
+    assert {example.name: example.unreadable for example in source.examples("train")} == {
+        **dict.fromkeys(dict(ROWS), ""),
+        "c/1.png": "it is missing",
+        "a": "it is a folder",
+        long: "File name too long",
+        "a/1.png/2.png": "Not a directory",
+    }
 
 
 def test_table_that_is_missing_or_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -475,6 +475,11 @@ def test_write_with_a_broken_image_is_refused_by_default(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:100])
     message = refused(folder_data(source), tmp_path)
     assert message.startswith("data.skip_broken: expected at most 0 broken images, received 1: test/cat/00.png (")
+    path.write_bytes(b"")
+    assert "received 1: test/cat/00.png (it is empty); all are listed in" in refused(folder_data(source), tmp_path)
+    path.unlink()
+    path.symlink_to("away.png")
+    assert "test/cat/00.png (it is a link to a missing file)" in refused(folder_data(source), tmp_path)
     assert written(folder_data(source, skip_broken=1), tmp_path / "records").count("test") == 3
 
 

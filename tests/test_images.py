@@ -176,7 +176,12 @@ def test_read_other_color_modes_gives_pillows_rgb(mode: str) -> None:
 
 
 def test_read_transparent_pictures_gives_the_colors_below() -> None:
-    for image, transparent in ((picture().quantize(16), 3), (picture().quantize(16), bytes(range(16))), (picture().convert("1"), 0), (picture(), (1, 2, 3))):
+    for image, transparent in (
+        (picture().quantize(16), 3),
+        (picture().quantize(16), bytes(range(16))),
+        (picture().convert("1"), 0),
+        (picture(), (1, 2, 3)),
+    ):
         encoded = encode(image, transparency=transparent)
         np.testing.assert_array_equal(np.asarray(images.read(encoded)), np.asarray(image.convert("RGB")))
 

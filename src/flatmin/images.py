@@ -18,7 +18,7 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, _imaging
 
 Fit = Literal["squash", "crop", "pad"]
 
@@ -110,7 +110,7 @@ def formats() -> tuple[str, ...]:
 def _silence() -> None:
     """Keep Pillow and its TIFF library from writing to standard error, beside the errors that are raised anyway."""
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    library = ctypes.CDLL(Image.core.__file__)  # which finds the symbols of those that it is linked with
+    library = ctypes.CDLL(_imaging.__file__)  # which finds the symbols of those that it is linked with
     if hasattr(library, "TIFFSetErrorHandler"):
         library.TIFFSetErrorHandler(None)
 

@@ -33,7 +33,7 @@ class Picture(NamedTuple):
         height, width: in pixels, of the upright picture.
         digest: 16 bytes, equal for equal pixels before any resizing.
         frames: whether the file has more frames or pages than this one.
-        dark: whether its 16 bits use less than a quarter of their range.
+        dark: whether its 12 or 16 bits use less than a quarter of their range.
     """
 
     encoded: bytes

@@ -81,7 +81,7 @@ def _check_readable(source: Source, expression: str, count: int | None, data: Da
     readable = []
     for example in console.progress(source.examples(expression), "check", count, "image"):
         try:
-            images.read_picture(example.image, max_pixels=data.max_pixels)
+            images.read_picture(example.encoded(), max_pixels=data.max_pixels)
         except BrokenImageError as error:
             broken.append(f"{example.name} ({error})")
             readable.append(False)

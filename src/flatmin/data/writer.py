@@ -71,7 +71,7 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
             if role is None:
                 continue
             try:
-                picture = images.read_picture(example.image, stored, data.max_pixels)
+                picture = images.read_picture(example.encoded(), stored, data.max_pixels)
             except BrokenImageError as error:
                 broken.append(f"{example.name} ({error})")
             else:
@@ -95,7 +95,7 @@ def _tell(info: Mapping[str, Any]) -> None:
         console.log(f"prepare: files with several frames or pages, of which the first is taken: {info['first_frames']}")
     if info["dark"]["count"]:
         console.log(
-            "prepare: pictures of 16 bits that are dark, since they use less than a quarter of their range:"
+            "prepare: pictures of 12 or 16 bits that are dark, since they use less than a quarter of their range:"
             f" {info['dark']['count']}, such as {info['dark']['names'][0]!r}"
         )
 
@@ -132,7 +132,7 @@ class RecordsWriter:
         roles: The writer of each role that has examples; after `close`, in the order of `ROLES`.
         described: After `close`, the `role.json` of each of them.
         first_frames: The number of pictures whose file has more frames or pages.
-        dark: The names of pictures whose 16 bits use less than a quarter of their range.
+        dark: The names of pictures whose 12 or 16 bits use less than a quarter of their range.
     """
 
     def __init__(self, folder: Path, class_names: Sequence[str], fit: str, stored: Stored) -> None:

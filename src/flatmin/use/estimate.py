@@ -80,7 +80,7 @@ def read_sample(found: Survey, stored: Stored, max_pixels: int) -> Sample:
     started = time.perf_counter()
     for example in itertools.islice(found.source.examples(found.source.expressions["train"]), PICTURES):
         try:
-            examples.append((example, images.read_picture(example.image, stored, max_pixels)))
+            examples.append((example, images.read_picture(example.encoded(), stored, max_pixels)))
         except BrokenImageError as error:
             broken.append(f"{example.name} ({error})")
     return Sample(examples, broken, (time.perf_counter() - started) / max(1, len(examples) + len(broken)))

@@ -6,6 +6,7 @@ A source streams encoded images in a fixed order and understands TFDS's split ex
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from flatmin.common import console, errors
 from flatmin.common.errors import InputError
 from flatmin.common.params import Data
 from flatmin.data.sources import roles
+from flatmin.images import BrokenImageError
 
 UNKNOWN = -1  # the label of an example whose class is not known
 
@@ -25,16 +27,28 @@ class Example(NamedTuple):
     """One example of a source.
 
     Attributes:
-        image: The encoded bytes, unchanged.
+        image: The encoded bytes, unchanged; none if they cannot be read.
         label: Index of the class, or `UNKNOWN`.
         name: Identifies the example to a person.
         true_label: The source's label where another one may have been drawn; else None.
+        unreadable: Why there are no bytes.
     """
 
     image: bytes
     label: int
     name: str
     true_label: int | None = None
+    unreadable: str = ""
+
+    def encoded(self) -> bytes:
+        """Return the encoded bytes.
+
+        Raises:
+            BrokenImageError: They cannot be read.
+        """
+        if self.unreadable:
+            raise BrokenImageError(self.unreadable)
+        return self.image
 
 
 class Slice(NamedTuple):
@@ -71,15 +85,18 @@ class Source(ABC):
             InputError: The expression, the value of `key`, is malformed or names a split that does not exist.
         """
         sizes = {name: split.num_examples for name, split in self.splits.items()}
+        plain = {name: name if re.fullmatch(r"[\w-]+", name) else f"odd-split-{i}" for i, name in enumerate(sizes)}
+        split_of = {new: name for name, new in plain.items()}
         try:
-            parts = tfds.core.ReadInstruction.from_spec(expression).to_absolute(self.splits)
-        except (ValueError, AssertionError) as error:
+            instruction = tfds.core.ReadInstruction.from_spec(_renamed(expression, plain))
+            parts = instruction.to_absolute({new: self.splits[name] for new, name in split_of.items()})
+        except (ValueError, AssertionError, NotImplementedError) as error:
             available = ", ".join(f"{name} ({size})" for name, size in sizes.items())
-            reason = errors.first_line(str(error))
+            reason = errors.first_line(str(error)).partition(". See format at")[0]
             raise InputError(f"{key}: expected slices of {available}, received {expression!r}: {reason}") from None
+        absolute = [(split_of[part.splitname], part) for part in parts]
         slices = [
-            Slice(part.splitname, part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
-            for part in parts
+            Slice(split, part.from_ or 0, sizes[split] if part.to is None else part.to) for split, part in absolute
         ]
         return [part for part in slices if part.start < part.stop]
 
@@ -90,6 +107,12 @@ class Source(ABC):
     @abstractmethod
     def labels(self, expression: str) -> np.ndarray:
         """Return the labels of `examples(expression)`, int32 [n], without reading any image."""
+
+
+def _renamed(expression: str, names: Mapping[str, str]) -> str:
+    """Replace the names of splits in a split expression: TFDS takes no spaces in them, but folders have some."""
+    parts = (part.strip().partition("[") for part in expression.split("+"))
+    return "+".join(names.get(name, name) + bracket + rest for name, bracket, rest in parts)
 
 
 class ListedSource(Source):
@@ -152,7 +175,11 @@ class ListedSource(Source):
         for split, start, stop in self.locate(expression):
             names, labels = self._names[split][start:stop], self._labels[split][start:stop].tolist()
             for name, label in zip(names, labels, strict=True):
-                yield Example(self._read(name), label, name)
+                try:
+                    example = Example(self._read(name), label, name)
+                except BrokenImageError as error:
+                    example = Example(b"", label, name, unreadable=str(error))
+                yield example
 
     def labels(self, expression: str) -> np.ndarray:
         parts = [self._labels[split][start:stop] for split, start, stop in self.locate(expression)]
@@ -160,7 +187,11 @@ class ListedSource(Source):
 
     @abstractmethod
     def _read(self, name: str) -> bytes:
-        """Return the encoded image of that name."""
+        """Return the encoded image of that name.
+
+        Raises:
+            BrokenImageError: It cannot be read.
+        """
 
 
 def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:

@@ -72,8 +72,8 @@ def _arrange(files: Sequence[str], data: Data) -> dict[str, list[tuple[str, str]
         items.setdefault(split, []).append((file, classes[0] if classes else ""))
     _refuse_other_than_splits(items, data)
     _refuse_years(items)
-    for split, pairs in items.items():
-        roles.refuse_splits_as_classes(sorted({name for _, name in pairs if name}), f"{data.name}/{split}")
+    for split in sorted(roles.scored_splits(data, items)):
+        roles.refuse_splits_as_classes(sorted({name for _, name in items[split] if name}), f"{data.name}/{split}")
     return items
 
 

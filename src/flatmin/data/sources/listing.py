@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NoReturn
 from flatmin import images
 from flatmin.common.errors import InputError
 from flatmin.common.params import Links
+from flatmin.images import BrokenImageError
 
 # What file managers, archives and network storage leave behind. Names that begin with a dot are hidden anyway.
 SYSTEM = frozenset(
@@ -167,11 +169,19 @@ def is_near(path: str, folder: str) -> bool:
 
 
 def read_file(path: Path) -> bytes:
-    """Return a file's bytes; none if it is missing, no file or cannot be read, which makes it a broken image."""
+    """Return a file's bytes.
+
+    Raises:
+        BrokenImageError: It is missing, no file or cannot be read.
+    """
     try:
-        return path.read_bytes() if path.is_file() else b""
-    except OSError:
-        return b""
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise BrokenImageError("it is a folder" if path.is_dir() else "it is no file")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BrokenImageError("it is a link to a missing file" if path.is_symlink() else "it is missing") from None
+    except OSError as error:
+        raise BrokenImageError(error.strerror or str(error)) from None
 
 
 def size(path: Path) -> int | str:

@@ -74,6 +74,14 @@ def named_splits(expression: str, available: Collection[str]) -> set[str]:
     return set(available) if "all" in names else names & set(available)
 
 
+def scored_splits(data: Data, available: Collection[str]) -> set[str]:
+    """Return those of the available splits that train, val or test will take, whose classes count."""
+    if data.splits is None:
+        return {split for split in available if USUAL.get(split.lower(), "predict") != "predict"}
+    given = (data.splits.train, data.splits.val or "", data.splits.test)
+    return set().union(*(named_splits(text, available) for text in given))
+
+
 def refuse_unused(data: Data, chosen: Mapping[str, str], sizes: Mapping[str, int]) -> None:
     """Refuse splits that neither a role nor `data.splits.unused` names.
 
@@ -96,7 +104,7 @@ def _roles_for(left: Mapping[str, int], chosen: Mapping[str, str], sizes: Mappin
     """Return settings, followed by "or", that give the splits which are left the roles of their names."""
     usual = {USUAL[split.lower()]: split for split in sizes if split.lower() in USUAL}
     new = {role: split for role, split in usual.items() if split in left and role not in chosen}
-    if {"train", "test"} <= set(usual):
+    if {"train", "test"} <= set(usual) and set(left) & set(usual.values()):
         pairs = ", ".join(f"{role}: {usual[role]}" for role in ROLES if role in usual)
         return f"data.splits: {{{pairs}}}{' without data.val_fraction or val_per_class' if 'val' in new else ''}, or "
     return "".join(f"data.splits.{role}: {split}, or " for role, split in new.items())
