@@ -184,7 +184,7 @@ def test_folder_with_odd_names_reads_them(tmp_path: Path) -> None:
 
 
 def linked(root: Path, link: str, target: str) -> Path:
-    put(root, [*(f"in/{file}" for file in CLASSES), "out/3.png"])
+    put(root, [*(f"in/{file}" for file in CLASSES), "in/.store/3.png", "out/3.png"])
     (root / "in" / link).symlink_to(root / target)
     return root / "in"
 
@@ -195,12 +195,12 @@ def linked(root: Path, link: str, target: str) -> Path:
         ("cat/3.png", "out/3.png", "within", "follow"),
         ("cat/3.png", "out/missing.png", "within", "follow"),
         ("eel", "out", "within", "follow"),
-        ("eel", "in/cat", "within", "follow"),
+        ("eel", "in/.store", "within", "follow"),
         ("cat/up", "in", "within", "follow"),
         ("cat/up", "in", "refuse", "follow"),
-        ("cat/3.png", "in/cat/1.png", "refuse", "within"),
+        ("cat/3.png", "in/.store/3.png", "refuse", "within"),
         ("cat/3.png", "out/3.png", "refuse", "follow"),
-        ("eel", "in/cat", "refuse", "follow"),
+        ("eel", "in/.store", "refuse", "follow"),
     ],
 )
 def test_folder_with_a_link_that_is_not_allowed_says_what_to_write(
@@ -211,6 +211,40 @@ def test_folder_with_a_link_that_is_not_allowed_says_what_to_write(
     assert message.startswith("data.links: expected ")
     assert message.endswith(f"received '{root}/{link}'; write data.links: {write} to read it")
     assert len(names(opened(root, links=write))) > (3 if link == "cat/up" else 4)
+
+
+@pytest.mark.parametrize(
+    ("links", "other", "values"),
+    [
+        ({"dog/3.png": "1.png"}, "dog/3.png", {}),
+        ({"dog/3.png": "{root}/dog/1.png"}, "dog/3.png", {"links": "follow"}),
+        ({"eel": "dog"}, "eel/1.png", {"links": "follow"}),
+        ({"dog/0.png": "{out}", "eel/0.png": "../../out.png"}, "eel/0.png", {"links": "follow"}),
+    ],
+)
+def test_folder_with_one_file_twice_in_a_split_is_refused(
+    links: dict[str, str], other: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    root = put(tmp_path / "in", [*CLASSES, "../out.png"])
+    for link, target in links.items():
+        (root / link).parent.mkdir(exist_ok=True)
+        (root / link).symlink_to(target.format(root=root, out=tmp_path / "out.png"))
+    first = next(iter(links)) if len(links) > 1 else "dog/1.png"
+    assert refused(root, **values) == (
+        f"data.name: expected each picture of a split once, received {first!r} and {other!r}, which are one file"
+    )
+
+
+def test_folder_with_links_into_a_split_that_is_set_aside_is_read(tmp_path: Path) -> None:
+    put(tmp_path, ["all/cat/1.png", "all/cat/2.png", "all/dog/1.png", "all/dog/2.png"])
+    for split, number in (("train", 1), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").symlink_to(f"../../all/{name}/{number}.png")
+    source = opened(tmp_path, {**GIVEN, "unused": "all"})
+    assert {example.name: example.image for example in source.examples("test")} == {
+        f"test/{name}/0.png": b"bytes" for name in ("cat", "dog")
+    }
 
 
 def test_folder_with_a_loop_of_links_ends_and_counts_it(tmp_path: Path) -> None:
@@ -250,8 +284,9 @@ def test_folder_of_links_into_dvcs_cache_is_read(cache: str, tmp_path: Path) -> 
     put(tmp_path, CLASSES)
     target = tmp_path.with_name("cache") / cache / "0a" / ("b" * 30)
     put(target.parent, [target.name])
-    (tmp_path / "cat" / "3.png").symlink_to(target)
-    assert "cat/3.png" in names(opened(tmp_path))
+    for link in ("cat/3.png", "dog/3.png"):  # there equal files are one
+        (tmp_path / link).symlink_to(target)
+    assert {"cat/3.png", "dog/3.png"} < names(opened(tmp_path))
     assert "write data.links: follow" not in refused(tmp_path, links="refuse")
 
 
@@ -430,6 +465,14 @@ def test_folder_with_a_class_in_two_spellings_is_refused(train: str, test: str, 
 
 def test_folder_with_classes_that_look_the_same_in_one_split_is_refused(tmp_path: Path) -> None:
     assert "one spelling of each class" in refused(put(tmp_path, ["cat/1.png", "cat /1.png", "dog/1.png"]))
+
+
+@pytest.mark.parametrize("pair", [("0", "0.0"), ("1", "01"), ("-0", "0"), ("True", "true"), ("1.5", "1.50")])
+def test_folder_with_one_number_or_truth_value_as_two_classes_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    message = refused(put(tmp_path, [f"{name}/1.png" for name in (*pair, "x")]))
+    assert message == (
+        f"data.name: expected one spelling of each class, received {min(pair)!r} and {max(pair)!r} in train"
+    )
 
 
 def test_folder_of_upper_and_lower_case_classes_is_read_and_told(

@@ -198,8 +198,8 @@ def test_table_with_paths_out_of_its_folder_needs_follow(path: str, tmp_path: Pa
     [
         ("a/1.png", "out.png", "within", "follow"),
         ("a", "out", "within", "follow"),
-        ("a/1.png", "in/a/2.png", "refuse", "within"),
-        ("a", "in/b", "refuse", "within"),
+        ("a/1.png", "in/.store/1.png", "refuse", "within"),
+        ("a", "in/.store", "refuse", "within"),
     ],
 )
 def test_table_with_links_that_are_not_allowed_says_what_to_write(
@@ -207,8 +207,8 @@ def test_table_with_links_that_are_not_allowed_says_what_to_write(
 ) -> None:
     root = tmp_path / "in"
     table = write(root, TEXT)
-    (tmp_path / "out").mkdir()
-    for path in ("out.png", "out/1.png", "out/2.png"):
+    for path in ("out.png", "out/1.png", "out/2.png", "in/.store/1.png", "in/.store/2.png"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"out")
     (root / link).rename(tmp_path / "away")
     (root / link).symlink_to(tmp_path / target)
@@ -216,6 +216,21 @@ def test_table_with_links_that_are_not_allowed_says_what_to_write(
     assert message.startswith("data.links: expected ")
     assert message.endswith(f"received 'line 2: a/1.png'; write data.links: {write_links} to read it")
     assert all(example.image for example in opened(table, links=write_links).examples("train"))
+
+
+@pytest.mark.parametrize(
+    ("again", "links"),
+    [("{root}/a/1.png", "follow"), ("../in/a/1.png", "follow"), ("link.png", "within"), ("folder/1.png", "within")],
+)
+def test_table_with_one_file_in_two_rows_is_refused_however_it_is_reached(
+    again: str, links: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "in"
+    table = write(root, TEXT + f"{again},dog\n".format(root=root))
+    (root / "link.png").symlink_to(root / "a" / "1.png")
+    (root / "folder").symlink_to("a")
+    name = again.format(root=root)
+    assert refused(table, links=links) == f"{table}: expected each image once, received {name!r} in line 2 and line 6"
 
 
 def test_table_that_is_a_link_has_its_paths_beside_the_link(tmp_path: Path) -> None:
@@ -241,12 +256,57 @@ def test_table_of_parquet_gives_the_rows_of_csv(tmp_path: Path) -> None:
     assert source.version == opened(write(tmp_path, TEXT)).version
 
 
-@pytest.mark.parametrize("labels", [[3, 10, 3, None], [3.0, 10.0, 3.0, float("nan")]])
-def test_table_of_parquet_with_numbers_reads_them_as_classes(labels: list[float | None], tmp_path: Path) -> None:
-    table = write_parquet(tmp_path, {"image": [image for image, _ in ROWS], "label": labels})
-    source = opened(table, HALVES | {"predict": "predict"})
-    assert source.class_names == ["3", "10"]
+def write_labels(folder: Path, labels: list[Any]) -> Path:
+    """A table with these labels: CSV with them as text, Parquet with any."""
+    images = [image for image, _ in ROWS]
+    if all(isinstance(label, str) for label in labels):
+        return write(folder, "image,label\n" + "".join(map("{},{}\n".format, images, labels)))
+    return write_parquet(folder, {"image": images, "label": labels})
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([3, 10, 3, None], ["3", "10"]),
+        ([3.0, 10.0, 3.0, NAN], ["3", "10"]),
+        (["3.0", "10.0", "3", ""], ["3", "10"]),  # as a CSV file has them, if the writer made them floats for the gap
+        ([0.0, -0.0, 2.5, None], ["0", "2.5"]),
+        (["0.0", "0", "2.5", ""], ["0", "2.5"]),
+        ([True, False, True, None], ["False", "True"]),
+        (["True", "False", "True", ""], ["False", "True"]),
+    ],
+)
+def test_table_with_numbers_or_truth_values_reads_them_as_classes_alike(
+    labels: list[Any], classes: list[str], tmp_path: Path
+) -> None:
+    source = opened(write_labels(tmp_path, labels), HALVES | {"predict": "predict"})
+    assert source.class_names == classes
     assert len(source.labels("predict")) == 1
+
+
+@pytest.mark.parametrize("labels", [["01", "1", "2", "1"], ["True", "true", "x", "x"], ["0.5", "0.50", "a", "a"]])
+def test_table_with_one_number_in_two_spellings_is_refused(labels: list[str], tmp_path: Path) -> None:
+    message = refused(write_labels(tmp_path, labels))
+    assert message == (
+        f"data.name: expected one spelling of each class, received {labels[0]!r} and {labels[1]!r} in train"
+    )
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "<NA>", "NaT", "inf"])
+def test_table_with_a_word_for_a_missing_label_is_refused(word: str, tmp_path: Path) -> None:
+    table = write_labels(tmp_path, ["cat", "dog", word, "dog"])
+    assert refused(table) == (
+        f"{table}: line 4: expected a label, or an empty one where it is not known, received {word!r}"
+    )
+
+
+def test_table_with_a_class_that_may_stand_for_a_missing_label_says_so(tmp_path: Path, capsys: Any) -> None:
+    assert opened(write_labels(tmp_path, ["None", "glioma"] * 2)).class_names == ["None", "glioma"]
+    expected = "prepare: 'None' is a class; a row whose class is not known has an empty label\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_table_of_parquet_with_dictionaries_reads_them(tmp_path: Path) -> None:

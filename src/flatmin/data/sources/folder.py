@@ -41,7 +41,11 @@ class FolderSource(ListedSource):
             if outside:
                 received = f"{outside[0]!r} outside any class folder ({len(outside)} of {len(listed.files)} images)"
             raise InputError(f"data.name: expected a folder of images for each class, received {received}")
-        super().__init__(data, _listing_digest(self._root, listed.files), _arrange(listed.files, data))
+        items = _arrange(listed.files, data)
+        if listed.linked:
+            for pairs in items.values():
+                _refuse_twice(self._root, [file for file, _ in pairs])
+        super().__init__(data, _listing_digest(self._root, listed.files), items)
 
     def _read(self, name: str) -> bytes:
         return listing.read_file(self._root / name)
@@ -106,6 +110,17 @@ def _refuse_other_than_splits(items: dict[str, list[tuple[str, str]]], data: Dat
     raise InputError(
         f"data.name: expected CLASS/image or SPLIT/CLASS/image, received {found!r} in {tops}; write {write}"
     )
+
+
+def _refuse_twice(root: Path, files: Sequence[str]) -> None:
+    """Refuse two pictures of a split that are one file, by symbolic links."""
+    found: dict[str, str] = {}
+    for file in files:
+        other = found.setdefault(listing.real_file(f"{root}/{file}"), file)
+        if other != file:
+            raise InputError(
+                f"data.name: expected each picture of a split once, received {other!r} and {file!r}, which are one file"
+            )
 
 
 def _listing_digest(root: Path, files: Sequence[str]) -> str:

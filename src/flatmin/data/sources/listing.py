@@ -42,6 +42,7 @@ class Listing:
     Attributes:
         files: Their paths relative to the folder, with forward slashes, sorted.
         folders: The folders one or two levels below it that are not hidden, sorted.
+        linked: Whether some of them are reached by symbolic links.
         ignored: How many other files there are, for each key of `REASONS` by suffix (`none` if a name has none).
     """
 
@@ -53,6 +54,7 @@ class Listing:
         """
         self.files: list[str] = []
         self.folders: list[str] = []
+        self.linked = False
         self._ignored: dict[str, Counter[str]] = {reason: Counter() for reason in REASONS}
         self._root, self._links = str(root), links
         self._real_root = os.path.realpath(root)
@@ -94,6 +96,7 @@ class Listing:
             return False
         if entry.is_symlink():
             check_link(entry.path, self._real_root, self._links)
+            self.linked = True
         if _identity(entry.path) in above:
             self._ignore("loop", entry.name)
             return False
@@ -111,6 +114,7 @@ class Listing:
                 raise InputError(f"data.name: expected names in UTF-8, received {entry.path!r}")
             if entry.is_symlink():
                 check_link(entry.path, self._real_root, self._links)
+                self.linked = True
             self.files.append(path)
 
     def _ignore(self, reason: str, name: str) -> None:
@@ -166,6 +170,12 @@ def refuse_link(path: str, links: Links, target: str, real_root: str) -> NoRetur
 def is_near(path: str, folder: str) -> bool:
     """Whether a path lies below a folder or in a DVC cache, to which DVC itself may link. Neither may contain links."""
     return path.startswith(folder.rstrip("/") + "/") or _DVC_CACHE.search(path) is not None
+
+
+def real_file(path: str) -> str:
+    """Return a link's target, or the path itself where that is in a DVC cache, in which equal files are one."""
+    target = os.path.realpath(path)
+    return path if _DVC_CACHE.search(target) else target
 
 
 def read_file(path: Path) -> bytes:

@@ -136,7 +136,7 @@ def refuse_spellings(classes: Mapping[str, Collection[str]]) -> list[tuple[str, 
         The pairs of classes which differ only in the spelling, and which a split has both of.
 
     Raises:
-        InputError: Two names look the same, or differ only in the spelling and no split has both.
+        InputError: Two names look the same or are one number, or differ only in the spelling and no split has both.
     """
     spellings: dict[str, list[str]] = {}
     for name in sorted(set().union(*classes.values())):
@@ -220,8 +220,19 @@ def _names(names: Collection[str]) -> str:
 
 
 def _visible(name: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", name).split())
+    return _value(name) or " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def _folded(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
+    return _value(name) or re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
+
+
+def _value(name: str) -> str:
+    """One spelling of a number (`1`, `01`, `1.0`) or truth value (`True`, `true`); "" for other names."""
+    if name.casefold() in ("true", "false"):
+        return name.casefold()
+    if not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", name):
+        return ""
+    whole, _, rest = name.lstrip("+-").partition(".")
+    digits = f"{whole.lstrip('0') or '0'}.{rest.rstrip('0')}"
+    return f"-{digits}" if name.startswith("-") and digits != "0." else digits

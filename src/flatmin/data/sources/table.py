@@ -6,6 +6,7 @@ import csv
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,9 @@ from flatmin.common.params import Columns, Data, Links
 from flatmin.data.sources import listing
 from flatmin.data.sources.base import ListedSource
 
+# What programs write for a value that is missing or no number, in lower case. Some of the other ones are class names.
+NO_CLASS = frozenset(("nan", "nat", "<na>", "inf", "-inf"))
+HARDLY_CLASS = frozenset(("na", "n/a", "null", "none"))
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # what else separates columns
 
 
@@ -53,11 +57,12 @@ class TableSource(ListedSource):
         digest = hashlib.sha256()
         for row in _read_rows(table, data.columns):
             name = _checked_path(row, self._root, data.links)
-            if name in lines:
+            file = _real_file(os.path.join(self._root, name))
+            if file in lines:
                 raise InputError(
-                    f"{table}: expected each image once, received {name!r} in {lines[name]} and {row.where}"
+                    f"{table}: expected each image once, received {name!r} in {lines[file]} and {row.where}"
                 )
-            lines[name] = row.where
+            lines[file] = row.where
             split = row.split if row.split is not None else "train" if row.label else "predict"
             if not split:
                 raise InputError(f"{table}: {row.where}: expected a split, received none for {name!r}")
@@ -67,6 +72,8 @@ class TableSource(ListedSource):
         if not items:
             raise InputError(f"{table}: expected at least one row, received none")
         super().__init__(data, digest.hexdigest()[:16], items)
+        if odd := [name for name in self.class_names if name.casefold() in HARDLY_CLASS]:
+            console.log(f"prepare: {odd[0]!r} is a class; a row whose class is not known has an empty label")
 
     def _read(self, name: str) -> bytes:
         return listing.read_file(self._root / name)
@@ -100,6 +107,12 @@ def _checked_path(row: Row, root: Path, links: Links) -> str:
 @cache
 def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
+
+
+def _real_file(path: str) -> str:
+    """Return the path by which a file that rows name in several ways is known; of DVC's links, their own."""
+    own = f"{_real_folder(os.path.dirname(path))}/{os.path.basename(path)}"
+    return listing.real_file(own) if os.path.islink(own) else own
 
 
 def _read_rows(table: Path, columns: Columns) -> Iterator[Row]:
@@ -182,7 +195,10 @@ def _choose_columns(table: Path, header: Sequence[str], columns: Columns) -> lis
 
 
 def _row(table: Path, where: str, cells: Sequence[Any]) -> Row:
-    """Check the values of image, label and split, which Parquet holds in any type."""
+    """Check the values of image, label and split, which Parquet holds in any type.
+
+    A label is its text, without blanks around it and without the fraction of a whole number: of `1.0` it is `1`.
+    """
     image, label, split = cells
     if isinstance(label, float):
         label = None if math.isnan(label) else int(label) if label.is_integer() else label
@@ -190,5 +206,9 @@ def _row(table: Path, where: str, cells: Sequence[Any]) -> Row:
         if not isinstance(value, types | None):
             kind = type(value).__name__
             raise InputError(f"{table}: {where}: expected text in the column of {key}, received a value of type {kind}")
-    text = "" if label is None else str(label).strip()
+    text = "" if label is None else re.sub(r"^([+-]?[0-9]+)\.0*$", r"\1", str(label).strip())
+    if text.casefold() in NO_CLASS:
+        raise InputError(
+            f"{table}: {where}: expected a label, or an empty one where it is not known, received {text!r}"
+        )
     return Row(where, image or "", text, split if split is None else split.strip())
