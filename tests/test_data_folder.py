@@ -348,6 +348,9 @@ def test_folder_with_two_splits_for_a_role_is_refused_without_splits(tmp_path: P
         ["cat/1.png", "dog/1.png", "predict/1.png"],
         ["cat/1.png", "dog/1.png", "Test/1.png"],
         ["train/train/1.png", "test/test/1.png"],
+        ["train2017/1.png", "val2017/1.png", "annotations/a.json"],
+        ["train_images/1.png", "test_images/1.png"],
+        ["training set/1.png", "test1/1.png"],
         ["train/train/cat/1.png", "train/val/cat/1.png"],
     ],
 )
@@ -356,6 +359,46 @@ def test_folder_of_splits_without_classes_is_refused(files: list[str], tmp_path:
     assert message.startswith("data.name: expected classes, received ")
     assert "names of splits" in message
     assert "data.source: table" in message
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["images/1.png", "labels/1.txt"], "images, labels in '{root}/'"),
+        (["images/1.png", "masks/1.png"], "images, masks in '{root}/'"),
+        (["images/train/1.png", "images/val/2.png", "labels/train/1.txt"], "images, labels in '{root}/'"),
+        (["images/train/1.png", "masks/train/1.png"], "images, masks in '{root}/'"),
+        (
+            ["train/images/1.png", "train/labels/1.txt", "test/images/2.png", "test/labels/2.txt"],
+            "images, labels in '{root}/t",
+        ),
+        (["train/Image/1.png", "train/Mask/1.png", "test/Image/2.png", "test/Mask/2.png"], "Image, Mask in '{root}/t"),
+        (
+            ["JPEGImages/1.jpg", "SegmentationClass/1.png", "Annotations/1.xml"],
+            "Annotations, JPEGImages, SegmentationClass in '{root}/'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("splits", [{"train": "train", "test": "train"}, None])
+def test_folder_of_pictures_and_their_annotations_is_refused(
+    files: list[str], found: str, splits: dict[str, str] | None, tmp_path: Path
+) -> None:
+    message = refused(put(tmp_path, files), splits)
+    expected = f"data.name: expected a folder of images for each class, received {found.format(root=tmp_path)}"
+    assert message.startswith(expected)
+    assert "', as data for detection or segmentation have them; list the pictures with one label each in" in message
+
+
+@pytest.mark.parametrize("classes", [["mask", "no mask"], ["image", "text"]])
+def test_folder_with_classes_of_such_names_is_read(classes: list[str], tmp_path: Path) -> None:
+    assert opened(put(tmp_path, [f"{name}/1.png" for name in classes])).class_names == classes
+
+
+def test_folder_of_annotations_that_are_set_aside_is_read(tmp_path: Path) -> None:
+    put(tmp_path, [f"{top}/{file}" for top in ("images", "masks") for file in CLASSES])
+    splits = {"train": "images[:50%]", "test": "images[50%:]"}
+    assert opened(tmp_path, splits | {"unused": "masks"}).class_names == ["cat", "dog"]
+    assert "expected a role for each split, received masks (4) unused" in refused(tmp_path, splits)
 
 
 def test_folder_with_a_copy_of_itself_inside_can_set_it_aside(tmp_path: Path) -> None:

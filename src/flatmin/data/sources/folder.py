@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from flatmin.common import console
@@ -14,6 +14,12 @@ from flatmin.common.params import Data
 from flatmin.data.sources import listing, roles
 from flatmin.data.sources.base import ListedSource
 from flatmin.data.sources.listing import Listing
+
+# How data for detection or segmentation name the folder of pictures, and those beside it, whose files may be pictures.
+PICTURES = frozenset(("images", "image", "imgs", "img", "jpegimages"))
+BESIDE = frozenset(
+    ("labels", "label", "annotations", "annotation", "masks", "mask", "gt", "segmentationclass", "segmentationobject")
+)
 
 
 class FolderSource(ListedSource):
@@ -41,7 +47,7 @@ class FolderSource(ListedSource):
             if outside:
                 received = f"{outside[0]!r} outside any class folder ({len(outside)} of {len(listed.files)} images)"
             raise InputError(f"data.name: expected a folder of images for each class, received {received}")
-        items = _arrange(listed.files, data)
+        items = _arrange(listed, data)
         if listed.linked:
             for pairs in items.values():
                 _refuse_twice(self._root, [file for file, _ in pairs])
@@ -61,24 +67,50 @@ def _without_pictures(listed: Listing) -> list[str]:
     return [folder for folder in empty if folder.rpartition("/")[0] not in empty]
 
 
-def _arrange(files: Sequence[str], data: Data) -> dict[str, list[tuple[str, str]]]:
+def _arrange(listed: Listing, data: Data) -> dict[str, list[tuple[str, str]]]:
     """Return the files of each split with their classes, "" where there is none.
 
     Raises:
         InputError: The folders cannot be what the user means by classes and splits.
     """
+    files = listed.files
     if all(file.count("/") == 1 for file in files):
+        _refuse_pairs({file.split("/")[0] for file in files}, listed, "", data)
         roles.refuse_splits_as_classes(sorted({file.split("/")[0] for file in files}), data.name)
         return {"train": [(file, file.split("/")[0]) for file in files]}
     items: dict[str, list[tuple[str, str]]] = {}
     for file in files:
         split, *classes = file.split("/")[:-1]
         items.setdefault(split, []).append((file, classes[0] if classes else ""))
+    names = {split: {name for _, name in pairs if name} for split, pairs in items.items()}
+    scored = sorted(roles.scored_splits(data, items))
+    tops = scored or list(items)
+    if len(tops) > 1 or all(map(roles.resembles_split, names[tops[0]])):  # else classes in a folder of any name
+        _refuse_pairs(tops, listed, "", data)
     _refuse_other_than_splits(items, data)
     _refuse_years(items)
-    for split in sorted(roles.scored_splits(data, items)):
-        roles.refuse_splits_as_classes(sorted({name for _, name in items[split] if name}), f"{data.name}/{split}")
+    for split in scored:
+        _refuse_pairs(names[split], listed, split, data)
+        roles.refuse_splits_as_classes(sorted(names[split]), f"{data.name}/{split}")
     return items
+
+
+def _refuse_pairs(names: Collection[str], listed: Listing, parent: str, data: Data) -> None:
+    """Refuse folders which are no classes or splits, but pictures and what is drawn in them.
+
+    Args:
+        names: The folders with pictures in the folder `parent`.
+    """
+    lower = {name.lower() for name in names}
+    if lower & PICTURES and lower <= PICTURES | BESIDE:
+        inside = f"{parent}/" if parent else ""
+        paths = [path.removeprefix(inside) for path in listed.folders if path.startswith(inside)]
+        found = [path for path in paths if "/" not in path]
+        raise InputError(
+            f"data.name: expected a folder of images for each class, received {', '.join(found[: roles.MAX_LISTED])} in"
+            f" {os.path.join(data.name, parent)!r}, as data for detection or segmentation have them; list the pictures"
+            " with one label each in a table (data.source: table)"
+        )
 
 
 def _refuse_years(items: dict[str, list[tuple[str, str]]]) -> None:

@@ -74,6 +74,12 @@ def named_splits(expression: str, available: Collection[str]) -> set[str]:
     return set(available) if "all" in names else names & set(available)
 
 
+def resembles_split(name: str) -> bool:
+    """Whether it is the usual name of a split, or one such as `train2017`, `test_images` or `training set`."""
+    letters = re.sub(r"[^a-z]", "", name.lower())
+    return re.sub(r"^(images?|imgs?)|(images?|imgs?|set|data)$", "", letters) in USUAL
+
+
 def scored_splits(data: Data, available: Collection[str]) -> set[str]:
     """Return those of the available splits that train, val or test will take, whose classes count."""
     if data.splits is None:
@@ -114,11 +120,12 @@ def refuse_splits_as_classes(classes: Collection[str], where: str) -> None:
     """Refuse classes whose names are those of splits.
 
     Raises:
-        InputError: All are, or one for train and one for val or test, or one can hardly be a class.
+        InputError: All are or resemble some, or one is for train and one for val or test, or can hardly be a class.
     """
     lower = {name.lower() for name in classes}
     usual = {USUAL[name] for name in lower if name in USUAL}
-    if lower & HARDLY_CLASSES or (usual and (lower <= set(USUAL) or ("train" in usual and len(usual) > 1))):
+    several = "train" in usual and len(usual) > 1
+    if several or lower & HARDLY_CLASSES or (lower and all(resembles_split(name) for name in lower)):
         raise InputError(
             f"data.name: expected classes, received {_names(classes)} in {where}, which are names of splits: sort the"
             " pictures of each split into a folder for each class (train/CLASS/...), or list them in a table with"
