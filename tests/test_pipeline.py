@@ -304,6 +304,19 @@ def test_editing_the_sources_retrains_nothing_when_the_records_come_out_the_same
 
 
 @pytest.mark.slow
+def test_repro_with_more_to_predict_and_in_test_trains_nothing(study: Repository) -> None:
+    before = {name: content for name, content in study.results().items() if name.startswith("models/")}
+    splits = TINY["data"]["splits"] | {"test": "train[88%:]", "predict": "train[50%:51%]"}
+    study.write_params(STUDY | {"data": STUDY["data"] | {"splits": splits}})
+    assert stages_run(study.run("dvc", "repro")) == ["prepare", "evaluate", "report"]
+    assert {name: content for name, content in study.results().items() if name.startswith("models/")} == before
+    for role in ("test", "predict"):
+        predicted = rows(study.folder / f"predictions/{role}.csv")
+        assert len(predicted) == read(study, "prepare")["roles"][role]["count"]
+    assert stages_changed(study) == set()
+
+
+@pytest.mark.slow
 def test_exp_run_small_number_stays_a_number(study: Repository) -> None:
     # DVC writes 1e-05, which YAML 1.1 takes for text.
     study.run("dvc", "exp", "run", "-S", "sam.rho=0.00001", "--name", "small-rho", "select-best")
@@ -424,23 +437,25 @@ def kill_after(repository: Repository, epochs: int, *command: str) -> None:
 
 @pytest.mark.slow
 def test_repro_study_of_a_folder_learns_and_knows_the_folder_by_its_name(tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "pictures")
+    folder = tmp_path / "pictures"
+    for split, per_class in (("train", 9), ("val", 3), ("test", 8), ("predict", 1)):
+        picture_folder(folder / split, per_class=per_class)
     params = tiny_params(extract={"epochs": 6})
-    params["data"] = {
-        "source": "folder",
-        "name": str(folder),
-        "splits": {"train": "train[:60%]", "test": "train[60%:]"},
-        "val_fraction": 0.25,
-    }
+    params["data"] = {"source": "folder", "name": str(folder)}
     repository = Repository(tmp_path / "study", params)
     repository.run("dvc", "repro", "select-best")
     assert read(repository, "prepare")["roles"]["test"]["count"] == 24
     assert read(repository, "select")["val"]["accuracy"] > 0.6
-    Image.new("RGB", (20, 24), "blue").save(folder / "class2/another.png")
-    assert stages_run(repository.run("dvc", "repro", "select-best")) == []
-    assert stages_run(repository.run("dvc", "repro", "--force", "prepare")) == ["prepare"]
-    would_run = stages_run(repository.run("dvc", "repro", "--dry", "select-best"))
-    assert would_run == ["extract-train@EfficientNetLite0"]
+    for splits, expected in (
+        (("test", "predict"), []),
+        (("train",), ["extract-train@EfficientNetLite0"]),
+    ):
+        for split in splits:
+            Image.new("RGB", (20, 24), "blue").save(folder / split / "class2/another.png")
+        assert stages_run(repository.run("dvc", "repro", "select-best")) == []
+        assert stages_run(repository.run("dvc", "repro", "--force", "prepare")) == ["prepare"]
+        assert [read(repository, "prepare")["roles"][role]["count"] for role in ("test", "predict")] == [25, 4]
+        assert stages_run(repository.run("dvc", "repro", "--dry", "select-best")) == expected
 
 
 @pytest.mark.slow
