@@ -6,8 +6,11 @@ import csv
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import warnings
+import zlib
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +289,20 @@ def test_predict_of_a_training_says_that_it_is_not_calibrated(
     lines, err, error = run(capsys, tmp_path / "a.png", model=tmp_path / "7")
     assert (len(lines), error) == (2, "")
     assert err == f"{tmp_path}/7: not calibrated, since finalize did not release it\n"
+
+
+def test_picture_that_pillow_warns_of_is_read_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    encoded = encode(picture())
+    animation = struct.pack(">I4sIII", 8, b"acTL", 0, 0, zlib.crc32(b"acTL" + bytes(8)))  # of no frames
+    header_end = encoded.index(b"IDAT") - 4
+    (tmp_path / "odd.png").write_bytes(encoded[:header_end] + animation + encoded[header_end:])
+    with warnings.catch_warnings(record=True) as warned:
+        images.read((tmp_path / "odd.png").read_bytes())
+    assert "Invalid APNG" in str(warned[0].message), "else this shows nothing"
+    description = classifier.Description("MobileNet025", 32, ["a", "b"], 0.5, 1, "none", None, "tf", 0)
+    (read,) = pictures.read_all([str(tmp_path / "odd.png")], description)
+    assert read.reason == ""
+    assert not recwarn.list
 
 
 def test_large_picture_is_read_and_one_beyond_pillows_limit_is_broken(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -75,7 +76,8 @@ def read(path: str, description: Description) -> Picture:
 def read_all(paths: Iterable[str], description: Description) -> Iterator[Picture]:
     """Read pictures in threads; give them in order. No more are held than a bounded number of bytes."""
     threads = min(workers.cores(), _THREADS)
-    with ThreadPoolExecutor(threads) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, which changes no pixel
         yield from workers.in_order(pool, (_Reading(path, description) for path in paths), threads)
 
 
