@@ -212,6 +212,21 @@ def test_read_broken_picture_says_why(content: bytes, reason: str) -> None:
     assert "0x" not in str(error.value)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_read_tiff_with_separate_planes_is_right_or_refused(bits: int, compression: str | None) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.asarray(picture())
+    file, numbers = io.BytesIO(), pixels.astype(np.uint16) << (bits - 8)
+    planes = np.moveaxis(numbers.astype(f"uint{bits}"), 2, 0)
+    tifffile.imwrite(file, planes, photometric="rgb", planarconfig="separate", compression=compression)
+    if bits == 16 and not compression:
+        with pytest.raises(BrokenImageError, match="16 bits in separate planes"):
+            images.read(file.getvalue())
+    else:
+        np.testing.assert_array_equal(np.asarray(images.read(file.getvalue())), pixels)
+
+
 NOISY = """
 import sys
 from flatmin import images

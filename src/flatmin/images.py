@@ -27,10 +27,10 @@ MAX_PIXELS = 120_000_000  # a little more than the 108 million of a phone's
 PAD = 128  # the value of the border that the fit `pad` adds, as of augmentation's
 ORIENTATION = 0x0112  # the EXIF tag
 
-_TIFF = (b"II*\0", b"MM\0*")  # how its files begin
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how its files begin
 # Tags of TIFF, and the values of them that Pillow does not heed.
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
-_WHITE_IS_ZERO, _SIGNED = 0, 2
+_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 259, 262, 284, 339
+_NOT_COMPRESSED, _WHITE_IS_ZERO, _SEPARATE, _SIGNED = 1, 0, 2, 2
 
 # What Pillow reads by starting another program, or only names.
 _NOT_READ = frozenset(("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"))
@@ -209,7 +209,7 @@ def to_rgb(image: Image.Image, orientation: int) -> Image.Image:
     """Convert a decoded picture to RGB and turn it upright.
 
     Raises:
-        BrokenImageError: its numbers have no known range.
+        BrokenImageError: its numbers have no known range, or are not where Pillow looks for them.
     """
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise BrokenImageError(f"its numbers (Pillow's mode {image.mode}) have no known range")
@@ -217,6 +217,9 @@ def to_rgb(image: Image.Image, orientation: int) -> Image.Image:
         raise BrokenImageError("its numbers (FITS of 16 bits) have no known range")
     if _tiff_tag(image, _SAMPLE_FORMAT) == _SIGNED:
         raise BrokenImageError("its numbers are signed, and have no known range")
+    layout = [_tiff_tag(image, tag) for tag in (_BITS_PER_SAMPLE, _PLANES, _COMPRESSION)]
+    if layout == [16, _SEPARATE, _NOT_COMPRESSED] and len(image.getbands()) > 1:  # of which Pillow reads every half
+        raise BrokenImageError("it is a TIFF file of colours of 16 bits in separate planes, which is not read")
     if image.mode.startswith("I"):
         image = Image.fromarray(_upper_bits(image))
     image.info.pop("transparency", None)  # Pillow warns of it in a palette, and changes no colour for it
