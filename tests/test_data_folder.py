@@ -236,12 +236,12 @@ def test_folder_with_one_file_twice_in_a_split_is_refused(
 
 
 def test_folder_with_links_into_a_split_that_is_set_aside_is_read(tmp_path: Path) -> None:
-    put(tmp_path, ["all/cat/1.png", "all/cat/2.png", "all/dog/1.png", "all/dog/2.png"])
+    put(tmp_path, [f"files/{file}" for file in CLASSES])
     for split, number in (("train", 1), ("test", 2)):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
-            (tmp_path / split / name / "0.png").symlink_to(f"../../all/{name}/{number}.png")
-    source = opened(tmp_path, {**GIVEN, "unused": "all"})
+            (tmp_path / split / name / "0.png").symlink_to(f"../../files/{name}/{number}.png")
+    source = opened(tmp_path, {**GIVEN, "unused": "files"})
     assert {example.name: example.image for example in source.examples("test")} == {
         f"test/{name}/0.png": b"bytes" for name in ("cat", "dog")
     }
@@ -331,6 +331,12 @@ def test_folder_without_the_usual_splits_says_what_to_write(
     message = refused(tmp_path, None)
     expected = "data.splits: expected splits named train, val, test where it is left out"
     assert message.startswith(f"{expected}, found {found}; write {write}")
+
+
+def test_folder_with_a_split_named_all_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, [f"{split}/{file}" for split in ("all", "test") for file in CLASSES])
+    expected = "data.name: expected no split named 'all', which stands for all of them"
+    assert refused(tmp_path, {"train": "all", "test": "test"}) == expected
 
 
 def test_folder_with_two_splits_for_a_role_is_refused_without_splits(tmp_path: Path) -> None:
@@ -495,6 +501,8 @@ def test_folder_with_a_split_that_no_role_names_is_refused(tmp_path: Path) -> No
         ("cat", "cat "),
         ("great_dane", "great dane"),
         ("cat", "cat\u00a0"),
+        ("cat", "cat\u200b"),
+        ("1", "\uff11"),
     ],
 )
 def test_folder_with_a_class_in_two_spellings_is_refused(train: str, test: str, tmp_path: Path) -> None:
@@ -507,10 +515,14 @@ def test_folder_with_a_class_in_two_spellings_is_refused(train: str, test: str, 
 
 
 def test_folder_with_classes_that_look_the_same_in_one_split_is_refused(tmp_path: Path) -> None:
-    assert "one spelling of each class" in refused(put(tmp_path, ["cat/1.png", "cat /1.png", "dog/1.png"]))
+    for other in ("cat ", "\ufeffcat"):
+        root = put(tmp_path / ascii(other), ["cat/1.png", f"{other}/1.png", "dog/1.png"])
+        assert "one spelling of each class" in refused(root)
 
 
-@pytest.mark.parametrize("pair", [("0", "0.0"), ("1", "01"), ("-0", "0"), ("True", "true"), ("1.5", "1.50")])
+@pytest.mark.parametrize(
+    "pair", [("0", "0.0"), ("1", "01"), ("-0", "0"), ("True", "true"), ("1.5", "1.50"), ("+1", "1")]
+)
 def test_folder_with_one_number_or_truth_value_as_two_classes_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
     message = refused(put(tmp_path, [f"{name}/1.png" for name in (*pair, "x")]))
     assert message == (

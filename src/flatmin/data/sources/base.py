@@ -132,6 +132,8 @@ class ListedSource(Source):
             InputError: The classes or splits cannot be what the user means.
         """
         self.version = version
+        if "all" in items:
+            raise InputError("data.name: expected no split named 'all', which stands for all of them")
         sizes = {split: len(pairs) for split, pairs in items.items()}
         self.splits = {
             split: tfds.core.SplitInfo(name=split, shard_lengths=[size], num_bytes=0) for split, size in sizes.items()

@@ -21,6 +21,7 @@ USUAL = {
     "predict": "predict",
 }
 HARDLY_CLASSES = frozenset(("val", "validation", "test", "predict"))  # train and valid may be
+INVISIBLE = frozenset("\u00ad\u200b\u200e\u200f\u2060\ufeff")  # characters that copying from a page may leave in a name
 MAX_LISTED = 8
 
 
@@ -227,11 +228,13 @@ def _names(names: Collection[str]) -> str:
 
 
 def _visible(name: str) -> str:
-    return _value(name) or " ".join(unicodedata.normalize("NFC", name).split())
+    shown = "".join(char for char in unicodedata.normalize("NFC", name) if char not in INVISIBLE)
+    return _value(shown) or " ".join(shown.split())
 
 
 def _folded(name: str) -> str:
-    return _value(name) or re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
+    folded = unicodedata.normalize("NFKC", _visible(name)).casefold()
+    return _value(folded) or re.sub(r"[\s_-]+", " ", folded).strip()
 
 
 def _value(name: str) -> str:
