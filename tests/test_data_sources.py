@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import CIFAR, decode_with_tensorflow, needs_cifar, write_picture
+from pictures import CIFAR, decode_with_tensorflow, needs_cifar
 
 from flatmin import images
 from flatmin.common.errors import InputError
@@ -135,86 +134,6 @@ def test_locate_of_wrong_expression_lists_the_splits(expression: str) -> None:
     with pytest.raises(InputError, match=r"data\.splits\.val: expected slices of train \(1797\)") as error:
         source.locate(expression, "data.splits.val")
     assert "\n" not in str(error.value)
-
-
-# Folder
-
-
-def test_folder_of_classes_has_one_split(tmp_path: Path) -> None:
-    for index in range(4):
-        write_picture(tmp_path / "dog" / f"{index}.png", index)
-        write_picture(tmp_path / "cat" / f"{index}.JPG", index)
-    for noise in ("dog/Thumbs.db", "dog/.hidden.png", "cat/notes.txt", ".git/x.png", "readme.md"):
-        (tmp_path / noise).parent.mkdir(exist_ok=True)
-        (tmp_path / noise).write_bytes(b"noise")
-    source = opened("folder", tmp_path)
-    assert source.class_names == ["cat", "dog"]
-    assert list(source.splits) == ["train"]
-    examples = list(source.examples("train"))
-    assert {example.name for example in examples} == {f"cat/{i}.JPG" for i in range(4)} | {
-        f"dog/{i}.png" for i in range(4)
-    }
-    assert all(source.class_names[example.label] == example.name.split("/")[0] for example in examples)
-    assert sorted(source.labels("train[:50%]")) == [0, 0, 1, 1]
-
-
-def test_folder_version_depends_on_the_files_only(tmp_path: Path) -> None:
-    write_picture(tmp_path / "dog" / "1.png")
-    write_picture(tmp_path / "cat" / "1.png")
-    version = opened("folder", tmp_path, seed=0).version
-    assert version == opened("folder", tmp_path, seed=1).version
-    write_picture(tmp_path / "cat" / "2.png")
-    assert version != opened("folder", tmp_path).version
-
-
-def test_folder_of_splits_may_have_unlabelled_ones(tmp_path: Path) -> None:
-    for file in ("train/cat/1.png", "train/dog/deep/er/2.png", "test/dog/3.png", "new/2.png", "new/1.png", "new/3.png"):
-        write_picture(tmp_path / file)
-    splits = {"train": "train", "test": "test", "predict": "new"}
-    source = opened("folder", tmp_path, splits=splits)
-    assert source.class_names == ["cat", "dog"]
-    assert set(source.splits) == {"train", "test", "new"}
-    assert [(example.name, example.label) for example in source.examples("test")] == [("test/dog/3.png", 1)]
-    assert {example.label for example in source.examples("train")} == {0, 1}
-    unlabelled = [(example.name, example.label) for example in source.examples("new")]
-    assert unlabelled == [("new/1.png", -1), ("new/2.png", -1), ("new/3.png", -1)]
-
-
-def test_folder_with_link_within_it_is_followed(tmp_path: Path) -> None:
-    write_picture(tmp_path / "cat" / "1.png")
-    (tmp_path / "dog").mkdir()
-    (tmp_path / "dog" / "1.png").symlink_to(tmp_path / "cat" / "1.png")
-    assert len(list(opened("folder", tmp_path).examples("train"))) == 2
-
-
-def test_folder_with_pipe_ignores_it(tmp_path: Path) -> None:
-    write_picture(tmp_path / "cat" / "1.png")
-    write_picture(tmp_path / "dog" / "1.png")
-    os.mkfifo(tmp_path / "dog" / "2.png")
-    assert len(opened("folder", tmp_path).labels("train")) == 2
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ([], "expected a folder of images for each class, received no images in"),
-        (["1.png"], "expected a folder of images for each class, received '1.png' outside any class folder"),
-        (
-            ["train/cat/1.png", "train/2.png"],
-            "expected all or none of the images of 'train' in class folders, received 'train/2.png' outside one",
-        ),
-    ],
-)
-def test_folder_without_classes_is_refused(files: list[str], message: str, tmp_path: Path) -> None:
-    for file in files:
-        write_picture(tmp_path / file)
-    with pytest.raises(InputError, match=rf"data\.name: {message}"):
-        opened("folder", tmp_path)
-
-
-def test_folder_that_is_missing_is_refused() -> None:
-    with pytest.raises(InputError, match=r"data\.name: expected a folder, received 'no/such'"):
-        opened("folder", "no/such")
 
 
 # TensorFlow Datasets

@@ -187,13 +187,13 @@ def test_write_starts_a_shard_when_one_is_full(
 ) -> None:
     monkeypatch.setattr(writer, "SHARD_EXAMPLES", examples)
     monkeypatch.setattr(writer, "SHARD_BYTES", size)
-    data = Data.model_validate({**FEW_DIGITS, "train_per_class": 12})
+    data = Data.model_validate({**FEW_DIGITS, "train_per_class": 4})
     records = written(data, tmp_path / "records")
     shards = sorted(path.name for path in (tmp_path / "records/train").glob("*.tfrecord"))
-    number = -(-120 // per_shard)
+    number = -(-40 // per_shard)
     assert shards == [f"{index:05d}-of-{number:05d}.tfrecord" for index in range(number)]
     assert [record["label"] for record in stored(tmp_path / "records")] == records.labels("train").tolist()
-    assert len(pixels(records, "train")) == 120
+    assert len(pixels(records, "train")) == 40
 
 
 def test_write_holds_one_image_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
