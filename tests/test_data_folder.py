@@ -458,7 +458,9 @@ def test_folder_with_a_copy_of_itself_inside_can_set_it_aside(tmp_path: Path) ->
         )
     for role in ("unused", "predict"):
         assert opened(tmp_path, {**GIVEN, role: "pets"}).class_names == ["cat", "dog"]
-    assert "received test, train in" in refused(tmp_path, {"train": "train+pets", "test": "test"})
+    message = refused(tmp_path, {"train": "train+pets", "test": "test"})
+    assert f"received test, train in {tmp_path}/pets, which are names of splits" in message
+    assert message.endswith("; if pets is not needed, name it in data.splits.unused, or move it away")
 
 
 def test_folder_of_splits_with_spaces_and_dots_reads_them(tmp_path: Path) -> None:

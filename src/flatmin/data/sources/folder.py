@@ -91,7 +91,7 @@ def _arrange(listed: Listing, data: Data) -> dict[str, list[tuple[str, str]]]:
     _refuse_years(items)
     for split in scored:
         _refuse_pairs(names[split], listed, split, data)
-        roles.refuse_splits_as_classes(sorted(names[split]), f"{data.name}/{split}")
+        roles.refuse_splits_as_classes(sorted(names[split]), data.name, split)
     return items
 
 

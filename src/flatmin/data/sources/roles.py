@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
@@ -117,8 +118,12 @@ def _roles_for(left: Mapping[str, int], chosen: Mapping[str, str], sizes: Mappin
     return "".join(f"data.splits.{role}: {split}, or " for role, split in new.items())
 
 
-def refuse_splits_as_classes(classes: Collection[str], where: str) -> None:
+def refuse_splits_as_classes(classes: Collection[str], folder: str, split: str = "") -> None:
     """Refuse classes whose names are those of splits.
+
+    Args:
+        folder: Of the data.
+        split: The folder in it which has these classes; "" if it has them itself.
 
     Raises:
         InputError: All are or resemble some, or one is for train and one for val or test, or can hardly be a class.
@@ -128,9 +133,10 @@ def refuse_splits_as_classes(classes: Collection[str], where: str) -> None:
     several = "train" in usual and len(usual) > 1
     if several or lower & HARDLY_CLASSES or (lower and all(resembles_split(name) for name in lower)):
         raise InputError(
-            f"data.name: expected classes, received {_names(classes)} in {where}, which are names of splits: sort the"
-            " pictures of each split into a folder for each class (train/CLASS/...), or list them in a table with"
-            " labels (data.source: table)"
+            f"data.name: expected classes, received {_names(classes)} in {os.path.join(folder, split)}, which are names"
+            " of splits: sort the pictures of each split into a folder for each class (train/CLASS/...), or list them"
+            " in a table with labels (data.source: table)"
+            + (f"; if {split} is not needed, name it in data.splits.unused, or move it away" if split else "")
         )
 
 
