@@ -116,6 +116,7 @@ def settings(train: int, val: int, seed: int, epochs: Mapping[str, int] = EPOCHS
         # The original study's rates.
         "extract": recipe | {"seed": seed, "learning_rate": 1e-3, "epochs": epochs["extract"]},
         "select": {},
+        "audit": {},
         "finetune": recipe | {"learning_rate": 1e-4, "epochs": epochs["finetune"]},
         "sam": {},
         "finalize": {},

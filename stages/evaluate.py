@@ -1,6 +1,6 @@
 """evaluate: score every method's classifiers and the released one on test, compare the methods, predict.
 
-Reads `seeds`, `runtime`, `evaluate` of params.yaml, data/records/, metrics/final.json and models/. Writes
+Reads `seeds`, `runtime`, `evaluate` of params.yaml, data/records/, audit/, metrics/final.json and models/. Writes
 metrics/evaluate.json, predictions/, evaluation/ (what the report shows of the images), and plots/confusion.csv,
 plots/class_accuracy.csv, plots/sharpness.png.
 """
@@ -18,6 +18,7 @@ def main(declared: stage.Declared) -> None:
         runtime=params.runtime,
         settings=params.evaluate,
         records="data/records",
+        audit="audit",
         models=Models(
             extract="models/select",
             seeded={method: {seed: f"{models}/{seed}" for seed in params.seeds} for method, models in folders.items()},

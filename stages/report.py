@@ -1,7 +1,7 @@
 """report: one HTML file of the whole study.
 
-Reads all of params.yaml, metrics/, plots/, evaluation/, data/records/dataset.json, and dvc.lock, whose entries of the
-earlier stages are complete by then. Writes report/index.html.
+Reads all of params.yaml, metrics/, plots/, audit/, evaluation/, data/records/dataset.json, and dvc.lock, whose entries
+of the earlier stages are complete by then. Writes report/index.html.
 """
 
 from pathlib import Path
@@ -16,6 +16,7 @@ def main(declared: stage.Declared) -> None:
         dataset="data/records/dataset.json",
         prepare="metrics/prepare.json",
         select="metrics/select.json",
+        audit="metrics/audit.json",
         final="metrics/final.json",
         evaluate="metrics/evaluate.json",
         trainings={
@@ -32,6 +33,7 @@ def main(declared: stage.Declared) -> None:
         },
         augment="plots/augment.png",
         confusion="plots/confusion.csv",
+        audited="audit",
         evaluation="evaluation",
         lock="dvc.lock",
     )

@@ -23,7 +23,7 @@ TALLEST = 8000  # pixels of a screenshot
 FEW = [str(number) for number in range(10)]
 MANY = [f"a_class_with_a_name_that_does_not_break_number_{number}" for number in range(300)]
 STUDIES: dict[str, dict[str, Any]] = {
-    "few": {"names": FEW, "images": 500, "duplicates": 3, "limits": (24, 10, 4, 30, 3), "noise": True},
+    "few": {"names": FEW, "images": 500, "duplicates": 3, "near": 8, "limits": (24, 10, 4, 30, 3), "noise": True},
     "many": {"names": MANY, "images": 5000, "limits": (4, 3, 2, 30, 3)},
     "unlabelled": {"names": FEW, "labelled": False, "seeds": (7,)},
 }

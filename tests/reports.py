@@ -24,6 +24,8 @@ class Made:
         labelled: whether test has labels.
         gain, low, high: SAM's difference, a fraction, and its interval.
         duplicates: the number of pictures of test that are in train.
+        near: the number of near duplicates of test in train, of contradictions among them and of label suspects.
+        groups: by role, their number.
         limits: mistakes, pairs of classes, pictures of a pair, classes shown, and pictures of each.
         noise: whether pictures are noise of the largest size, which makes them as large as can be.
     """
@@ -40,16 +42,20 @@ class Made:
         low: float = -0.027,
         high: float = 0.005,
         duplicates: int = 0,
+        near: int = 0,
+        groups: dict[str, int] | None = None,
         limits: tuple[int, int, int, int, int] = (3, 2, 2, 30, 1),
         noise: bool = False,
     ) -> None:
         self.folder, self.names, self.seeds, self.images, self.labelled = folder, names, seeds, images, labelled
         self.gain, self.low, self.high, self.duplicates, self.limits = gain, low, high, duplicates, limits
         self.noise, self.random, self.pictures = noise, np.random.default_rng(0), 0
+        self.near, self.groups = near, groups
         self._data()
         self._trainings()
         self._evaluated()
         self._shown()
+        self._audit()
         self._lock()
 
     def study(self) -> Study:
@@ -59,12 +65,14 @@ class Made:
             dataset=f"{folder}/dataset.json",
             prepare=f"{folder}/metrics/prepare.json",
             select=f"{folder}/metrics/select.json",
+            audit=f"{folder}/metrics/audit.json",
             final=f"{folder}/metrics/final.json",
             evaluate=f"{folder}/metrics/evaluate.json",
             trainings={method: f"{folder}/metrics/{method}" for method in ("extract", *METHODS)},
             curves={method: f"{folder}/plots/{method}" for method in ("extract", *METHODS)},
             augment=f"{folder}/plots/augment.png",
             confusion=f"{folder}/plots/confusion.csv",
+            audited=f"{folder}/audit",
             evaluation=f"{folder}/evaluation",
             lock=f"{folder}/dvc.lock",
         )
@@ -87,6 +95,7 @@ class Made:
             "empty": [],
             "first_frames": 1,
             "dark": {"count": 0, "names": []},
+            "groups": self.groups,
             "digest": "0123abcd",
         }
         files.write_json(self.folder / "dataset.json", dataset)
@@ -123,12 +132,14 @@ class Made:
         found: dict[str, Any] = {
             "sharpness": {"equal_loss": self.labelled, "not_compared": "" if self.labelled else "sam and control"}
         }
-        scored = {"test": test} if self.labelled else {}
+        parts = {"without_near_duplicates": self.images - self.near} if self.near else {}
+        scored = {"test": test, **dict.fromkeys(parts, test)} if self.labelled else {}
         for method in METHODS:
             seeds = {str(seed): {**scored, "sharpness": sharpness} for seed in self.seeds}
             found[method] = {**scored, "sharpness": sharpness, "seeds": seeds}
         if self.labelled:
             found["extract"] = found["final"] = scored
+            found["test_images"] = {"all": self.images, **parts}
             each = {"accuracy": self.gain, "low": self.low, "high": self.high, "p_value": 0.2}
             for other in ("control", "finetune"):
                 found[f"sam_minus_{other}"] = {
@@ -140,6 +151,7 @@ class Made:
                     "images": self.images,
                     "smallest_difference": 0.017,
                     "seeds": {str(seed): each for seed in self.seeds},
+                    **{part: {"accuracy": 0.004, "low": -0.02, "high": 0.03, "images": 3} for part in parts},
                 }
         files.write_json(self.folder / "metrics/evaluate.json", found)
         actual = [self.names[index % len(self.names)] for index in range(self.images if self.labelled else 0)]
@@ -168,13 +180,13 @@ class Made:
         header = ["model", "coverage", "threshold", "accuracy"]
         files.write_csv(self.folder / "evaluation/coverage.csv", header, covered)
 
-    def _picture(self, side: int) -> str:
+    def _picture(self, side: int, of: str = "evaluation") -> str:
         """Write a picture; return its name."""
-        (self.folder / "evaluation/pictures").mkdir(parents=True, exist_ok=True)
+        (self.folder / of / "pictures").mkdir(parents=True, exist_ok=True)
         self.pictures += 1
         name = f"{self.pictures}.jpg" if self.noise else f"{self.pictures}.png"
         pixels = self.random.integers(0, 256, (side, side, 3), np.uint8) if self.noise else np.full((8, 8, 3), 90, "u1")
-        Image.fromarray(pixels).save(self.folder / "evaluation/pictures" / name, quality=82)
+        Image.fromarray(pixels).save(self.folder / of / "pictures" / name, quality=82)
         return name
 
     def _shown(self) -> None:
@@ -219,6 +231,30 @@ class Made:
         if self.labelled:
             shown["wrong"] = 9
         files.write_json(self.folder / "evaluation/shown.json", shown)
+
+    def _audit(self) -> None:
+        def picture(role: str, index: int, label: str | None) -> dict[str, Any]:
+            return {"role": role, "name": f"{role}/{index}.png", "label": label, "picture": self._picture(96, "audit")}
+
+        first, second = self.names[:2]
+        pairs, contradictions = (
+            [
+                {"cosine": 0.91, "bits": 3, "pictures": [picture("train", index, first), picture("test", index, label)]}
+                for index in range(self.near)
+            ]
+            for label in (first if self.labelled else None, second)
+        )
+        suspects = [picture("train", index, first) | {"guess": second, "margin": 0.5} for index in range(self.near)]
+        shown = {"pairs": pairs, "contradictions": contradictions, "suspects": suspects}
+        files.write_json(self.folder / "audit/shown.json", shown)
+        counts = {"train": 0, "val": 0, "test": 0, "train_val": 0, "train_test": self.near, "val_test": 0}
+        found = {
+            "near_duplicates": counts,
+            "contradictions": counts,
+            "suspects": {"train": self.near, "val": 0, "out_of_fold_accuracy": 0.75},
+            "classes": {"smallest": 5, "largest": 5, "imbalance": 1.0, "small": len(self.names)},
+        }
+        files.write_json(self.folder / "metrics/audit.json", found)
 
     def _lock(self) -> None:
         stages = {

@@ -45,6 +45,7 @@ TINY: dict[str, Any] = {
         "fine_tune_at": {"EfficientNetLite0": "block7a_expand_conv"},
     },
     "select": {"tolerance": 0.0},
+    "audit": {},
     "sam": {"method": "sam", "rho": 0.05, "adaptive": False, "every": 1},
     "finalize": {"tolerance": 0.0},
     "evaluate": {"sharpness": {"images": 8, "steps": 5, "probes": 2}},

@@ -41,6 +41,7 @@ REQUIRED: dict[str, Any] = {
     "backbones": ["ResNet50"],
     "extract": {**RECIPE, "schedule": {"name": "plateau"}, "early_stopping": {}},
     "select": {},
+    "audit": {},
     "finetune": {**RECIPE, "schedule": {"name": "cosine"}},
     "sam": {},
     "finalize": {},
@@ -86,6 +87,7 @@ DEFAULTS: dict[str, Any] = {
         "augment": True,
     },
     "select": {"tolerance": 0.0},
+    "audit": {"cosine": 0.7, "hash_bits": 16, "small_class": 20},
     "finetune": {
         "schedule": {"warmup_epochs": 0.0},
         "weight_decay": 0.0,

@@ -28,7 +28,7 @@ from flatmin.common import files, params
 from flatmin.common.errors import InputError
 from flatmin.common.params import Params
 from flatmin.data import writer
-from flatmin.evaluation import evaluate, minima
+from flatmin.evaluation import evaluate, minima, subsets
 from flatmin.inputs import batches
 from flatmin.inputs.records import Records
 from flatmin.models import classifier, registry, scores
@@ -59,6 +59,7 @@ def study(mirrored: bool = False, runtime: dict[str, Any] | None = None, **split
             "backbones": ["MobileNet025"],
             "extract": recipe,
             "select": {},
+            "audit": {},
             "finetune": recipe,
             "sam": {},
             "finalize": {},
@@ -91,7 +92,13 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         val = {"accuracy": 0.5 + seed / 100, "loss": 1.0}
         metrics = "select" if name == "extract" else name.replace("@", "/")
         files.write_json(folder / f"metrics/{metrics}.json", {"val": val, "gradient_evaluations": 100 + seed})
+    write_pairs(folder)
     return folder
+
+
+def write_pairs(folder: Path, *rows: tuple[str, int, str, int]) -> None:
+    """What audit found: role, position, role of the near duplicate, whether their labels contradict each other."""
+    files.write_csv(folder / "audit/pairs.csv", ["role", "position", "like_role", "contradicts"], rows)
 
 
 def write_image(path: Path, channel: int, random: np.random.Generator) -> None:
@@ -106,6 +113,8 @@ def evaluated(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder where evaluate has run, on mirrored images too, and to predict unlabelled ones. Not to be changed."""
     folder = tmp_path_factory.mktemp("evaluated") / "study"
     shutil.copytree(template, folder)
+    # Image 2 of test is in train, too; image 4 is in val, with another label; what val has of train concerns no score.
+    write_pairs(folder, ("test", 2, "train", 0), ("test", 4, "val", 1), ("val", 0, "train", 0))
     with chdir(folder), (folder / "log").open("w") as log:
         run(study(mirrored=True, predict="unknown"), log)
     return folder
@@ -145,7 +154,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_evaluate_scores_every_model_and_predicts(evaluated: Path) -> None:
     metrics = read_metrics(evaluated)
     names = [*MODELS, "final"]
-    assert set(metrics) == {"extract", *METHODS, "final", "sam_minus_control", "sam_minus_finetune", "sharpness"}
+    differences = {"sam_minus_control", "sam_minus_finetune"}
+    assert set(metrics) == {"extract", *METHODS, "final", *differences, "sharpness", "test_images"}
     test = rows(evaluated / "predictions/test.csv")
     header = (evaluated / "predictions/test.csv").read_text().splitlines()[0]
     assert header == ",".join(["name", "label", *names])
@@ -153,7 +163,7 @@ def test_evaluate_scores_every_model_and_predicts(evaluated: Path) -> None:
     assert all(row["name"].split("/")[1] == NAMES[int(row["label"])] for row in test)
     right = {name: np.array([row[name] == row["label"] for row in test]) for name in names}
     for name in ("extract", "final"):
-        assert set(metrics[name]) == {"test", "mirrored"}
+        assert set(metrics[name]) == {"test", "mirrored", "without_near_duplicates", "clean", "suspect"}
         assert set(metrics[name]["test"]) == {*SCORES, "calibrated_loss", "calibrated_ece"}
         assert metrics[name]["test"]["accuracy"] == pytest.approx(right[name].mean())
     for name in METHODS:
@@ -176,6 +186,25 @@ def test_evaluate_scores_every_model_and_predicts(evaluated: Path) -> None:
     assert [row["label"] for row in unknown] == ["-1"] * 5
     assert {row["name"] for row in unknown} == {f"unknown/{index}.png" for index in range(5)}
     assert all(row[name] in {"0", "1", "2"} for row in unknown for name in names)
+
+
+@pytest.mark.slow
+def test_evaluate_scores_without_what_train_nearly_has_and_by_clean_and_suspect(evaluated: Path) -> None:
+    metrics, test = read_metrics(evaluated), rows(evaluated / "predictions/test.csv")
+    parts = {"without_near_duplicates": [0, 1, 3, 4, 5], "clean": [0, 1, 2, 3, 5], "suspect": [4]}
+    assert metrics["test_images"] == {"all": 6, "without_near_duplicates": 5, "clean": 5, "suspect": 1}
+    right = {name: np.array([row[name] == row["label"] for row in test]) for name in (*MODELS, "final")}
+    for part, images in parts.items():
+        assert metrics["final"][part]["accuracy"] == pytest.approx(right["final"][images].mean())
+        of_seeds = [right[f"sam@{seed}"][images].mean() for seed in SEEDS]
+        assert [metrics["sam"]["seeds"][str(seed)][part]["accuracy"] for seed in SEEDS] == pytest.approx(of_seeds)
+        assert metrics["sam"][part]["accuracy"] == pytest.approx(np.mean(of_seeds))
+        found = metrics["sam_minus_control"][part]
+        others = [right[f"control@{seed}"][images].mean() for seed in SEEDS]
+        assert found["accuracy"] == pytest.approx(np.mean(of_seeds) - np.mean(others))
+        assert found["low"] <= found["accuracy"] <= found["high"]
+        assert found["images"] == len(images)
+    assert "without test images that have near duplicates in train (5 left)" in (evaluated / "log").read_text()
 
 
 @pytest.mark.slow
@@ -279,6 +308,7 @@ def test_evaluate_mirrored_is_scored_apart_and_changes_no_other_metric(
     for name in METHODS:
         del metrics[name]["mirrored"], metrics[name]["mirrored_deviation"]
     del metrics["final"]["mirrored"]
+    shutil.copytree(evaluated / "audit", "audit", dirs_exist_ok=True)
     monkeypatch.setattr(evaluate, "measure_sharpness", lambda *_: measured)  # takes longest, knows nothing of mirrors
     assert run(study(predict="unknown")) == metrics
 
@@ -351,6 +381,15 @@ def test_evaluate_test_split_without_labels_is_predicted_and_not_scored(
     assert [len(shown["examples"]["test"][name]) for name in NAMES] == [0, 0, 0]
     assert not (workspace / "evaluation/classes.csv").exists()
     assert (workspace / "plots/class_accuracy.csv").read_text() == "class,method,accuracy\n"
+
+
+def test_parts_that_are_all_of_test_or_none_of_it_are_left_out(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    assert subsets.read(tmp_path / "audit", 3) == {}
+    write_pairs(tmp_path, *(("test", position, "train", 0) for position in range(3)))
+    assert subsets.read(tmp_path / "audit", 3) == {}
+    with pytest.raises(InputError, match=r"pairs.csv: expected positions below 2, the images of test, received 2; run"):
+        subsets.read(tmp_path / "audit", 2)
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from PIL import Image
 from flatmin.common import params
 from flatmin.data import writer
 from flatmin.evaluation import gallery
-from flatmin.evaluation.gallery import Gallery
+from flatmin.inputs import thumbnails
 from flatmin.inputs.records import Records
+from flatmin.inputs.thumbnails import Gallery
 
 CLASSES = gallery.CLASSES + 5
 
@@ -52,7 +53,7 @@ def test_add_writes_a_small_copy_once(folder: Path, tmp_path: Path) -> None:
     assert shown.add("train", large) == name
     assert [path.name for path in tmp_path.iterdir()] == [name]
     with Image.open(tmp_path / name) as picture:
-        assert picture.size == (gallery.SIDE, round(gallery.SIDE * 200 / 300))
+        assert picture.size == (thumbnails.SIDE, round(thumbnails.SIDE * 200 / 300))
         assert picture.format == "JPEG", "noise is smaller as one"
     flat = records.names("train").index(next(name for name in records.names("train") if name.endswith("01/0.png")))
     assert shown.add("train", flat).endswith(".png")

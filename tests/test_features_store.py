@@ -126,7 +126,9 @@ def test_keys_of_a_roles_views_depend_on_that_role_alone(study: tuple[Records, C
     (tmp_path / "records/test").rename(tmp_path / "none")  # what no training reads
 
     def keys(of: Records) -> Any:
-        return store._extractor(of, model, TENSORFLOW, Augmenter(AUGMENT, 1), WorkerShard()).keys(AUGMENT, 1, (0, None))
+        return store._extractor(of, model, TENSORFLOW, Augmenter(AUGMENT, 1), WorkerShard()).keys(
+            AUGMENT, 1, (0, "val")
+        )
 
     found = [keys(records)]
     for role in ("val", "train"):
@@ -135,7 +137,7 @@ def test_keys_of_a_roles_views_depend_on_that_role_alone(study: tuple[Records, C
         found.append(keys(Records(tmp_path / "records")))
     first, of_val, of_both = found
     assert of_val[0] == first[0] != of_both[0]
-    assert first[None] != of_val[None] == of_both[None]
+    assert first["val"] != of_val["val"] == of_both["val"]
 
 
 @pytest.mark.slow
@@ -252,8 +254,8 @@ def test_keys_of_views_differ_with_all_that_activations_depend_on(
         """The keys of a view of train and of val."""
         settings = Runtime.model_validate({"engine": "tensorflow"} | changes)
         extractor = store._extractor(records, model, settings, Augmenter(augment, seed), shard or WorkerShard())
-        both = extractor.keys(augment, seed, (view, None))
-        return both[view], both[None]
+        both = extractor.keys(augment, seed, (view, "val"))
+        return both[view], both["val"]
 
     train, val = keys()
     assert keys() == (train, val)

@@ -99,7 +99,7 @@ def test_script_paths_are_those_that_dvc_yaml_declares(stage: str) -> None:
     assert {
         records(text)
         for text in texts
-        if re.match(r"(data|models|metrics|plots)/|(predictions|evaluation|report)$", text)
+        if re.match(r"(data|models|metrics|plots)/|(predictions|evaluation|report|audit)$", text)
     } == data
 
 

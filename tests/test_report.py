@@ -14,6 +14,7 @@ import yaml
 from fixtures import tiny_params
 from reports import Made
 
+from flatmin.audit import audit
 from flatmin.common import params
 from flatmin.common.errors import InputError
 from flatmin.common.params import Augment, EarlyStopping
@@ -86,7 +87,11 @@ def test_report_has_its_sections_in_order(found: Page, tmp_path: Path) -> None:
         *("Worst mistakes", "Calibration", "Sharpness", "Cost", "Where it comes from"),
     ]
     assert words.verdict(Made(tmp_path, names=NAMES).study()) in found.text
-    assert "No audit was made" in found.text
+    assert "None was found. Two pictures count if the cosine" in found.text
+    assert "0 labels of train and 0 of val may be wrong" in found.text
+    assert "Unknown: nothing says whether two roles share a group" in found.text
+    assert "so these figures have no other version" in found.text
+    assert re.search(r"3 classes with fewer than 20: .*cat \(5\), dog \(5\)\.", found.text)
     assert "so their flatness can be compared" in found.text
     assert "a/b.png (truncated)" in found.text
     for digest in ("a" * 32, "b" * 32, "c" * 32, "0123abcd"):
@@ -141,6 +146,21 @@ def test_report_shows_equal_pictures_of_two_roles(tmp_path: Path) -> None:
     assert "None: no decoded image" not in found.text
 
 
+def test_report_shows_what_audit_found_and_scores_without_it(tmp_path: Path) -> None:
+    found = write(Made(tmp_path, names=NAMES, near=3, groups={"train": 12, "val": 1}))
+    assert "3 of test have one in train (16.7\xa0%)." in found.text
+    assert "Near duplicates with different labels: 3 of test have one in train" in found.text
+    assert "3 labels of train and 0 of val may be wrong" in found.text
+    assert "train has 12 groups, val has 1 group. No two roles share one." in found.text
+    shown = [each["alt"] for each in found.all("img")]
+    assert shown.index("train image train/2.png, labelled cat") + 1 == shown.index(
+        "test image test/2.png, labelled cat"
+    )
+    assert "test image test/2.png, labelled dog" in shown
+    assert "without near duplicates in train" in found.text
+    assert "+0.4 (\N{MINUS SIGN}2.0 to +3.0)" in found.text
+
+
 def test_report_missing_file_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
     made = Made(tmp_path, names=NAMES)
     (tmp_path / "evaluation/coverage.csv").unlink()
@@ -151,10 +171,10 @@ def test_report_missing_file_is_one_line_and_writes_nothing(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_report_of_a_thousand_classes_and_100000_images_is_below_10_megabytes(tmp_path: Path) -> None:
-    """With as many pictures as evaluate writes at most, of noise, which compresses worst."""
+    """With as many pictures as audit and evaluate write at most, of noise, which compresses worst."""
     limits = (gallery.MISTAKES, gallery.PAIRS, gallery.IN_PAIR, gallery.CLASSES, gallery.EACH)
     names = [f"a class with a rather long name, number {index}" for index in range(1000)]
-    made = Made(tmp_path, names=names, images=100_000, duplicates=50, limits=limits, noise=True)
+    made = Made(tmp_path, names=names, images=100_000, duplicates=50, near=audit.SHOWN, limits=limits, noise=True)
     assert made.pictures > 300
     found = write(made)
     assert len(found.html.encode()) < 10e6

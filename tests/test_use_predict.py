@@ -140,7 +140,15 @@ def test_predictions_of_test_pictures_are_those_of_evaluate(study: Path, tmp_pat
         outputs = Outputs(
             "predictions", "evaluation", "metrics/evaluate.json", "confusion.csv", "class.csv", "sharpness.png"
         )
-        evaluate(runtime=Runtime(), settings=settings, records="data/records", models=models, outputs=outputs)
+        files.write_csv("audit/pairs.csv", ["role"], ())
+        evaluate(
+            runtime=Runtime(),
+            settings=settings,
+            records="data/records",
+            audit="audit",
+            models=models,
+            outputs=outputs,
+        )
     expected = {row["name"]: int(row["final"]) for row in files.read_csv(tmp_path / "predictions/test.csv")}
     assert len(set(expected.values())) == 2
     done = flatmin("predict", "pictures/test", "--format", "csv", cwd=tmp_path)

@@ -154,6 +154,7 @@ def small(**changes: Any) -> Params:
         | {"seed": SEED, "batch_size": 4, "weights": {BACKBONE: "base.weights.h5"}}
         | changes.pop("extract", {}),
         "select": {},
+        "audit": {},
         "finetune": recipe | {"fine_tune_at": {BACKBONE: SPLIT_POINT}} | changes,
         "sam": {"rho": 0.05},
         "finalize": {},

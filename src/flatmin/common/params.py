@@ -400,6 +400,22 @@ class Select(Section):
     )
 
 
+class Audit(Section):
+    """What audit tells of the data. Only the report, and evaluate's figures without near duplicates, depend on it."""
+
+    cosine: Annotated[Float, Field(gt=0, le=1)] = Field(
+        0.7,
+        description="Two pictures are near duplicates if the cosine of their whitened activations is at least this, in"
+        " (0, 1], and their hashes agree by `hash_bits`.",
+    )
+    hash_bits: Annotated[int, Field(ge=0, le=63)] = Field(
+        16,
+        description="Bits, of 63, in which the perceptual hashes of near duplicates differ at most, where one may be"
+        " mirrored.",
+    )
+    small_class: Count = Field(20, description="Classes with fewer images of train than this are told of.")
+
+
 class SharedSam(Section):
     """The settings of sharpness-aware steps that all methods share, as `flatmin.sam.Settings` explains them."""
 
@@ -515,6 +531,7 @@ class Params(Section):
     )
     extract: Extract
     select: Select
+    audit: Audit
     finetune: Finetune
     sam: Sam
     finalize: Finalize

@@ -13,11 +13,12 @@ import numpy as np
 from flatmin import power, runtime
 from flatmin.common import console, files
 from flatmin.common.params import Evaluate, Runtime
-from flatmin.evaluation import comparison, gallery, plots, tables
+from flatmin.evaluation import comparison, gallery, plots, subsets, tables
 from flatmin.evaluation.metrics import average_predictions, mean_and_deviation, scores
 from flatmin.evaluation.minima import measure_sharpness, unequal_losses
 from flatmin.inputs import batches
 from flatmin.inputs.records import Records
+from flatmin.inputs.thumbnails import Gallery
 from flatmin.models import classifier
 
 SEED = 0  # of the random vectors of sharpness, and of what little else a scoring could draw
@@ -71,12 +72,18 @@ class Outputs:
     sharpness: str
 
 
-def evaluate(*, runtime: Runtime, settings: Evaluate, records: str, models: Models, outputs: Outputs) -> None:
-    """Score every classifier on test, compare the methods, predict test and predict, and measure the minima found."""
+def evaluate(
+    *, runtime: Runtime, settings: Evaluate, records: str, audit: str, models: Models, outputs: Outputs
+) -> None:
+    """Score every classifier on test, compare the methods, predict test and predict, and measure the minima found.
+
+    audit: the folder that audit wrote, by which test is also scored without what train nearly has.
+    """
     with _configured(runtime):
         dataset = Records(records)
         labels = dataset.labels("test")
         labelled = bool((labels >= 0).all())
+        parts = subsets.read(audit, len(labels))
         passes = [(role, False) for role in ("test", "predict") if role in dataset.roles]
         if labelled and settings.mirrored:
             passes.append(("test", True))
@@ -86,7 +93,7 @@ def evaluate(*, runtime: Runtime, settings: Evaluate, records: str, models: Mode
         for role in (role for role, mirrored in passes if not mirrored):
             _write_predictions(temporary / f"{role}.csv", dataset, role, logits[role, False])
     test, known = logits["test", False], labels if labelled else labels[:0]
-    metrics = _score(models, test, logits.get(("test", True), {}), labels, settings) if labelled else {}
+    metrics = _score(models, test, logits.get(("test", True), {}), labels, settings, parts) if labelled else {}
     with files.atomic_write(outputs.evaluation) as folder:
         folder.mkdir()
         sharpness = measure_sharpness(
@@ -148,8 +155,12 @@ def _score(
     mirrored: Mapping[str, np.ndarray],
     labels: np.ndarray,
     settings: Evaluate,
+    parts: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """The test metrics of each method: means over seeds, standard deviations, and each seed's; the differences."""
+    """The test metrics of each method: means over seeds, standard deviations, and each seed's; the differences.
+
+    parts: of test, bool [n], on which everything is scored, too, by the names of `subsets.read`.
+    """
     temperatures = models.temperatures()
     by_name: dict[str, dict[str, Any]] = {}
     for name, values in logits.items():
@@ -157,6 +168,8 @@ def _score(
         if name in mirrored:
             both = average_predictions(values, mirrored[name])
             by_name[name]["mirrored"] = scores(both, labels, settings)
+        for part, chosen in parts.items():
+            by_name[name][part] = scores(values[chosen], labels[chosen], settings, temperatures[name])
     metrics: dict[str, Any] = {"extract": by_name["extract"], "final": by_name["final"]}
     for method in models.seeded:
         seeds = {str(seed): by_name[f"{method}@{seed}"] for seed in models.seeds}
@@ -167,6 +180,10 @@ def _score(
     for key, (first, second) in COMPARED.items():
         pair = [np.array([correct[f"{method}@{seed}"] for seed in models.seeds]) for method in (first, second)]
         metrics[key] = _compare(pair[0], pair[1], models.seeds)
+        for part, chosen in parts.items():
+            found = comparison.crossed_difference(pair[0][:, chosen], pair[1][:, chosen])
+            metrics[key][part] = found | {"images": int(chosen.sum())}
+    metrics["test_images"] = {"all": len(labels)} | {part: int(chosen.sum()) for part, chosen in parts.items()}
     return metrics
 
 
@@ -209,7 +226,7 @@ def _write_evaluation(
     """
     names, released = records.class_names, classifier.load(models.final)
     (folder / "pictures").mkdir()
-    shown = gallery.Gallery(records, folder / "pictures")
+    shown = Gallery(records, folder / "pictures")
     found: dict[str, Any] = {"network": _describe(released, models.final), "mistakes": [], "confused": []}
     recall: dict[str, float] = {}
     if len(labels):
@@ -252,6 +269,11 @@ def _report(metrics: Mapping[str, Any]) -> None:
         console.log(f"evaluate: {name} test accuracy {metrics[name]['test']['accuracy']:.4f}{spread}")
     for key, (first, second) in COMPARED.items():
         found = metrics[key]
+        if without := found.get(subsets.WITHOUT):
+            console.log(
+                f"evaluate: without test images that have near duplicates in train ({without['images']:,} left) "
+                f"{first} minus {second} {100 * without['accuracy']:+.2f} points"
+            )
         console.log(
             f"evaluate: {first} minus {second} {100 * found['accuracy']:+.2f} points, 95 % interval "
             f"{100 * found['low']:+.2f} to {100 * found['high']:+.2f} over {found['covers']}, "

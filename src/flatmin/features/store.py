@@ -9,8 +9,8 @@ import functools
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from flatmin.runtime import machine
 DTYPE = np.dtype(np.float16)
 FILE_OVERHEAD_BYTES = 1024  # of a file's header and checksum, at most
 
-View = int | None  # the number of an augmented view of the train images, or None for the un-augmented val images
+View = int | str  # the number of an augmented view of the train images, or a role, whose images are as they are
 
 
 class Activations:
@@ -92,21 +92,29 @@ def compute(
     """
     with ExitStack() as stack, Augmenter(augment, seed) as augmenter:
         extractor = _extractor(records, model, runtime, augmenter, shard)
-        view_keys = extractor.keys(augment, seed, (None, *range(views)))
-        missing = [view for view, key in view_keys.items() if not cache.exists("views", key)]
-        if any(view is not None for view in missing):
+        view_keys = extractor.keys(augment, seed, ("val", *range(views)))
+        if any(view != "val" and not cache.exists("views", key) for view, key in view_keys.items()):
             augmenter.start()
-
-        def open_view(view: View) -> Activations:
-            fill = functools.partial(extractor.fill, view=view, views=views)
-            return stack.enter_context(closing(Activations(cache.open_entry("views", view_keys[view], fill))))
-
-        # Those that are there are opened first, so that making room does not prune them.
-        activations = {view: open_view(view) for view in view_keys if view not in missing}
-        if missing:
-            cache.make_room("views", extractor.bytes(missing))
-        activations |= {view: open_view(view) for view in missing}
+        activations = extractor.open(view_keys, stack)
         return FeatureStore(records, seed, shard, extractor.engine.name, activations, stack.pop_all())
+
+
+@contextmanager
+def plain(
+    records: Records, model: Classifier, *, runtime: Runtime, roles: Iterable[str]
+) -> Iterator[dict[str, Activations]]:
+    """Within the block: the activations of all images of each role as they are, at the classifier's split.
+
+    What the cache lacks is computed, such as train's where every training augments.
+
+    Raises:
+        InputError: as `compute`.
+    """
+    augment = Augment(engine="none")
+    with ExitStack() as stack, Augmenter(augment, 0) as augmenter:
+        extractor = _extractor(records, model, runtime, augmenter, WorkerShard())
+        activations = extractor.open(extractor.keys(augment, 0, roles), stack)
+        yield {str(role): each for role, each in activations.items()}
 
 
 def _extractor(
@@ -145,15 +153,29 @@ class _Extractor:
 
     def keys(self, augment: Augment, seed: int, views: Iterable[View]) -> dict[View, str]:
         """The cache's key of each view."""
-        val = {"records": self.records.digest("val")}
-        train = {"records": self.records.digest("train"), "augment": augment.model_dump(), "seed": seed}
-        train["shard"] = asdict(self.shard)
-        return {
-            view: cache.key(
-                self.depends_on | (val if view is None else train | {"view": view}), rooms=cache.ACTIVATION_ROOMS
-            )
-            for view in views
-        }
+        augmented = {"augment": augment.model_dump(), "seed": seed, "shard": asdict(self.shard)}
+
+        def images(view: View) -> dict[str, Any]:
+            if isinstance(view, str):
+                return {"records": self.records.digest(view)}
+            return {"records": self.records.digest("train"), **augmented, "view": view}
+
+        return {view: cache.key(self.depends_on | images(view), rooms=cache.ACTIVATION_ROOMS) for view in views}
+
+    def open(self, keys: Mapping[View, str], stack: ExitStack) -> dict[View, Activations]:
+        """Open the views of these keys, and compute what the cache lacks. They are closed with the stack."""
+        views = sum(isinstance(view, int) for view in keys)
+        missing = [view for view, key in keys.items() if not cache.exists("views", key)]
+
+        def open_view(view: View) -> Activations:
+            fill = functools.partial(self.fill, view=view, views=views)
+            return stack.enter_context(closing(Activations(cache.open_entry("views", keys[view], fill))))
+
+        # Those that are there are opened first, so that making room does not prune them.
+        activations = {view: open_view(view) for view in keys if view not in missing}
+        if missing:
+            cache.make_room("views", self.bytes(missing))
+        return activations | {view: open_view(view) for view in missing}
 
     def bytes(self, views: Iterable[View]) -> int:
         """The size of these views on disk, at most."""
@@ -162,11 +184,13 @@ class _Extractor:
         return sum(self._count(view) * values * DTYPE.itemsize + overhead for view in views)
 
     def _count(self, view: View) -> int:
-        return self.records.count("val") if view is None else len(self.shard.examples(self.records.count("train")))
+        if isinstance(view, str):
+            return self.records.count(view)
+        return len(self.shard.examples(self.records.count("train")))
 
     def fill(self, folder: Path, view: View, views: int) -> None:
         """Run the frozen layers on a view's images, batch by batch, and write their activations to `folder`."""
-        title = "val activations" if view is None else f"view {view + 1}/{views}"
+        title = f"{view} activations" if isinstance(view, str) else f"view {view + 1}/{views}"
         count = self._count(view)
         started = time.monotonic()
         with ExitStack() as stack:
@@ -185,8 +209,8 @@ class _Extractor:
 
     def _pixels(self, view: View) -> Iterator[np.ndarray]:
         """Give a view's images in batches, of EXTRACTOR_BATCH or by chunk: float32 [batch, size, size, 3]."""
-        if view is None:
-            for pixels, _ in batches.plain(self.records, "val", self.size, EXTRACTOR_BATCH):
+        if isinstance(view, str):
+            for pixels, _ in batches.plain(self.records, view, self.size, EXTRACTOR_BATCH):
                 yield pixels
             return
         numbers = self.shard.chunks(self.records.count("train"))
@@ -211,7 +235,7 @@ class FeatureStore:
         opened: ExitStack,
     ) -> None:
         self.engine = engine
-        self.val = activations[None]
+        self.val = activations["val"]
         self.train = [activations[view] for view in range(len(activations) - 1)]
         self._records, self._seed, self._shard = records, seed, shard
         self._examples = shard.examples(records.count("train"))

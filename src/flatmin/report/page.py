@@ -37,7 +37,10 @@ def write(study: Study, path: Path | str) -> str:
     environment.filters |= {"count": words.count, "percent": words.percent, "points": words.points}
     environment.globals |= {"names": words.NAMES, "plural": words.plural, "many": MANY}
     page = environment.get_template("page.html").render(
-        style=environment.from_string("{% include 'style.css' %}").render(), picture=study.picture, **context(study)
+        style=environment.from_string("{% include 'style.css' %}").render(),
+        picture=study.picture,
+        picture_of_audit=study.picture_of_audit,
+        **context(study),
     )
     with files.atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -54,6 +57,7 @@ def context(study: Study) -> dict[str, Any]:
         "labelled": study.labelled,
         "methods": _methods(study),
         "data": _data(study),
+        "audit": _audit(study),
         "augment": study.params.augment.model_dump(),
         "preview": data_uri(Path(study.inputs.augment)),
         "backbones": _backbones(study),
@@ -87,7 +91,32 @@ def _methods(study: Study) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": rows}
     if study.labelled:
         found |= {"dots": _dots(study), "differences": _differences(study), "seeds": _each_difference(study)}
+        found["parts"] = _parts(study)
     return found
+
+
+PARTS = {
+    "test": "all",
+    "without_near_duplicates": "without near duplicates in train",
+    "clean": "labels that no near duplicate contradicts",
+    "suspect": "labels that one contradicts",
+}
+
+
+def _parts(study: Study) -> list[dict[str, Any]]:
+    """The scores on parts of test that audit found: of each its name, images, methods' accuracies and SAM's gain."""
+    evaluated = study.evaluated
+    gain, images = evaluated["sam_minus_control"], evaluated["test_images"]
+    return [
+        {
+            "name": name,
+            "images": images.get(part, images["all"]),
+            "accuracies": [evaluated[method][part]["accuracy"] for method in words.NAMES],
+            "gain": gain if part == "test" else gain[part],
+        }
+        for part, name in PARTS.items()
+        if part in images or part == "test"
+    ]
 
 
 def _dots(study: Study) -> Markup:
@@ -141,6 +170,28 @@ def _data(study: Study) -> dict[str, Any]:
         ],
         "ignored": sum(sum(each.values()) for each in dataset["ignored"].values()),
         "smallest": study.prepare["smallest_difference"],
+        "groups": dataset.get("groups"),
+    }
+
+
+def _audit(study: Study) -> dict[str, Any]:
+    found, shown, counts = study.audit, study.found, study.dataset["roles"]
+
+    def told(kind: str) -> list[str]:
+        return [
+            f"{words.count(number)} {words.pair(key)} ({words.percent(number / counts[key.split('_')[-1]]['count'])})"
+            for key, number in found[kind].items()
+            if number
+        ]
+
+    sizes, small = counts["train"]["classes"], study.params.audit.small_class
+    return {
+        **shown,
+        "near": told("near_duplicates"),
+        "contradicting": told("contradictions"),
+        "labels": found["suspects"],
+        "settings": study.params.audit,
+        "small": sorted((name for name, size in sizes.items() if size < small), key=lambda name: (sizes[name], name)),
     }
 
 

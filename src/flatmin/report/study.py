@@ -28,24 +28,26 @@ class Inputs:
 
     Attributes:
         dataset: dataset.json of the records.
-        prepare, select, final, evaluate: the metrics of these stages.
+        prepare, select, audit, final, evaluate: the metrics of these stages.
         trainings: by method, extract too, the folder with the metrics of its trainings.
         curves: by method, the folder with its training curves.
         augment: the picture of what training sees.
         confusion: actual and predicted class of each test image.
-        evaluation: the folder that evaluate wrote for the report.
+        audited, evaluation: the folders that audit and evaluate wrote for the report.
         lock: dvc.lock, which may be missing.
     """
 
     dataset: str
     prepare: str
     select: str
+    audit: str
     final: str
     evaluate: str
     trainings: Mapping[str, str]
     curves: Mapping[str, str]
     augment: str
     confusion: str
+    audited: str
     evaluation: str
     lock: str
 
@@ -75,6 +77,10 @@ class Study:
         return files.read_json(self.inputs.select)
 
     @cached_property
+    def audit(self) -> dict[str, Any]:
+        return files.read_json(self.inputs.audit)
+
+    @cached_property
     def final(self) -> dict[str, Any]:
         return files.read_json(self.inputs.final)
 
@@ -86,6 +92,11 @@ class Study:
     def shown(self) -> dict[str, Any]:
         """shown.json of evaluate: pictures, and the released network."""
         return files.read_json(f"{self.inputs.evaluation}/shown.json")
+
+    @cached_property
+    def found(self) -> dict[str, Any]:
+        """shown.json of audit: pairs and suspects."""
+        return files.read_json(f"{self.inputs.audited}/shown.json")
 
     @cached_property
     def labelled(self) -> bool:
@@ -112,6 +123,9 @@ class Study:
     def picture(self, name: str) -> str:
         """A picture of evaluate as a data URI."""
         return data_uri(Path(self.inputs.evaluation, "pictures", name))
+
+    def picture_of_audit(self, name: str) -> str:
+        return data_uri(Path(self.inputs.audited, "pictures", name))
 
     @cached_property
     def locked(self) -> list[tuple[str, str, str, int]]:

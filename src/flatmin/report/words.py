@@ -42,6 +42,12 @@ def plural(number: int, noun: str) -> str:
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
+def pair(key: str) -> str:
+    """What audit counts: `train_test` -> of test have one in train; `test` -> of test have another."""
+    first, _, second = key.partition("_")
+    return f"of {second} have one in {first}" if second else f"of {first} have one in {first}"
+
+
 def interval(found: Mapping[str, float]) -> str:
     return f"{points(found['low'])} to {points(found['high'])}"
 

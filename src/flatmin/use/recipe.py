@@ -56,6 +56,8 @@ extract:
 select:
   tolerance: 0.01       # a cheaper backbone may be one point worse
 
+audit: {{}}             # near duplicates and wrong labels: docs/audit.md
+
 finetune:
   optimizer: adamw
   learning_rate: 0.0005

@@ -1,0 +1,1 @@
+"""Looks for what makes figures untrue: near duplicates, wrong labels, rare classes."""
