@@ -60,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
         "seed": 42,
         "splits": {"val": None, "predict": None, "unused": None},
         "columns": {"image": None, "label": None, "split": None},
+        "group": None,
         "links": "within",
         "val_fraction": None,
         "train_per_class": None,
@@ -268,6 +269,19 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
             "data.label_noise: expected 0 with shuffle_labels, received 0.1",
         ),
         ("data.label_noise", 1, "data.label_noise: expected less than 1, received 1"),
+        ("data.group", "person", "data.group: expected null with source bundled, received 'person'"),
+        (
+            "data",
+            REQUIRED["data"] | {"group": "p"},
+            "data.val_per_class: expected null with group, which val_fraction follows, received 1",
+        ),
+        (
+            "data",
+            REQUIRED["data"] | {"group": "(p", "val_per_class": None, "val_fraction": 0.1},
+            "data.group: expected a regular expression, received '(p': missing ), unterminated subpattern",
+        ),
+        ("audit.cosine", 0, "audit.cosine: expected greater than 0, received 0"),
+        ("audit.hash_bits", 64, "audit.hash_bits: expected less than or equal to 63, received 64"),
         ("finetune.schedule", {"name": "plateau", "factor": 3}, "finetune.schedule.factor: expected less than 1"),
         ("finetune.schedule", {"name": "plateau", "plateau": 3}, "finetune.schedule.plateau: expected no such key"),
         (

@@ -356,3 +356,17 @@ def test_tfds_without_network_says_where_the_data_would_be(monkeypatch: pytest.M
     assert str(tmp_path) in str(error.value)
     assert "no network" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_tfds_groups_are_a_feature_and_another_one_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path, builder({**IMAGE, **LABEL, "patient": tfds.features.Text()}))
+    source = opened("tfds", "tiny", group="patient")
+    groups = source.groups("train[2:]")
+    assert groups.tolist() == [example.group for example in source.examples("train[2:]")]
+    assert set(source.groups("train")) == {f"patient-{index}" for index in range(10)}
+    assert opened("tfds", "tiny", group="label").groups("train[:3]").tolist() == [
+        str(label) for label in opened("tfds", "tiny").labels("train[:3]")
+    ]
+    with pytest.raises(InputError, match=r"^data.group: expected one of label, patient in tiny, received 'image'$"):
+        opened("tfds", "tiny", group="image")

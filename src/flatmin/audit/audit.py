@@ -47,7 +47,8 @@ def audit(*, runtime: Runtime, settings: Audit, records: str, model: str, metric
     pairs = similarity.alike(similarity.unit(vectors), _hashes(dataset), settings.cosine, settings.hash_bits)
     alike, contradicting = duplicates.find(pairs, places)
     checked = places.of(CHECKED)
-    probabilities = labels.out_of_fold(vectors[checked], places.labels[checked], len(dataset.class_names))
+    groups = _groups(dataset)
+    probabilities = labels.out_of_fold(vectors[checked], places.labels[checked], len(dataset.class_names), groups)
     suspects = labels.suspects(probabilities, places.labels[checked])
     found = {
         "near_duplicates": _counts(alike, places.roles),
@@ -80,6 +81,12 @@ def _activations(records: Records, model: str, runtime: Runtime, places: Places)
                 for start in range(0, each.count, TOGETHER)
             ]
     return np.concatenate(parts)
+
+
+def _groups(records: Records) -> np.ndarray | None:
+    """The groups of the pictures whose labels are checked, text [m]; None where they are not known."""
+    found = [records.groups(role) for role in CHECKED]
+    return None if None in found else np.array([group for groups in found for group in groups or ()], np.str_)
 
 
 def _hashes(records: Records) -> np.ndarray:

@@ -25,7 +25,7 @@ def out_of_fold(vectors: np.ndarray, labels: np.ndarray, classes: int, groups: n
         groups: [n]; images of a group are in one fold.
     """
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
-    folds = FOLDS if groups is None else min(FOLDS, len(np.unique(groups)))
+    folds = min(FOLDS, int(np.bincount(labels).max()), FOLDS if groups is None else len(np.unique(groups)))
     found = np.zeros((len(labels), classes))
     with warnings.catch_warnings():
         # Classes of fewer images than folds, whose images are then suspects more easily, are told of by themselves.

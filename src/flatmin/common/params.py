@@ -174,6 +174,12 @@ class Data(Section):
         " and `predict`; `val` only without `val_fraction` and `val_per_class`.",
     )
     columns: Columns = Columns()
+    group: Text | None = Field(
+        None,
+        description="What keeps together images of one person, place or camera, of which no two roles get a part: a"
+        " table's column, a feature of TFDS, or for a folder a regular expression that finds the group in the path (its"
+        " first bracket, or all of it). Slices in percent and `val_fraction` then follow groups. Null: unknown.",
+    )
     links: Links = Field(
         "within",
         description="Symbolic links of a folder or table: `refuse` them, read those to files `within` the folder or in"
@@ -247,6 +253,23 @@ class Data(Section):
         for key, value in self.columns:
             if value is not None and key not in used:
                 raise InconsistentError(f"columns.{key}", f"null with source {self.source}, received {shorten(value)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_group(self) -> Self:
+        if self.group is None:
+            return self
+        if self.source == "bundled":
+            raise InconsistentError("group", f"null with source bundled, received {shorten(self.group)}")
+        if self.val_per_class is not None:
+            raise InconsistentError(
+                "val_per_class", f"null with group, which val_fraction follows, received {self.val_per_class}"
+            )
+        if self.source == "folder":
+            try:
+                re.compile(self.group)
+            except re.error as error:
+                raise InconsistentError("group", f"a regular expression, received {self.group!r}: {error}") from None
         return self
 
     @field_validator("class_names")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from flatmin.common import console, files
 from flatmin.common.errors import InputError
 from flatmin.common.params import Data
 from flatmin.data import images
+from flatmin.data.groups import APART, carve
 from flatmin.data.sources.base import Slice, Source
 from flatmin.images import BrokenImageError
 
@@ -73,7 +74,8 @@ def assign_roles(
                 if expression != train:
                     _check_readable(source, expression, None, data, broken)
         refuse_broken(broken, data.skip_broken, listed)
-    return _carve_val(labels, readable, data, class_names)
+    groups = source.groups(train) if data.group else None
+    return _carve_val(labels, readable, data, class_names, groups)
 
 
 def _check_readable(source: Source, expression: str, count: int | None, data: Data, broken: list[str]) -> np.ndarray:
@@ -90,16 +92,23 @@ def _check_readable(source: Source, expression: str, count: int | None, data: Da
     return np.array(readable, bool)
 
 
-def _carve_val(labels: np.ndarray, readable: np.ndarray, data: Data, class_names: list[str]) -> np.ndarray:
+def _carve_val(
+    labels: np.ndarray, readable: np.ndarray, data: Data, class_names: list[str], groups: np.ndarray | None
+) -> np.ndarray:
     """Shuffle each class by the seed; its first images become val, the following ones train.
 
     Therefore `train_per_class` does not affect val, and a smaller value selects a subset of what a larger one selects.
+    With groups, whole ones become val.
     """
     random = np.random.default_rng([data.seed, 1])
     roles = np.full(len(labels), LEFT_OUT, np.int8)
+    in_val = np.zeros(len(labels), bool)
+    if groups is not None and data.val_fraction:
+        in_val[readable] = carve(groups[readable], labels[readable], data.val_fraction, data.seed)
+        roles[in_val] = VAL
     for label, class_name in enumerate(class_names):
-        members = random.permutation(np.flatnonzero((labels == label) & readable))
-        val = _val_size(len(members), class_name, data)
+        members = random.permutation(np.flatnonzero((labels == label) & readable & ~in_val))
+        val = _val_size(len(members), class_name, data) if groups is None else 0
         train = len(members) - val if data.train_per_class is None else data.train_per_class
         if train > len(members) - val:
             raise InputError(
@@ -125,6 +134,17 @@ def _val_size(class_size: int, class_name: str, data: Data) -> int:
             f" received {val_size} for val out of {class_size}"
         )
     return val_size
+
+
+def groups_of_roles(source: Source, roles: np.ndarray | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Give the groups, text [n], of each role that must share none with another: `roles` as of `assign_roles`."""
+    for role, expression in source.expressions.items():
+        groups = source.groups(expression)
+        if role == "train" and roles is not None:
+            yield "train", groups[roles == TRAIN]
+            yield "val", groups[roles == VAL]
+        elif role in APART:
+            yield role, groups
 
 
 def draw_labels(

@@ -24,7 +24,7 @@ import tensorflow as tf
 from flatmin.common import console, files
 from flatmin.common.errors import InputError
 from flatmin.common.params import ROLES, Data
-from flatmin.data import images, sources, splits
+from flatmin.data import groups, images, sources, splits
 from flatmin.data.images import Picture
 from flatmin.data.sources.base import UNKNOWN, Example, Source
 from flatmin.images import BrokenImageError, Stored
@@ -57,11 +57,15 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
     stored = Stored.by_setting(data.image_size, largest)
     console.log(f"prepare: {stored.describe()}")
     source = sources.open_source(data)
+    if data.group:
+        source = groups.Grouped(source, data.seed)
     class_names, expressions = source.class_names, source.expressions
     sizes = splits.count_examples(source, expressions)
     listed = Path(folder).with_name("broken.txt")
     broken: list[str] = []
     roles = splits.assign_roles(source, data, class_names, broken, listed)
+    if data.group:
+        groups.refuse_shared(splits.groups_of_roles(source, roles))
     drawn_labels = splits.draw_labels(source, data, class_names, roles)
     with files.atomic_write(folder) as temporary:
         temporary.mkdir()
@@ -89,6 +93,11 @@ def _tell(info: Mapping[str, Any]) -> None:
     """Say what was read otherwise than one might think."""
     names = info["class_names"]
     console.log(f"prepare: classes: {', '.join(names[:MAX_TOLD])}{', ...' if len(names) > MAX_TOLD else ''}")
+    if info["groups"]:
+        shares = ", ".join(
+            f"{role} {count} with {info['roles'][role]['count']} images" for role, count in info["groups"].items()
+        )
+        console.log(f"prepare: groups: {shares}; no two of train, val and test share one")
     if info["left_out"]:
         console.log(f"prepare: examples that no role takes: {info['left_out']}")
     if info["first_frames"]:
@@ -187,6 +196,7 @@ class Row(NamedTuple):
     Attributes:
         name, label: The example's.
         true_label: The source's label. The column is there if wrong labels were drawn.
+        group: The example's. The column is there with `data.group`.
         shard: The name of the file; its number until all are written.
         offset, bytes: Where in the file the encoded picture lies.
         crc32: zlib's, of these bytes.
@@ -197,6 +207,7 @@ class Row(NamedTuple):
     name: str
     label: int
     true_label: int | None
+    group: str | None
     shard: Any
     offset: int
     bytes: int
@@ -229,6 +240,7 @@ class ShardWriter:
                 example.name,
                 example.label,
                 example.true_label,
+                example.group,
                 self._shards - 1,
                 self._bytes + RECORD_HEADER + record.index(picture.encoded),
                 len(picture.encoded),
@@ -259,7 +271,8 @@ class ShardWriter:
         shards = [self._path(shard).rename(self._path(shard, suffix)) for shard in range(self._shards)]
         yield from shards
         path = self._folder / "index.csv"
-        columns = [column for column in Row._fields if column != "true_label" or self.rows[0].true_label is not None]
+        optional = {column for column in ("true_label", "group") if getattr(self.rows[0], column) is None}
+        columns = [column for column in Row._fields if column not in optional]
         rows = (row._replace(shard=shards[row.shard].name) for row in self.rows)
         files.write_csv(path, columns, ([getattr(row, column) for column in columns] for row in rows))
         yield path
@@ -322,6 +335,9 @@ def _describe(
         "version": source.version,
         "class_names": class_names,
         "roles": writer.described,
+        "groups": {role: len({row.group for row in each.rows}) for role, each in writer.roles.items()}
+        if data.group
+        else None,
         "duplicates": {
             pair: {"count": len(names), "names": [list(two) for two in names[:MAX_LISTED]]}
             for pair, names in writer.duplicates().items()
@@ -354,6 +370,7 @@ def _metrics(info: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{key: info[key] for key in ("source", "name", "version", "digest")},
         "classes": len(info["class_names"]),
+        "groups": info["groups"] or "unknown",
         "broken": len(info["broken"]),
         "ignored": info["ignored"],
         "empty": len(info["empty"]),

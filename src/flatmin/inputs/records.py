@@ -132,6 +132,10 @@ class Records:
         """Return the examples' names in the records' order."""
         return self._role(role).index.names
 
+    def groups(self, role: str) -> list[str] | None:
+        """Return the examples' groups in the records' order; None where they are not known."""
+        return self._role(role).index.groups
+
     def stored(self, role: str, positions: Iterable[int]) -> list[StoredImage]:
         """Return where the images at these positions lie."""
         opened = self._role(role)
@@ -154,6 +158,7 @@ class _Index(NamedTuple):
     """The index of a role. numbers: int64 [count, 6], a StoredImage's from `offset` on."""
 
     names: list[str]
+    groups: list[str] | None
     shards: list[str]
     labels: np.ndarray
     true_labels: np.ndarray
@@ -182,6 +187,7 @@ class _Role:
     def index(self) -> _Index:
         """Read the index, once. Rows are read one by one, since a dict of each row takes many times its memory."""
         names: list[str] = []
+        groups: list[str] = []
         shards: list[str] = []
         numbers, true_labels = array("q"), array("q")
         if files.sha256(self.folder / INDEX) != self.info["files"][INDEX]["sha256"]:
@@ -192,10 +198,12 @@ class _Role:
         with (self.folder / INDEX).open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 names.append(row["name"])
+                if "group" in row:
+                    groups.append(sys.intern(row["group"]))
                 shards.append(sys.intern(row["shard"]))
                 numbers.extend(int(row[column]) for column in _NUMBERS)
                 true_labels.append(int(row.get("true_label", row["label"])))
         table = np.array(numbers, np.int64).reshape(-1, len(_NUMBERS))
         labels = table[:, 0].astype(np.int32)
         labels.flags.writeable = False
-        return _Index(names, shards, labels, np.array(true_labels, np.int32), table[:, 1:])
+        return _Index(names, groups or None, shards, labels, np.array(true_labels, np.int32), table[:, 1:])

@@ -32,6 +32,7 @@ class Example(NamedTuple):
         name: Identifies the example to a person.
         true_label: The source's label where another one may have been drawn; else None.
         unreadable: Why there are no bytes.
+        group: The group of `data.group`; else None.
     """
 
     image: bytes
@@ -39,6 +40,7 @@ class Example(NamedTuple):
     name: str
     true_label: int | None = None
     unreadable: str = ""
+    group: str | None = None
 
     def encoded(self) -> bytes:
         """Return the encoded bytes.
@@ -108,6 +110,10 @@ class Source(ABC):
     def labels(self, expression: str) -> np.ndarray:
         """Return the labels of `examples(expression)`, int32 [n], without reading any image."""
 
+    @abstractmethod
+    def groups(self, expression: str) -> np.ndarray:
+        """Return the groups of `examples(expression)`, text [n], without reading any image; only with `data.group`."""
+
 
 def _renamed(expression: str, names: Mapping[str, str]) -> str:
     """Replace the names of splits in a split expression: TFDS takes no spaces in them, but folders have some."""
@@ -125,8 +131,20 @@ class ListedSource(Source):
     # How an example has its class, and how it has none.
     HAS_CLASS, HAS_NO_CLASS = "with a label", "without one"
 
-    def __init__(self, data: Data, version: str, items: Mapping[str, Sequence[tuple[str, str]]]) -> None:
-        """`items` are the names of each split's examples, each with its class, "" if that is not known.
+    def __init__(
+        self,
+        data: Data,
+        version: str,
+        items: Mapping[str, Sequence[tuple[str, str]]],
+        groups: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take the examples.
+
+        Args:
+            data: The `data` section.
+            version: Version of the data.
+            items: The names of each split's examples, each with its class, "" if that is not known.
+            groups: The group of each example by its name, with `data.group`.
 
         Raises:
             InputError: The classes or splits cannot be what the user means.
@@ -134,6 +152,7 @@ class ListedSource(Source):
         self.version = version
         if "all" in items:
             raise InputError("data.name: expected no split named 'all', which stands for all of them")
+        self._groups = groups or {}
         sizes = {split: len(pairs) for split, pairs in items.items()}
         self.splits = {
             split: tfds.core.SplitInfo(name=split, shard_lengths=[size], num_bytes=0) for split, size in sizes.items()
@@ -177,11 +196,16 @@ class ListedSource(Source):
         for split, start, stop in self.locate(expression):
             names, labels = self._names[split][start:stop], self._labels[split][start:stop].tolist()
             for name, label in zip(names, labels, strict=True):
+                group = self._groups.get(name)
                 try:
-                    example = Example(self._read(name), label, name)
+                    example = Example(self._read(name), label, name, group=group)
                 except BrokenImageError as error:
-                    example = Example(b"", label, name, unreadable=str(error))
+                    example = Example(b"", label, name, group=group, unreadable=str(error))
                 yield example
+
+    def groups(self, expression: str) -> np.ndarray:
+        names = [name for split, start, stop in self.locate(expression) for name in self._names[split][start:stop]]
+        return np.array([self._groups[name] for name in names], np.str_)
 
     def labels(self, expression: str) -> np.ndarray:
         parts = [self._labels[split][start:stop] for split, start, stop in self.locate(expression)]

@@ -51,10 +51,24 @@ class FolderSource(ListedSource):
         if listed.linked:
             for pairs in items.values():
                 _refuse_twice(self._root, [file for file, _ in pairs])
-        super().__init__(data, _listing_digest(self._root, listed.files), items)
+        groups = data.group and {file: _group(file, data.group) for file in listed.files}
+        super().__init__(data, _listing_digest(self._root, listed.files), items, groups or None)
 
     def _read(self, name: str) -> bytes:
         return listing.read_file(self._root / name)
+
+
+def _group(file: str, pattern: str) -> str:
+    """Return the part of a path that is its group: the first bracket of the pattern, or all of what it finds.
+
+    Raises:
+        InputError: The pattern is not found in the path.
+    """
+    found = re.search(pattern, file)
+    group = found and found[1 if found.re.groups else 0]
+    if not group:
+        raise InputError(f"data.group: expected a pattern that finds a group in each path, received none in {file!r}")
+    return group
 
 
 def _without_pictures(listed: Listing) -> list[str]:

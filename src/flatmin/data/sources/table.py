@@ -32,12 +32,14 @@ class Row(NamedTuple):
         image: The path as it is written.
         label: The class, "" if it is not known.
         split: The split, None if there is no such column.
+        group: The group of `data.group`, None without it.
     """
 
     where: str
     image: str
     label: str
     split: str | None
+    group: str | None
 
 
 class TableSource(ListedSource):
@@ -54,8 +56,9 @@ class TableSource(ListedSource):
         self._root = table.parent.resolve()  # the table itself may be a link, such as DVC's
         items: dict[str, list[tuple[str, str]]] = {}
         lines: dict[str, str] = {}
+        groups: dict[str, str] = {}
         digest = hashlib.sha256()
-        for row in _read_rows(table, data.columns):
+        for row in _read_rows(table, data.columns, data.group):
             name = _checked_path(row, self._root, data.links)
             file = _real_file(os.path.join(self._root, name))
             if file in lines:
@@ -67,11 +70,15 @@ class TableSource(ListedSource):
             if not split:
                 raise InputError(f"{table}: {row.where}: expected a split, received none for {name!r}")
             items.setdefault(split, []).append((name, row.label))
+            if row.group is not None:
+                if not row.group:
+                    raise InputError(f"data.group: {row.where}: expected a group, received none for {name!r}")
+                groups[name] = row.group
             size = listing.size(self._root / name)
             digest.update(f"{name}\0{row.label}\0{split}\0{size}\n".encode())
         if not items:
             raise InputError(f"{table}: expected at least one row, received none")
-        super().__init__(data, digest.hexdigest()[:16], items)
+        super().__init__(data, digest.hexdigest()[:16], items, groups)
         if odd := [name for name in self.class_names if name.casefold() in HARDLY_CLASS]:
             console.log(f"prepare: {odd[0]!r} is a class; a row whose class is not known has an empty label")
 
@@ -115,22 +122,22 @@ def _real_file(path: str) -> str:
     return listing.real_file(own) if os.path.islink(own) else own
 
 
-def _read_rows(table: Path, columns: Columns) -> Iterator[Row]:
+def _read_rows(table: Path, columns: Columns, group: str | None) -> Iterator[Row]:
     match table.suffix.lower():
         case ".csv":
-            return _read_csv(table, columns)
+            return _read_csv(table, columns, group)
         case ".parquet" | ".pq":
-            return _read_parquet(table, columns)
+            return _read_parquet(table, columns, group)
         case _:
             raise InputError(f"data.name: expected a table named *.csv or *.parquet, received {table.name!r}")
 
 
-def _read_csv(table: Path, columns: Columns) -> Iterator[Row]:
+def _read_csv(table: Path, columns: Columns, group: str | None) -> Iterator[Row]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            chosen = _choose_columns(table, header, columns)
+            chosen = _choose_columns(table, header, columns, group)
             for cells in reader:
                 if not cells:
                     continue
@@ -144,7 +151,7 @@ def _read_csv(table: Path, columns: Columns) -> Iterator[Row]:
         raise InputError(f"{table}: line {reader.line_num}: expected CSV, received: {error}") from None
 
 
-def _read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
+def _read_parquet(table: Path, columns: Columns, group: str | None) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet  # needs a second that other tables need not wait for
     except ImportError as error:
@@ -154,7 +161,7 @@ def _read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(table) as file:
             header = file.schema_arrow.names
-            chosen = _choose_columns(table, header, columns)
+            chosen = _choose_columns(table, header, columns, group)
             names = [header[index] for index in chosen if index is not None]
             number = 0
             for batch in file.iter_batches(columns=names):
@@ -171,16 +178,16 @@ def _or_empty(cell: Any) -> Any:
     return "" if cell is None else cell
 
 
-def _choose_columns(table: Path, header: Sequence[str], columns: Columns) -> list[int | None]:
-    """Return the positions of the columns image, label and split; None for a split that is not there.
+def _choose_columns(table: Path, header: Sequence[str], columns: Columns, group: str | None) -> list[int | None]:
+    """Return the positions of the columns image, label, split and group; None for a split or group that is not there.
 
     Raises:
         InputError: A column is missing, or there are two of that name.
     """
     if len(header) == 1 and (found := [name for mark, name in SEPARATORS.items() if mark in header[0]]):
         raise InputError(f"{table}: expected columns separated by commas, received {found[0]}")
-    if "group" in header:
-        console.log("prepare: the column group is not used: val is carved without regard to it")
+    if "group" in header and group is None:
+        console.log("prepare: the column group is not used: data.group: group keeps each of its groups in one role")
     chosen: list[int | None] = []
     for key, name in columns:
         count = header.count(name or key)
@@ -191,18 +198,22 @@ def _choose_columns(table: Path, header: Sequence[str], columns: Columns) -> lis
         else:
             received = ", ".join(repr(column) for column in header) or "no header"
             raise InputError(f"data.columns.{key}: expected one column {name or key!r} in {table}, received {received}")
-    return chosen
+    if group is not None and header.count(group) != 1:
+        raise InputError(
+            f"data.group: expected one column {group!r} in {table}, received {', '.join(map(repr, header))}"
+        )
+    return [*chosen, None if group is None else list(header).index(group)]
 
 
 def _row(table: Path, where: str, cells: Sequence[Any]) -> Row:
-    """Check the values of image, label and split, which Parquet holds in any type.
+    """Check the values of image, label, split and group, which Parquet holds in any type.
 
     A label is its text, without blanks around it and without the fraction of a whole number: of `1.0` it is `1`.
     """
-    image, label, split = cells
-    if isinstance(label, float):
-        label = None if math.isnan(label) else int(label) if label.is_integer() else label
-    for key, value, types in (("image", image, str), ("label", label, str | int | float), ("split", split, str)):
+    image, label, split, group = cells
+    label, group = _whole(label), _whole(group)
+    texts = (("image", image, str), ("label", label, str | int | float), ("split", split, str))
+    for key, value, types in (*texts, ("group", group, str | int | float)):
         if not isinstance(value, types | None):
             kind = type(value).__name__
             raise InputError(f"{table}: {where}: expected text in the column of {key}, received a value of type {kind}")
@@ -211,4 +222,12 @@ def _row(table: Path, where: str, cells: Sequence[Any]) -> Row:
         raise InputError(
             f"{table}: {where}: expected a label, or an empty one where it is not known, received {text!r}"
         )
-    return Row(where, image or "", text, split if split is None else split.strip())
+    named = None if group is None else str(group).strip()
+    return Row(where, image or "", text, split if split is None else split.strip(), named)
+
+
+def _whole(cell: Any) -> Any:
+    """A number as it is meant: Parquet has floats for integers where some are missing, which then are no numbers."""
+    if not isinstance(cell, float):
+        return cell
+    return "" if math.isnan(cell) else int(cell) if cell.is_integer() else cell

@@ -35,19 +35,25 @@ class TfdsSource(Source):
         self.expressions = roles.expressions(data, {split: info.splits[split].num_examples for split in info.splits})
         self._image, self._label = _image_and_label(data, info.features, info.supervised_keys)
         self._name = _name_feature(info.features)
+        self._group = _group_feature(data, info.features)
         self.class_names = list(info.features[self._label].names)
 
     def examples(self, expression: str) -> Iterator[Example]:
         for features in self._read(expression, self._name or "tfds_id"):
-            text = features[self._name or "tfds_id"].decode("utf-8", "backslashreplace")
-            yield Example(features[self._image], int(features[self._label]), text)
+            text = _text(features[self._name or "tfds_id"])
+            group = _text(features[self._group]) if self._group else None
+            yield Example(features[self._image], int(features[self._label]), text, group=group)
 
     def labels(self, expression: str) -> np.ndarray:
         labels = (features[self._label] for features in self._read(expression))
         return np.fromiter(labels, np.int32)
 
+    def groups(self, expression: str) -> np.ndarray:
+        key = str(self._group)
+        return np.array([_text(features[key]) for features in self._read(expression)], np.str_)
+
     def _read(self, expression: str, name: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the label of each example, and if `name` is given, that feature and the encoded image too."""
+        """Yield each example's label and group, and if `name` is given, that feature and the encoded image too."""
         in_order = self._read_indexed if self._builder.info.file_format == ARRAY_RECORD else self._read_in_order
         try:
             yield from in_order(expression, name)
@@ -67,7 +73,7 @@ class TfdsSource(Source):
             ) from None
 
     def _read_in_order(self, expression: str, name: str | None) -> Iterator[dict[str, Any]]:
-        partial = tfds.decode.PartialDecoding({self._label: True})
+        partial = tfds.decode.PartialDecoding({key: True for key in (self._label, self._group) if key})
         with _without_deprecation_warnings():
             dataset = self._builder.as_dataset(
                 split=expression,
@@ -170,3 +176,26 @@ def _name_feature(features: Any) -> str | None:
     """Return the key of the text feature that names an example, if there is one."""
     names = [key for key in NAME_FEATURES if key in features]
     return next((key for key in names if features[key].np_dtype in (str, np.str_, object, bytes)), None)
+
+
+def _group_feature(data: Data, features: Mapping[str, Any]) -> str | None:
+    """Return `data.group`, the key of a feature that is one text or integer, or None.
+
+    Raises:
+        InputError: There is no such feature.
+    """
+    if data.group is None:
+        return None
+    usable = [
+        key
+        for key, feature in features.items()
+        if getattr(feature, "shape", None) == ()
+        and (feature.np_dtype in (str, np.str_, object, bytes) or np.issubdtype(feature.np_dtype, np.integer))
+    ]
+    if data.group not in usable:
+        raise InputError(f"data.group: expected one of {', '.join(usable)} in {data.name}, received {data.group!r}")
+    return data.group
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
