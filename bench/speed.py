@@ -115,7 +115,7 @@ def settings(train: int, val: int, seed: int, epochs: Mapping[str, int] = EPOCHS
         "backbones": [BACKBONE],
         # The original study's rates.
         "extract": recipe | {"seed": seed, "learning_rate": 1e-3, "epochs": epochs["extract"]},
-        "select": {},
+        "select": {"metric": "accuracy"},
         "audit": {},
         "finetune": recipe | {"learning_rate": 1e-4, "epochs": epochs["finetune"]},
         "sam": {},

@@ -1,7 +1,7 @@
 """control: what finetune does, for as many gradient evaluations as sam-finetune took. Argument: the seed.
 
-Reads `runtime`, `augment`, `finetune` of params.yaml, data/records/, models/select/ and models/budget/{seed}.json.
-Writes models/control/{seed}/, metrics/control/{seed}.json and plots/control/{seed}.csv.
+Reads `runtime`, `augment`, `finetune`, `select.metric` of params.yaml, data/records/, models/select/ and
+models/budget/{seed}.json. Writes models/control/{seed}/, metrics/control/{seed}.json and plots/control/{seed}.csv.
 """
 
 import sys
@@ -24,6 +24,7 @@ def main(declared: stage.Declared, seed: str = "") -> Any:
         runtime=params.runtime,
         augment=params.augment,
         recipe=params.finetune,
+        metric=params.select.metric,
         selected="models/select",
         records="data/records",
         outputs=Outputs(f"models/control/{seed}", f"metrics/control/{seed}.json", f"plots/control/{seed}.csv"),

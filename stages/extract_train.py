@@ -1,7 +1,7 @@
 """extract-train: train a classifier behind a frozen backbone. Argument: the backbone.
 
-Reads `runtime`, `augment`, `extract` of params.yaml and data/records/. Writes models/extract/{backbone}/,
-metrics/extract/{backbone}.json and plots/extract/{backbone}.csv.
+Reads `runtime`, `augment`, `extract`, `select.metric` of params.yaml and data/records/. Writes
+models/extract/{backbone}/, metrics/extract/{backbone}.json and plots/extract/{backbone}.csv.
 """
 
 import sys
@@ -22,6 +22,7 @@ def main(declared: stage.Declared, backbone: str = "") -> Any:
         runtime=params.runtime,
         augment=params.augment,
         recipe=params.extract,
+        metric=params.select.metric,
         records="data/records",
         outputs=Outputs(
             f"models/extract/{backbone}", f"metrics/extract/{backbone}.json", f"plots/extract/{backbone}.csv"

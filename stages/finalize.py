@@ -1,7 +1,7 @@
 """finalize: release the method that val favours, with its best seed, and fit temperatures on val.
 
-Reads `seeds` and `finalize` of params.yaml, val's labels, and models and metrics of extract, finetune, control and sam.
-Writes models/final/ and metrics/final.json. It reads nothing of test.
+Reads `seeds`, `select.metric` and `finalize` of params.yaml, val's labels, and models and metrics of extract, finetune,
+control and sam. Writes models/final/ and metrics/final.json. It reads nothing of test.
 """
 
 from flatmin.common import files, stage
@@ -19,7 +19,13 @@ def main(declared: stage.Declared) -> None:
         method: [Candidate(seed, f"{models}/{seed}", f"{metrics}/{seed}.json") for seed in params.seeds]
         for method, (models, metrics) in folders.items()
     }
-    metrics = finalize(candidates, params.finalize.tolerance, val="data/records/val/index.csv", released="models/final")
+    metrics = finalize(
+        candidates,
+        params.finalize.tolerance,
+        params.select.metric,
+        val="data/records/val/index.csv",
+        released="models/final",
+    )
     files.write_json("metrics/final.json", metrics)
 
 

@@ -1,7 +1,7 @@
 """finetune: train the selected classifier's layers from `fine_tune_at` on. Argument: the seed.
 
-Reads `runtime`, `augment`, `finetune` of params.yaml, data/records/ and models/select/. Writes models/finetune/{seed}/,
-metrics/finetune/{seed}.json and plots/finetune/{seed}.csv.
+Reads `runtime`, `augment`, `finetune`, `select.metric` of params.yaml, data/records/ and models/select/. Writes
+models/finetune/{seed}/, metrics/finetune/{seed}.json and plots/finetune/{seed}.csv.
 """
 
 import sys
@@ -23,6 +23,7 @@ def main(declared: stage.Declared, seed: str = "") -> Any:
         runtime=params.runtime,
         augment=params.augment,
         recipe=params.finetune,
+        metric=params.select.metric,
         selected="models/select",
         records="data/records",
         outputs=Outputs(f"models/finetune/{seed}", f"metrics/finetune/{seed}.json", f"plots/finetune/{seed}.csv"),

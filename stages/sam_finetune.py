@@ -28,6 +28,7 @@ def main(declared: stage.Declared, seed: str = "") -> Any:
         runtime=params.runtime,
         augment=params.augment,
         recipe=recipe.model_copy(update={"epochs": params.sam.epochs or recipe.epochs}),
+        metric=params.select.metric,
         selected="models/select",
         records="data/records",
         outputs=Outputs(

@@ -12,7 +12,7 @@ def main(declared: stage.Declared) -> None:
     params = declared.params
     metrics = backbone.select(
         params.backbones,
-        params.select.tolerance,
+        params.select,
         models="models/extract",
         metrics="metrics/extract",
         selected="models/select",

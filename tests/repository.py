@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
         "image_size": 32,
         "fine_tune_at": {"EfficientNetLite0": "block7a_expand_conv"},
     },
-    "select": {"tolerance": 0.0},
+    "select": {"metric": "accuracy", "tolerance": 0.0},
     "audit": {},
     "sam": {"method": "sam", "rho": 0.05, "adaptive": False, "every": 1},
     "finalize": {"tolerance": 0.0},

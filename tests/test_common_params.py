@@ -40,7 +40,7 @@ REQUIRED: dict[str, Any] = {
     "augment": {},
     "backbones": ["ResNet50"],
     "extract": {**RECIPE, "schedule": {"name": "plateau"}, "early_stopping": {}},
-    "select": {},
+    "select": {"metric": "accuracy"},
     "audit": {},
     "finetune": {**RECIPE, "schedule": {"name": "cosine"}},
     "sam": {},
@@ -77,6 +77,8 @@ DEFAULTS: dict[str, Any] = {
         "schedule": {"factor": 0.2, "patience": 3, "min_delta": 0.001, "minimum": 1e-06},
         "weight_decay": 0.0,
         "label_smoothing": 0.0,
+        "class_weights": "none",
+        "sampling": "none",
         "ema": None,
         "dropout": 0.2,
         "views": 0,
@@ -93,6 +95,8 @@ DEFAULTS: dict[str, Any] = {
         "schedule": {"warmup_epochs": 0.0},
         "weight_decay": 0.0,
         "label_smoothing": 0.0,
+        "class_weights": "none",
+        "sampling": "none",
         "ema": None,
         "dropout": 0.2,
         "views": 0,
@@ -280,6 +284,14 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
             REQUIRED["data"] | {"group": "(p", "val_per_class": None, "val_fraction": 0.1},
             "data.group: expected a regular expression, received '(p': missing ), unterminated subpattern",
         ),
+        ("select", {}, "select.metric: expected a value, found none"),
+        ("select.metric", "f1", "select.metric: expected 'accuracy' or 'balanced_accuracy', received 'f1'"),
+        ("extract.sampling", True, "extract.sampling: expected 'none' or 'balanced', received True"),
+        (
+            "finetune",
+            {**RECIPE, "sampling": "balanced", "class_weights": "balanced"},
+            "finetune.sampling: expected none with class_weights balanced, received balanced",
+        ),
         ("audit.cosine", 0, "audit.cosine: expected greater than 0, received 0"),
         ("audit.hash_bits", 64, "audit.hash_bits: expected less than or equal to 63, received 64"),
         ("finetune.schedule", {"name": "plateau", "factor": 3}, "finetune.schedule.factor: expected less than 1"),
@@ -416,8 +428,8 @@ def test_load_of_exponentially_nested_aliases_is_refused_quickly(tmp_path: Path)
 
 
 def test_load_with_yaml_merge_key_merges_sections(tmp_path: Path) -> None:
-    recipe = yaml.safe_dump({"select": TINY["select"]}).replace("select:", "select: &one")
-    rest = yaml.safe_dump({**{key: value for key, value in TINY.items() if key != "select"}, "sam": None})
+    recipe = yaml.safe_dump({"finalize": TINY["finalize"]}).replace("finalize:", "finalize: &one")
+    rest = yaml.safe_dump({**{key: value for key, value in TINY.items() if key != "finalize"}, "sam": None})
     text = recipe + rest.replace("sam: null", "sam: {<<: *one, rho: 0.1}")
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(InputError, match=r"sam\.tolerance: expected no such key, received 0\.0"):

@@ -58,7 +58,7 @@ def study(mirrored: bool = False, runtime: dict[str, Any] | None = None, **split
             "augment": {"engine": "none"},
             "backbones": ["MobileNet025"],
             "extract": recipe,
-            "select": {},
+            "select": {"metric": "accuracy"},
             "audit": {},
             "finetune": recipe,
             "sam": {},
@@ -89,7 +89,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for variable in model.head.trainable_variables:
             variable.assign(random.normal(size=variable.shape))
         model.save(folder / saved, random.normal(size=(3, len(NAMES))).astype(np.float32))
-        val = {"accuracy": 0.5 + seed / 100, "loss": 1.0}
+        val = {"accuracy": 0.5 + seed / 100, "balanced_accuracy": 0.5, "loss": 1.0}
         metrics = "select" if name == "extract" else name.replace("@", "/")
         files.write_json(folder / f"metrics/{metrics}.json", {"val": val, "gradient_evaluations": 100 + seed})
     write_pairs(folder)

@@ -17,7 +17,7 @@ from flatmin.common.errors import InputError
 from flatmin.common.params import Augment, Runtime
 from flatmin.features import cache, store
 from flatmin.features.store import FeatureStore
-from flatmin.inputs import batches
+from flatmin.inputs import batches, sampling
 from flatmin.inputs.batches import WorkerShard
 from flatmin.inputs.records import Records
 from flatmin.inputs.workers import Augmenter
@@ -138,6 +138,30 @@ def test_keys_of_a_roles_views_depend_on_that_role_alone(study: tuple[Records, C
     first, of_val, of_both = found
     assert of_val[0] == first[0] != of_both[0]
     assert first["val"] != of_val["val"] == of_both["val"]
+
+
+@pytest.mark.slow
+def test_feature_store_balanced_epochs_draw_by_class_whatever_the_shards(study: tuple[Records, Classifier]) -> None:
+    records, _ = study
+    own = np.where(np.arange(TRAIN) < 5, 1, 0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(records, "labels", lambda role: own)
+        patched.setattr(records, "training_labels", lambda: own)
+        with closing(compute(study, views=1, sampling="balanced")) as features:
+            view = features.train[0].read(range(TRAIN))[0]
+            whole = read_epoch(features, 3)
+        drawn = sampling.draw(own, "balanced", np.random.default_rng([SEED, 3]))
+        np.testing.assert_array_equal(np.concatenate([activations for activations, _ in whole]), view[drawn])
+        np.testing.assert_array_equal(np.concatenate([labels for _, labels in whole]), own[drawn])
+        assert sorted(np.bincount(own[drawn])) == [22, 23]
+        shards = []
+        for worker in range(2):
+            shard = WorkerShard(worker, 2, 1)
+            with closing(compute(study, views=1, sampling="balanced", shard=shard)) as features:
+                shards.append(read_epoch(features, 3))
+        for (activations, _), *of_workers in zip(whole, *shards, strict=True):
+            together = [row.tobytes() for part, _ in of_workers for row in part]
+            assert sorted(together) == sorted(row.tobytes() for row in activations)
 
 
 @pytest.mark.slow

@@ -103,6 +103,25 @@ def test_augmented_with_label_noise_tells_wrong_labels_from_the_others(tmp_path:
     assert sum(label >= 2 for _, label in pairs) == 30
 
 
+def test_augmented_balanced_epoch_draws_each_class_alike_in_as_many_images(tmp_path: Path) -> None:
+    records = make(tmp_path, [(12, 10)])
+    own = np.array([0 if number < 90 else 1 for number in range(COUNT)], np.int32)
+    own = own[[int(Path(name).stem) for name in records.names("train")]]
+    records.labels = lambda role: own  # type: ignore[method-assign]
+    records.training_labels = lambda: own  # type: ignore[method-assign]
+    orders = []
+    for number in (0, 1):
+        with Augmenter(NONE, 0, 1) as augmenter:
+            epoch = list(batches.augmented(records, augmenter, SIZE, 24, 0, number, "balanced"))
+        drawn = numbers(epoch)
+        assert labels(epoch) == [int(each >= 90) for each in drawn]
+        assert [len(images) for images, _ in epoch] == [24, 24, 24, 24, 4]
+        assert np.bincount(labels(epoch)).tolist() == [50, 50]
+        assert np.bincount(drawn, minlength=COUNT)[90:].tolist() == [5] * 10
+        orders.append(drawn)
+    assert orders[0] != orders[1]
+
+
 @pytest.mark.slow
 def test_augmented_order_is_chosen_by_seed_and_epoch(same_size: Records) -> None:
     orders = {

@@ -23,11 +23,16 @@ def test_score_random_logits_equals_reference(seed: int, count: int, classes: in
     logits = (scale * random.normal(size=(count, classes))).astype(np.float32)
     labels = random.integers(0, classes, count)
     received = score(logits, labels)
-    assert set(received) == {"accuracy", "top5_accuracy", "loss"}
+    assert set(received) == {"accuracy", "balanced_accuracy", "top5_accuracy", "loss", "balanced_loss"}
     assert all(type(value) is float for value in received.values())
     assert (received["accuracy"], received["top5_accuracy"]) == pytest.approx(plain_accuracies(logits, labels))
     log_probabilities = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
-    assert received["loss"] == pytest.approx(-log_probabilities[np.arange(count), labels].mean(), abs=1e-9)
+    losses = -log_probabilities[np.arange(count), labels]
+    assert received["loss"] == pytest.approx(losses.mean(), abs=1e-9)
+    right = logits.argmax(axis=1) == labels
+    for key, values in (("balanced_accuracy", right), ("balanced_loss", losses)):
+        of_classes = [values[labels == label].mean() for label in np.unique(labels)]
+        assert received[key] == pytest.approx(np.mean(of_classes), abs=1e-9)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(6, 12))
@@ -41,7 +46,9 @@ def test_score_ties_go_to_lower_index(seed: int, classes: int) -> None:
 
 def test_score_equal_logits_is_chance() -> None:
     received = score(np.zeros((10, 10), np.float32), np.arange(10))
-    assert received == {"accuracy": 0.1, "top5_accuracy": 0.5, "loss": pytest.approx(np.log(10))}
+    loss = pytest.approx(np.log(10))
+    shares = {"accuracy": 0.1, "balanced_accuracy": 0.1, "top5_accuracy": 0.5}
+    assert received == shares | {"loss": loss, "balanced_loss": loss}
 
 
 def test_score_fewer_than_six_classes_has_top5_accuracy_one() -> None:

@@ -14,6 +14,7 @@ from repository import ROOT
 
 from flatmin import prune
 from flatmin.common.errors import InputError
+from flatmin.common.params import Select
 from flatmin.selection import backbone
 
 
@@ -56,7 +57,14 @@ def test_choose_difference_of_exactly_the_tolerance_is_within_it(count: int, dat
 def select(backbones: list[str], tolerance: float) -> dict[str, Any]:
     """Select in the working directory."""
     folders = {"models": "models/extract", "metrics": "metrics/extract", "selected": "models/select"}
-    return backbone.select(backbones, tolerance, **folders)
+    return backbone.select(backbones, Select(metric="accuracy", tolerance=tolerance), **folders)
+
+
+def test_choose_by_balanced_accuracy_takes_no_other_into_account() -> None:
+    candidates = {"a": candidate(0.9, 10), "b": candidate(0.8, 10)}
+    candidates["a"]["val"]["balanced_accuracy"], candidates["b"]["val"]["balanced_accuracy"] = 0.5, 0.7
+    assert backbone.choose(candidates, 0.1) == "a"
+    assert backbone.choose(candidates, 0.1, "balanced_accuracy") == "b"
 
 
 def prune_but(backbones: list[str], folder: Path) -> list[str]:

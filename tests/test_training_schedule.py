@@ -105,6 +105,20 @@ def test_best_epoch_of_equal_accuracies_has_the_lowest_loss_then_is_the_first() 
     assert schedule.best_epoch(epochs) == 2
 
 
+def test_balanced_accuracy_decides_with_its_own_loss_alone() -> None:
+    rows = ((0.9, 0.5, 1, 3), (0.8, 0.6, 2, 2), (0.7, 0.6, 3, 1), (0.6, 0.6, 4, 1))
+    keys = ("val_accuracy", "val_balanced_accuracy", "val_loss", "val_balanced_loss")
+    epochs = [dict(zip(keys, row, strict=True)) for row in rows]
+    assert schedule.best_epoch(epochs) == 0
+    assert schedule.best_epoch(epochs, "balanced_accuracy") == 2
+    stopping = EarlyStopping(patience=3)
+    assert schedule.stops(epochs, stopping)
+    assert not schedule.stops(epochs, stopping, "balanced_accuracy")
+    rule = Plateau(name="plateau", factor=0.5, patience=3)
+    assert schedule.plateau(epochs, rule, 0.1) == 0.05
+    assert schedule.plateau(epochs, rule, 0.1, "balanced_accuracy") == 0.1
+
+
 # How long a training is
 
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 100))  # images and the batch's, which may be larger

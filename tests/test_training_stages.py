@@ -133,7 +133,7 @@ def test_sam_finetune_interrupted_and_resumed_gives_the_same_bytes(
 def test_stages_in_turn_write_what_they_trained(head: str, study: Path) -> None:
     settings = small(extract=HEADS[head], ema=0.5)
     extract(settings)
-    backbone.select([BACKBONE], 0.0, models="models/extract", metrics="metrics/extract", selected=SELECTED)
+    backbone.select([BACKBONE], settings.select, models="models/extract", metrics="metrics/extract", selected=SELECTED)
     passes = {f"extract/{BACKBONE}": 1, "finetune": 1, "sam": 2}
     if head == "linear":
         finetune(settings)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from trainings import point_recipe, point_step
+from trainings import Points, point_recipe, point_step
 
 from flatmin.common.errors import InputError
 from flatmin.common.params import Sam
+from flatmin.sam.methods import METHODS
 from flatmin.training.step import Sums, TrainStep, pad_empty_shard
 
 
@@ -54,6 +55,34 @@ def test_train_step_plain_is_the_gradient_step_of_the_smoothed_loss_with_regular
     assert wrong == [0, 0]
     for variable, value in zip(layers.trainable_variables, expected, strict=True):
         np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["plain", *METHODS])
+def test_train_step_with_class_weights_is_that_of_images_that_are_there_more_often(method: str) -> None:
+    """An image of weight 2 counts as two: in both passes of each method, and in the loss that is reported."""
+    recipe = point_recipe(optimizer="sgd", learning_rate=0.1, batch_size=50, label_smoothing=0.1)
+    sam = None if method == "plain" else Sam(method=method, rho=0.3)
+    (twice, points), (plain, _) = (point_step(recipe, sam, count=12) for _ in range(2))
+    own = points._labels[:12]
+    doubled = np.repeat(np.arange(12), np.where(own == 1, 2, 1))
+    assert 12 < len(doubled) < 24
+    repeat(points, doubled)
+    weighted, others = point_step(recipe, sam, count=12, weights=np.array([1, 2, 1], np.float32) * 12 / len(doubled))
+    for layers in (points.layers, others.layers):
+        layers.head.layers[1].rate = 0.0
+    expected, received, other = (run_epochs(step, 3) for step in (twice, weighted, plain))
+    np.testing.assert_allclose(received[:, 0] / 12, expected[:, 0] / len(doubled), rtol=1e-5)
+    for one, two in zip(points.layers.trainable_variables, others.layers.trainable_variables, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(received[:, 0], other[:, 0], rtol=1e-3)
+    assert (received[:, 2] == 12).all()
+
+
+def repeat(points: Points, examples: np.ndarray) -> None:
+    """Let the points' train examples be these, of what they are."""
+    points._inputs = np.concatenate([points._inputs[examples], points._inputs[points._count :]])
+    points._labels = np.concatenate([points._labels[examples], points._labels[points._count :]])
+    points._count = len(examples)
 
 
 @pytest.mark.parametrize("sam", [None, Sam(num_batch_splits=2)], ids=["plain", "sam in parts"])

@@ -108,11 +108,14 @@ def point_recipe(**changes: Any) -> Finetune:
     )
 
 
-def point_step(recipe: Finetune, sam: Sam | None = None, count: int = 13) -> tuple[TrainStep, Points]:
+def point_step(
+    recipe: Finetune, sam: Sam | None = None, count: int = 13, weights: np.ndarray | None = None
+) -> tuple[TrainStep, Points]:
     points = Points(count, recipe.batch_size)
     steps = recipe.epochs * math.ceil(count / recipe.batch_size)
     strategy = tf.distribute.get_strategy()
-    step = TrainStep(strategy, points, points.layers, recipe, sam_settings(sam), steps=steps, classes=3)
+    rule = sam_settings(sam)
+    step = TrainStep(strategy, points, points.layers, recipe, rule, steps=steps, classes=3, weights=weights)
     return step, points
 
 
@@ -153,7 +156,7 @@ def small(**changes: Any) -> Params:
         "extract": recipe
         | {"seed": SEED, "batch_size": 4, "weights": {BACKBONE: "base.weights.h5"}}
         | changes.pop("extract", {}),
-        "select": {},
+        "select": {"metric": "accuracy"},
         "audit": {},
         "finetune": recipe | {"fine_tune_at": {BACKBONE: SPLIT_POINT}} | changes,
         "sam": {"rho": 0.05},

@@ -325,6 +325,9 @@ class EarlyStopping(Section):
     min_delta: NonNegative = Field(1e-3, description="Smallest decrease of the val loss that counts, in nats.")
 
 
+Balance = Literal["none", "balanced"]
+
+
 class Training(Section):
     """The keys that extract and finetune share."""
 
@@ -337,6 +340,16 @@ class Training(Section):
         0.0, description="Decoupled weight decay, >= 0; in each step it is multiplied by the learning rate."
     )
     label_smoothing: Rate = Field(0.0, description="Label smoothing, in [0, 1).")
+    class_weights: Balance = Field(
+        "none",
+        description="`balanced`: the loss of an image is divided by the size of its class, times what makes the mean"
+        " weight 1 over train. `none`: every image weighs the same.",
+    )
+    sampling: Balance = Field(
+        "none",
+        description="`balanced`: an epoch draws every class equally often, in all as many images as train has: those of"
+        " a rare class several times, those of a frequent one in part. `none`: every image once.",
+    )
     ema: Fraction | None = Field(
         None,
         description="Momentum, in (0, 1), of an exponential moving average of the weights, which is then validated and"
@@ -356,6 +369,12 @@ class Training(Section):
         " backbones to sizes. Null: for extract the backbone's default, for finetune that of extract. The key is"
         " required, because DVC refuses prepare, which depends on it, without it.",
     )
+
+    @model_validator(mode="after")
+    def _check_balance(self) -> Self:
+        if self.class_weights == self.sampling == "balanced":
+            raise InconsistentError("sampling", "none with class_weights balanced, received balanced")
+        return self
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
@@ -415,11 +434,24 @@ def largest_image_size(backbones: list[str], extract: ImageSizes | None, finetun
     return max([*sizes, *(for_backbone(finetune, backbone) or 0 for backbone in backbones)])
 
 
-class Select(Section):
-    """Which backbone is selected."""
+Metric = Literal["accuracy", "balanced_accuracy"]
 
+
+def loss_of(metric: Metric) -> str:
+    """The loss on val that goes with a metric: `loss`, or `balanced_loss`."""
+    return metric.replace("accuracy", "loss")
+
+
+class Select(Section):
+    """What decides on val, and which backbone is selected."""
+
+    metric: Metric = Field(
+        description="Score on val that decides the best epoch, the backbone and the released model: `accuracy`, or"
+        " `balanced_accuracy`, the mean over classes. With the latter early stopping and plateaus follow the mean loss"
+        " over classes, too. The key is required, because DVC refuses stages that depend on it without it."
+    )
     tolerance: Annotated[Float, Field(ge=0, le=1)] = Field(
-        0.0, description="Select the cheapest backbone whose val accuracy is within this fraction of the best, 0 to 1."
+        0.0, description="Select the cheapest backbone whose score is within this fraction of the best, 0 to 1."
     )
 
 
@@ -534,8 +566,8 @@ class Finalize(Section):
 
     tolerance: Annotated[Float, Field(ge=0, le=1)] = Field(
         0.005,
-        description="Release the method with the fewest gradient evaluations whose mean val accuracy is within this"
-        " fraction of the best, 0 to 1.",
+        description="Release the method with the fewest gradient evaluations whose mean score on val (`select.metric`)"
+        " is within this fraction of the best, 0 to 1.",
     )
 
 

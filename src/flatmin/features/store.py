@@ -21,12 +21,13 @@ import tensorflow as tf
 
 from flatmin.common import console
 from flatmin.common.errors import InputError
-from flatmin.common.params import Augment, Runtime
+from flatmin.common.params import Augment, Balance, Runtime
 from flatmin.features import cache, engine
 from flatmin.features.engine import EXTRACTOR_BATCH, Engine
 from flatmin.inputs import batches
 from flatmin.inputs.batches import WorkerShard
 from flatmin.inputs.records import Records
+from flatmin.inputs.sampling import draw
 from flatmin.inputs.workers import Augmenter
 from flatmin.models.classifier import Classifier
 from flatmin.runtime import machine
@@ -82,6 +83,7 @@ def compute(
     seed: int,
     views: int,
     shard: WorkerShard,
+    sampling: Balance = "none",
 ) -> FeatureStore:
     """Compute what the cache lacks of `views` augmented views of the shard's train images, and of val's images.
 
@@ -96,7 +98,7 @@ def compute(
         if any(view != "val" and not cache.exists("views", key) for view, key in view_keys.items()):
             augmenter.start()
         activations = extractor.open(view_keys, stack)
-        return FeatureStore(records, seed, shard, extractor.engine.name, activations, stack.pop_all())
+        return FeatureStore(records, seed, shard, sampling, extractor.engine.name, activations, stack.pop_all())
 
 
 @contextmanager
@@ -230,6 +232,7 @@ class FeatureStore:
         records: Records,
         seed: int,
         shard: WorkerShard,
+        sampling: Balance,
         engine: str,
         activations: dict[View, Activations],
         opened: ExitStack,
@@ -237,7 +240,7 @@ class FeatureStore:
         self.engine = engine
         self.val = activations["val"]
         self.train = [activations[view] for view in range(len(activations) - 1)]
-        self._records, self._seed, self._shard = records, seed, shard
+        self._records, self._seed, self._shard, self._sampling = records, seed, shard, sampling
         self._examples = shard.examples(records.count("train"))
         self._opened = opened
 
@@ -249,7 +252,7 @@ class FeatureStore:
         """
         view = self.train[number % len(self.train)]
         labels = self._records.training_labels()
-        order = np.random.default_rng([self._seed, number]).permutation(len(labels))
+        order = draw(self._records.labels("train"), self._sampling, np.random.default_rng([self._seed, number]))
         first = self._shard.worker * self._shard.replicas
 
         def parts() -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:

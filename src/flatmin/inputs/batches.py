@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from flatmin.common.params import Balance
 from flatmin.inputs import workers
 from flatmin.inputs.augment import AUGMENT_CHUNK
 from flatmin.inputs.pixels import Task
 from flatmin.inputs.records import Records
+from flatmin.inputs.sampling import draw
 from flatmin.inputs.workers import Augmenter
 
 # Finished images held in memory for shuffling; smaller data sets are shuffled as a whole.
@@ -58,11 +60,20 @@ def sample(records: Records, size: int, every: int, batch_size: int) -> Batches:
     return plain(records, "train", size, batch_size, range(0, records.count("train"), every))
 
 
-def augmented(records: Records, augmenter: Augmenter, size: int, batch_size: int, seed: int, epoch: int) -> Batches:
+def augmented(
+    records: Records,
+    augmenter: Augmenter,
+    size: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    sampling: Balance = "none",
+) -> Batches:
     """One epoch's training images, augmented and shuffled for this epoch.
 
     Chunks are augmented in a random order, then images are shuffled within a buffer of at most SHUFFLE_BYTES. The order
-    depends on (seed, epoch) and the size alone. The last batch may be smaller.
+    depends on (seed, epoch) and the size alone. The last batch may be smaller. An image that balanced `sampling` draws
+    several times is augmented once.
 
     Returns:
         Batches of (uint8 [batch, size, size, 3], int32 [batch]); the labels are `Records.training_labels`.
@@ -70,6 +81,14 @@ def augmented(records: Records, augmenter: Augmenter, size: int, batch_size: int
     random = np.random.default_rng(derived_seed(seed, epoch))
     numbers = random.permutation(math.ceil(records.count("train") / AUGMENT_CHUNK))
     chunks = augmented_chunks(records, augmenter, size, epoch, numbers.tolist())
+    if sampling != "none":
+        drawn = draw(records.labels("train"), sampling, np.random.default_rng(derived_seed(seed, epoch, 1)))
+        times = np.bincount(drawn, minlength=records.count("train"))
+        chunks = (
+            (np.repeat(images, often, axis=0), np.repeat(labels, often))
+            for (images, labels), number in zip(chunks, numbers.tolist(), strict=True)
+            for often in [times[number * AUGMENT_CHUNK :][: len(labels)]]
+        )
     shuffled = _shuffled(chunks, max(AUGMENT_CHUNK, SHUFFLE_BYTES // (3 * size**2)), random)
     while batch := list(itertools.islice(shuffled, batch_size)):
         images, labels = zip(*batch, strict=True)

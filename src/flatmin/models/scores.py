@@ -8,6 +8,8 @@ import numpy as np
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Compute accuracy and top-5 accuracy (fractions) and the mean cross-entropy (nats).
 
+    `balanced_` are means over the classes that have images, each class alike.
+
     Args:
         logits: float [n, classes].
         labels: int [n], in [0, classes).
@@ -20,8 +22,16 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     ).sum(axis=1)
     highest = logits.max(axis=1)
     log_sum = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+    right, losses = rank == 0, log_sum - label_logits
     return {
-        "accuracy": float((rank == 0).mean()),
+        "accuracy": float(right.mean()),
+        "balanced_accuracy": _mean_over_classes(right, labels),
         "top5_accuracy": float((rank < 5).mean()),
-        "loss": float((log_sum - label_logits).mean()),
+        "loss": float(losses.mean()),
+        "balanced_loss": _mean_over_classes(losses, labels),
     }
+
+
+def _mean_over_classes(values: np.ndarray, labels: np.ndarray) -> float:
+    sizes = np.bincount(labels)
+    return float((np.bincount(labels, values)[sizes > 0] / sizes[sizes > 0]).mean())

@@ -208,7 +208,8 @@ def _backbones(study: Study) -> dict[str, Any]:
         "chosen": chosen,
         "rows": rows,
         "tolerance": study.params.select.tolerance,
-        "best": study.select["best_val_accuracy"],
+        "best": study.select[f"best_val_{study.params.select.metric}"],
+        "metric": study.params.select.metric.replace("_", " "),
         "chart": charts.scatter("backbones", alt, "multiply-adds, millions", "val accuracy, %", points),
     }
 

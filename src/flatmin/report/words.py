@@ -125,7 +125,7 @@ def _who(released: Mapping[str, Any]) -> str:
 def _released(study: Study) -> str:
     final, tolerance = study.final, study.params.finalize.tolerance
     released = final["released"]
-    accuracies = {method: final[method]["val"]["accuracy"] for method in NAMES}
+    accuracies = {method: final[method]["val"][study.params.select.metric] for method in NAMES}
     near = [method for method in NAMES if accuracies[method] >= max(accuracies.values()) - tolerance - 1e-9]
     if len(near) == 1:
         why = f"the only method within {100 * tolerance:g} points of the best on val"

@@ -13,6 +13,7 @@ import numpy as np
 
 from flatmin.common import console, files
 from flatmin.common.errors import InputError
+from flatmin.common.params import Metric, loss_of
 from flatmin.selection.calibration import fit_temperature, is_bound
 from flatmin.selection.release import Trained, choose
 
@@ -29,40 +30,43 @@ class Candidate:
     metrics: str
 
 
+VAL = ("accuracy", "balanced_accuracy", "loss")  # the scores of each training in the metrics
+
+
 def finalize(
-    candidates: Mapping[str, Sequence[Candidate]], tolerance: float, *, val: str, released: str
+    candidates: Mapping[str, Sequence[Candidate]], tolerance: float, metric: Metric, *, val: str, released: str
 ) -> dict[str, Any]:
     """Copy the released classifier, with its temperature; return the metrics of all methods on val.
 
     Args:
         candidates: by method, extract first, its trainings.
-        tolerance: as in `release.choose`.
+        tolerance: as in `release.choose`. metric: `select.metric`.
         val: the CSV file of val's labels.
         released: the folder to copy the classifier to.
     """
     labels = np.array([int(row["label"]) for row in files.read_csv(val)])
-    methods: dict[str, list[Trained]] = {}
-    temperatures: dict[str, list[float]] = {}
-    stopped_early: dict[str, int] = {}
-    for method, trainings in candidates.items():
-        found = [files.read_json(training.metrics) for training in trainings]
-        methods[method] = [
-            Trained(training.seed, each["val"]["accuracy"], each["val"]["loss"], each["gradient_evaluations"])
-            for training, each in zip(trainings, found, strict=True)
+    found = {name: [files.read_json(each.metrics) for each in trainings] for name, trainings in candidates.items()}
+    temperatures = {
+        name: [_temperature(Path(each.model), labels) for each in trainings] for name, trainings in candidates.items()
+    }
+    methods = {
+        name: [
+            Trained(each.seed, one["val"][metric], one["val"][loss_of(metric)], one["gradient_evaluations"])
+            for each, one in zip(trainings, found[name], strict=True)
         ]
-        temperatures[method] = [_temperature(Path(training.model), labels) for training in trainings]
-        stopped_early[method] = sum(bool(each.get("stopped_early")) for each in found)
+        for name, trainings in candidates.items()
+    }
     method, index = choose(methods, tolerance)
     chosen, temperature = candidates[method][index], temperatures[method][index]
     with files.atomic_write(released) as temporary:
         shutil.copytree(chosen.model, temporary, ignore=shutil.ignore_patterns("val_logits.npy"))
         description = files.read_json(temporary / "model.json")
         files.write_json(temporary / "model.json", description | {"temperature": temperature})
-    of_chosen = _values(methods[method][index], temperature)
+    of_chosen = _values(found[method][index], temperature)
     seed = {} if chosen.seed is None else {"seed": chosen.seed}
     metrics: dict[str, Any] = {"released": {"method": method, **seed, **of_chosen}}
-    for name, trained in methods.items():
-        metrics[name] = _describe(trained, temperatures[name]) | {"stopped_early": stopped_early[name]}
+    for name, trainings in candidates.items():
+        metrics[name] = _describe([each.seed for each in trainings], found[name], temperatures[name])
     for name, fitted in temperatures.items():
         if at_a_bound := [value for value in fitted if is_bound(value)]:
             console.log(
@@ -87,19 +91,27 @@ def _temperature(model: Path, labels: np.ndarray) -> float:
     return fit_temperature(logits, labels)
 
 
-def _values(trained: Trained, temperature: float) -> dict[str, Any]:
-    return {"temperature": temperature, "val": {"accuracy": trained.accuracy, "loss": trained.loss}}
+def _values(trained: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    return {"temperature": temperature, "val": {key: trained["val"][key] for key in VAL}}
 
 
-def _describe(trained: Sequence[Trained], temperatures: Sequence[float]) -> dict[str, Any]:
-    """A method's metrics: means over seeds, standard deviations with several of them, and each seed's."""
-    accuracies, losses = [each.accuracy for each in trained], [each.loss for each in trained]
+def _describe(
+    seeds: Sequence[int | None], trained: Sequence[Mapping[str, Any]], temperatures: Sequence[float]
+) -> dict[str, Any]:
+    """A method's metrics: means over seeds, standard deviations with several of them, and each seed's.
+
+    trained: the metrics of each seed's training.
+    """
+    scores = {key: [each["val"][key] for each in trained] for key in VAL}
     metrics: dict[str, Any] = {
-        "gradient_evaluations": statistics.fmean(each.gradient_evaluations for each in trained),
+        "gradient_evaluations": statistics.fmean(each["gradient_evaluations"] for each in trained),
+        "stopped_early": sum(bool(each.get("stopped_early")) for each in trained),
         "temperature": statistics.fmean(temperatures),
-        "val": {"accuracy": statistics.fmean(accuracies), "loss": statistics.fmean(losses)},
+        "val": {key: statistics.fmean(values) for key, values in scores.items()},
     }
     if len(trained) > 1:
-        metrics["val_deviation"] = {"accuracy": statistics.stdev(accuracies), "loss": statistics.stdev(losses)}
-    seeds = {str(each.seed): _values(each, value) for each, value in zip(trained, temperatures, strict=True)}
-    return metrics if trained[0].seed is None else metrics | {"seeds": seeds}
+        metrics["val_deviation"] = {key: statistics.stdev(values) for key, values in scores.items()}
+    if None in seeds:
+        return metrics
+    each = zip(seeds, trained, temperatures, strict=True)
+    return metrics | {"seeds": {str(seed): _values(one, temperature) for seed, one, temperature in each}}

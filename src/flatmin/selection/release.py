@@ -13,7 +13,7 @@ class Trained:
 
     Attributes:
         seed: None for a method that is trained once, whatever the seed.
-        accuracy: a fraction. loss: mean cross-entropy (nats).
+        accuracy: a fraction. loss: mean cross-entropy (nats). Both over images, or over classes, by `select.metric`.
         gradient_evaluations: images times passes forward and backward that its training took.
     """
 

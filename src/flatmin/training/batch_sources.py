@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from flatmin.common import console
+from flatmin.common.params import Balance
 from flatmin.features.store import FeatureStore
 from flatmin.inputs import batches
 from flatmin.inputs.batches import Batches
@@ -43,16 +44,25 @@ class AugmentedImages:
     engine = "tensorflow"
 
     def __init__(
-        self, records: Records, model: Classifier, frozen: keras.Model, augmenter: Augmenter, seed: int, batch_size: int
+        self,
+        records: Records,
+        model: Classifier,
+        frozen: keras.Model,
+        augmenter: Augmenter,
+        seed: int,
+        batch_size: int,
+        sampling: Balance = "none",
     ) -> None:
         self._records, self._model, self._frozen, self._augmenter = records, model, frozen, augmenter
-        self._seed, self._batch_size = seed, batch_size
+        self._seed, self._batch_size, self._sampling = seed, batch_size, sampling
 
     def epoch(self, number: int, strategy: tf.distribute.Strategy, skipped: int = 0) -> Any:
         size = self._model.description.image_size
 
         def rest() -> Batches:
-            epoch = batches.augmented(self._records, self._augmenter, size, self._batch_size, self._seed, number)
+            epoch = batches.augmented(
+                self._records, self._augmenter, size, self._batch_size, self._seed, number, self._sampling
+            )
             return itertools.islice(epoch, skipped, None)
 
         signature = (tf.TensorSpec((None, size, size, 3), tf.uint8), tf.TensorSpec((None,), tf.int32))

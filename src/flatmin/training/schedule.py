@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flatmin.common import files
 from flatmin.common.errors import InputError
-from flatmin.common.params import Cosine, EarlyStopping, Plateau, Training
+from flatmin.common.params import Cosine, EarlyStopping, Metric, Plateau, Training, loss_of
 
 # What a training did up to a validation: epoch (the epochs so far), learning_rate, loss, accuracy, and val's scores as
 # val_*. Most trainings are validated after each epoch, and a history holds one for each validation.
@@ -84,9 +84,14 @@ class Plan:
         return math.ceil(self.steps / self.steps_per_epoch)
 
 
-def best_epoch(history: Sequence[Epoch]) -> int:
-    """The index of the epoch with the highest val accuracy; of equals the lowest val loss, then the first."""
-    return min(range(len(history)), key=lambda index: (-history[index]["val_accuracy"], history[index]["val_loss"]))
+def best_epoch(history: Sequence[Epoch], metric: Metric = "accuracy") -> int:
+    """The index of the epoch with the highest metric on val; of equals the lowest val loss, then the first."""
+    scores, losses = [epoch[f"val_{metric}"] for epoch in history], _losses(history, metric)
+    return min(range(len(history)), key=lambda index: (-scores[index], losses[index]))
+
+
+def _losses(history: Sequence[Epoch], metric: Metric) -> list[float]:
+    return [epoch[f"val_{loss_of(metric)}"] for epoch in history]
 
 
 def _epochs_without_improvement(losses: Sequence[float], min_delta: float) -> Iterator[int]:
@@ -99,11 +104,11 @@ def _epochs_without_improvement(losses: Sequence[float], min_delta: float) -> It
         yield waited
 
 
-def stops(history: Sequence[Epoch], early_stopping: EarlyStopping | None) -> bool:
+def stops(history: Sequence[Epoch], early_stopping: EarlyStopping | None, metric: Metric = "accuracy") -> bool:
     """Whether early stopping ends the training after these epochs."""
     if early_stopping is None or not history:
         return False
-    *_, waited = _epochs_without_improvement([epoch["val_loss"] for epoch in history], early_stopping.min_delta)
+    *_, waited = _epochs_without_improvement(_losses(history, metric), early_stopping.min_delta)
     return waited >= early_stopping.patience
 
 
@@ -121,13 +126,13 @@ def cosine(update: int, updates: float, recipe: Training) -> float:
     return recipe.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-def plateau(history: Sequence[Epoch], schedule: Plateau, rate: float) -> float:
+def plateau(history: Sequence[Epoch], schedule: Plateau, rate: float, metric: Metric = "accuracy") -> float:
     """The learning rate for the epoch after `history`, by the rule of Keras' `ReduceLROnPlateau`.
 
     Keras starts waiting again after it lowered the rate, so every `patience` epochs in a row without a better loss
     lower it once.
     """
-    for waited in _epochs_without_improvement([epoch["val_loss"] for epoch in history], schedule.min_delta):
+    for waited in _epochs_without_improvement(_losses(history, metric), schedule.min_delta):
         if waited and waited % schedule.patience == 0:
             rate = max(rate * schedule.factor, min(rate, schedule.minimum))
     return rate

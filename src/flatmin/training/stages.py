@@ -13,12 +13,13 @@ import tensorflow as tf
 
 from flatmin import runtime
 from flatmin.common import console, files
-from flatmin.common.params import Augment, Extract, Finetune, Runtime, Training, for_backbone
+from flatmin.common.params import Augment, Extract, Finetune, Metric, Runtime, Training, for_backbone
 from flatmin.features import cache, store
 from flatmin.features.engine import EXTRACTOR_BATCH
 from flatmin.inputs import batches
 from flatmin.inputs.batches import WorkerShard, derived_seed
 from flatmin.inputs.records import Records
+from flatmin.inputs.sampling import class_weights
 from flatmin.inputs.workers import Augmenter
 from flatmin.models import classifier, registry
 from flatmin.models.classifier import Classifier, TrainedLayers
@@ -57,6 +58,7 @@ class Job:
         budget: what the training may take; None trains for the recipe's epochs.
         files: whose contents the start depends on.
         depends_on: other values that the start depends on, as JSON can hold them.
+        metric: on val, by which the best epoch is chosen.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Job:
     budget: Budget | None = None
     files: Sequence[Path] = ()
     depends_on: Mapping[str, Any] = field(default_factory=dict)
+    metric: Metric = "accuracy"
 
     def plan(self, records: Records) -> Plan:
         """How long the training is."""
@@ -84,6 +87,7 @@ class Job:
             "runtime": self.runtime.model_dump(),
             "augment": self.augment.model_dump(),
             "recipe": self.recipe.model_dump(),
+            "metric": self.metric,
             "step": dict(self.step.depends_on),
             "plan": asdict(self.plan(records)),
             "records": [records.digest(role) for role in ("train", "val")],
@@ -103,6 +107,7 @@ def extract(
     recipe: Extract,
     records: str,
     outputs: Outputs,
+    metric: Metric = "accuracy",
 ) -> State:
     """extract-train: train a classifier behind a frozen backbone. Returns the resume state, to be removed."""
     seed = recipe.seed
@@ -128,7 +133,9 @@ def extract(
 
     depends_on = {"backbone": backbone, "weights": weights_digest(backbone, weights)}
     augmentation = augment if recipe.augment else Augment(engine="none")
-    job = Job(f"extract-train@{backbone}", seed, runtime, augmentation, recipe, start, depends_on=depends_on)
+    job = Job(
+        f"extract-train@{backbone}", seed, runtime, augmentation, recipe, start, depends_on=depends_on, metric=metric
+    )
     return _train(job, records, outputs)
 
 
@@ -144,6 +151,7 @@ def finetune(
     outputs: Outputs,
     step: StepSettings = PLAIN,
     budget: Budget | None = None,
+    metric: Metric = "accuracy",
 ) -> State:
     """finetune, control and sam-finetune: train the selected classifier from `fine_tune_at` on, by the rule of `step`.
 
@@ -171,6 +179,7 @@ def finetune(
         step,
         budget,
         files=(Path(selected, classifier.MODEL), Path(selected, classifier.WEIGHTS)),
+        metric=metric,
     )
     return _train(job, records, outputs)
 
@@ -203,6 +212,7 @@ def _train(job: Job, records_folder: str, outputs: Outputs) -> State:
                     job.step,
                     steps=plan.steps,
                     classes=len(records.class_names),
+                    weights=class_weights(records.labels("train"), len(records.class_names), job.recipe.class_weights),
                 )
             validator = Validator(source, model, records, job.recipe.batch_size)
 
@@ -210,7 +220,8 @@ def _train(job: Job, records_folder: str, outputs: Outputs) -> State:
                 live.write(job.name, len(history), history[-1])
                 _write_plot(history, outputs.plot)
 
-            history = Trainer(job.name, job.recipe, plan, step, validator, workers).train(state, watch)
+            trainer = Trainer(job.name, job.recipe, plan, step, validator, workers, job.metric)
+            history = trainer.train(state, watch)
             if workers.writes_outputs:
                 _write_plot(history, outputs.plot)
                 _write(job, model, step, validator, history, outputs)
@@ -242,7 +253,7 @@ def _source(
     recipe = job.recipe
     if not recipe.views:
         augmenter = stack.enter_context(Augmenter(job.augment, job.seed))
-        return AugmentedImages(records, model, frozen, augmenter, job.seed, recipe.batch_size)
+        return AugmentedImages(records, model, frozen, augmenter, job.seed, recipe.batch_size, recipe.sampling)
     features = store.compute(
         records,
         model,
@@ -251,6 +262,7 @@ def _source(
         seed=job.seed,
         views=min(recipe.views, plan.epochs),
         shard=WorkerShard(workers.number, workers.count, workers.replicas),
+        sampling=recipe.sampling,
     )
     stack.enter_context(closing(features))
     return CachedActivations(features, frozen, layers, recipe.batch_size, records.count("val"))
@@ -264,10 +276,11 @@ def _whole(epochs: float) -> float:
 def _write(
     job: Job, model: Classifier, step: TrainStep, validator: Validator, history: Sequence[Epoch], outputs: Outputs
 ) -> None:
-    best, last = history[best_epoch(history)], history[-1]
+    best, last = history[best_epoch(history, job.metric)], history[-1]
     val_logits = step.source.val_logits()
     model.save(outputs.model, val_logits)
-    val = {key: best[f"val_{key}"] for key in ("accuracy", "top5_accuracy", "loss")}
+    keys = ("accuracy", "balanced_accuracy", "top5_accuracy", "loss", "balanced_loss")
+    val = {key: best[f"val_{key}"] for key in keys}
     metrics: dict[str, Any] = {
         "backbone": model.description.backbone,
         "best_epoch": _whole(best["epoch"]),

@@ -112,6 +112,7 @@ class TrainStep:
     Args:
         steps: the number of batches in all.
         classes: the number of classes.
+        weights: of the losses of each class, float32 [classes]; None for equal ones.
 
     Raises:
         InputError: more batches are accumulated for an update than there are.
@@ -127,6 +128,7 @@ class TrainStep:
         *,
         steps: int,
         classes: int,
+        weights: np.ndarray | None = None,
     ) -> None:
         if settings.accumulate > steps:
             raise InputError(
@@ -138,7 +140,7 @@ class TrainStep:
         self.optimizer = make_optimizer(recipe)
         self.optimizer.build(layers.trainable_variables)
         self.rule = settings.make(layers, self.optimizer)
-        self._classes = classes
+        self._classes, self._weights = classes, weights
         self._losses = keras.losses.CategoricalCrossentropy(
             from_logits=True, label_smoothing=recipe.label_smoothing, reduction=None
         )
@@ -179,6 +181,8 @@ class TrainStep:
             activations, labels, present = part
             logits = self.layers(activations, training=True)
             losses = self._losses(tf.one_hot(labels, self._classes), logits)
+            if self._weights is not None:
+                losses *= tf.gather(tf.constant(self._weights), tf.maximum(labels, 0))
             if not self.replicated:
                 return tf.reduce_sum(losses) / tf.cast(tf.shape(labels)[0], tf.float32) + sum(
                     self.layers.losses

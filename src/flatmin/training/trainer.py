@@ -12,7 +12,7 @@ import numpy as np
 
 from flatmin.common import console
 from flatmin.common.errors import InputError
-from flatmin.common.params import Plateau, Training
+from flatmin.common.params import Metric, Plateau, Training
 from flatmin.training.optimizer import assign, averaged_weights, updates, values
 from flatmin.training.resume import State
 from flatmin.training.schedule import Epoch, Plan, best_epoch, plateau, stops
@@ -25,9 +25,16 @@ class Trainer:
     """Trains layers by a recipe for as long as a plan says, and can resume after any validation."""
 
     def __init__(
-        self, name: str, recipe: Training, plan: Plan, step: TrainStep, validator: Validator, workers: Workers
+        self,
+        name: str,
+        recipe: Training,
+        plan: Plan,
+        step: TrainStep,
+        validator: Validator,
+        workers: Workers,
+        metric: Metric = "accuracy",
     ) -> None:
-        self.name, self.recipe, self.plan = name, recipe, plan
+        self.name, self.recipe, self.plan, self.metric = name, recipe, plan, metric
         self._step, self._validator, self._workers = step, validator, workers
         self._layers, self._optimizer = step.layers, step.optimizer
 
@@ -38,11 +45,11 @@ class Trainer:
         """
         variables = self._step.variables
         history, best = self._resume(state, variables)
-        while len(history) < self.plan.validations and not stops(history, self.recipe.early_stopping):
+        while len(history) < self.plan.validations and not self._stops(history):
             history.append(self._epoch(history))
             if self._workers.writes_outputs:
                 watch(history)
-            if best_epoch(history) == len(history) - 1:
+            if best_epoch(history, self.metric) == len(history) - 1:
                 with averaged_weights(self._optimizer, self._layers.trainable_variables):
                     best = values(self._layers.trainable_variables)
             if (
@@ -52,6 +59,9 @@ class Trainer:
             state.save(history, variables, best)
         assign(self._layers.trainable_variables, best)
         return history
+
+    def _stops(self, history: Sequence[Epoch]) -> bool:
+        return stops(history, self.recipe.early_stopping, self.metric)
 
     def _resume(self, state: State, variables: Sequence[Any]) -> tuple[list[Epoch], list[np.ndarray]]:
         """Set the variables to the last state that all workers have; return its history and best weights."""
@@ -69,7 +79,9 @@ class Trainer:
         number = len(history)
         started = time.monotonic()
         if isinstance(self.recipe.schedule, Plateau):
-            self._optimizer.learning_rate = plateau(history, self.recipe.schedule, self.recipe.learning_rate)
+            self._optimizer.learning_rate = plateau(
+                history, self.recipe.schedule, self.recipe.learning_rate, self.metric
+            )
         rate = self._step.rate()
         first, last = self.plan.end(number), self.plan.end(number + 1)
         updates_before, totals = updates(self._optimizer), np.zeros(Sums.SIZE)

@@ -54,6 +54,7 @@ extract:
   image_size: {image_size}       # {size_comment}
 
 select:
+  metric: accuracy      # or balanced_accuracy, where rare classes matter as much
   tolerance: 0.01       # a cheaper backbone may be one point worse
 
 audit: {{}}             # near duplicates and wrong labels: docs/audit.md
