@@ -434,7 +434,8 @@ def test_load_with_yaml_merge_key_merges_sections(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(InputError, match=r"sam\.tolerance: expected no such key, received 0\.0"):
         params.load(tmp_path / "params.yaml")
-    (tmp_path / "params.yaml").write_text(text.replace("  tolerance: 0.0", "  {}").replace("rho: 0.1", "rho: 1e-05"))
+    text = text.replace("  tolerance: 0.0", "  {}", 1).replace("rho: 0.1", "rho: 1e-05")
+    (tmp_path / "params.yaml").write_text(text)
     assert params.load(tmp_path / "params.yaml").sam.rho == 1e-5
 
 
