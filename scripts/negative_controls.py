@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
+from blocks import table
 from runs_table import Row, read_table
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -66,16 +67,13 @@ def _flat(images: np.ndarray) -> np.ndarray:
 def describe(permuted: Sequence[Row], random_weights: Row, nearest: float, chance: float) -> str:
     """The page, from the rows of the table and the nearest neighbour's accuracy."""
     intervals = [interval([_accuracy(row, method) for row in permuted]) for method in METHODS]
-    lines = [
-        ["", *METHODS],
-        ["---"] * (1 + len(METHODS)),
+    rows = [
         ["labels permuted", *("{:.4f} [{:.4f}, {:.4f}]".format(*each) for each in intervals)],
         ["chance inside", *("yes" if low <= chance <= high else "**no**" for _, low, high in intervals)],
         ["random weights", *(f"{_accuracy(random_weights, method):.4f}" for method in METHODS)],
         ["nearest neighbour", f"{nearest:.4f}", *[""] * (len(METHODS) - 1)],
     ]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return PAGE.format(table=table, count=len(permuted), chance=chance)
+    return PAGE.format(table=table(["", *METHODS], rows), count=len(permuted), chance=chance)
 
 
 def _accuracy(row: Mapping[str, str], method: str) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from blocks import table
 from dvc.api import DVCFileSystem
 from grids import METRICS, SEEDED, SEEDS, Pipeline, Run, identity, needed_stages, output, read_pipeline, used_params
 from runs_table import cell, find, value
@@ -123,8 +124,7 @@ def describe(names: Mapping[str, str], settings: Mapping[str, Mapping[Seeds, Sco
     means = {each: float(np.mean([one.correct.mean() for one in scores.values()])) for each, scores in settings.items()}
     best, *others = sorted(settings, key=lambda setting: -means[setting])
     level = 1 - (1 - LEVEL) / len(others)
-    lines = ["| setting | seeds | val accuracy | best less it, points | told apart |", "|---|---|---|---|---|"]
-    close, covers = list[str](), set[str]()
+    rows, close, covers = [], list[str](), set[str]()
     for setting in (best, *others):
         cells = ("", "best")
         if setting != best:
@@ -135,8 +135,7 @@ def describe(names: Mapping[str, str], settings: Mapping[str, Mapping[Seeds, Sco
                 covers.add(found["covers"])
         if cells[1] == "no":
             close.append(names[setting])
-        row = (names[setting], len(settings[setting]), f"{means[setting]:.4f}", *cells)
-        lines.append(f"| {' | '.join(map(str, row))} |")
+        rows.append((names[setting], len(settings[setting]), f"{means[setting]:.4f}", *cells))
     head = (
         f"{len(settings)} settings of {stage} were tried. Best on val: {names[best]}, {means[best]:.4f}. "
         f"Val cannot tell from it: {'; '.join(close) or 'none of the others'}."
@@ -147,7 +146,8 @@ def describe(names: Mapping[str, str], settings: Mapping[str, Mapping[Seeds, Sco
         f"each), over {' and '.join(sorted(covers)) or 'nothing'}, for this training set and this start. The best's "
         "own accuracy is optimistic, since val chose it."
     )
-    return "\n".join([head, "", *lines, "", note, ""])
+    columns = ("setting", "seeds", "val accuracy", "best less it, points", "told apart")
+    return f"{head}\n\n{table(columns, rows)}\n{note}\n"
 
 
 def compare(first: Mapping[Seeds, Scores], second: Mapping[Seeds, Scores], level: float) -> dict[str, Any] | None:
