@@ -416,8 +416,10 @@ def test_check_versions_row_and_experiment_that_disagree_are_refused(repository:
         assert str(caught.value).startswith(f"{one.name}: {what}")
 
 
-@pytest.mark.slow
-def test_describe_edited_stage_is_dirty_and_edited_params_are_not(repository: Repository) -> None:
+def test_describe_edited_stage_is_dirty_and_edited_params_are_not(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_table, "MACHINE", "print('M')")  # test_study_grid has the real one
     write_params(seeds=[8])
     clean = runs_table.describe(repository.folder, [min(os.sched_getaffinity(0))])
     Path("stages/finetune.py").write_text("# edited\n")
@@ -425,7 +427,7 @@ def test_describe_edited_stage_is_dirty_and_edited_params_are_not(repository: Re
     assert (clean["dirty"], edited["dirty"]) == (False, True)
     assert clean | {"dirty": True} == edited
     assert re.fullmatch(r"[cg]pu-[0-9a-f]{8}", clean["lock"])
-    assert clean["cores"] == 1
+    assert (clean["machine"], clean["cores"]) == ("M", 1)
 
 
 ROWS = [
