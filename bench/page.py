@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from matplotlib.figure import Figure
 from speed import EPOCHS, TIMED, seconds, speedup
 
@@ -102,15 +103,18 @@ def ratios(results: dict[str, Any]) -> str:
 
 
 def stages(sizes: dict[str, Any]) -> str:
-    """Seconds, memory and disk of each stage of the studies measured."""
-    names = list(sizes["studies"])
+    """Seconds, memory and disk of each stage of the studies measured, in the pipeline's order."""
+    pipeline = yaml.safe_load((HERE.parent / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    measured = [study["stages"] for study in sizes["studies"]]
     lines = []
-    for stage in sizes["studies"][names[0]]:
-        found = [sizes["studies"][name][stage] for name in names]
-        lines.append(
-            (stage, *(f"{of['seconds']:.0f} s, {_megabytes(of['memory'])}, {_megabytes(of['disk'])}" for of in found))
+    for stage in (stage for stage in pipeline if any(stage in study for study in measured)):
+        found = [study.get(stage) for study in measured]
+        cells = (
+            f"{of['seconds']:.0f} s, {_megabytes(of['memory'])}, {_megabytes(of['disk'])}" if of else "" for of in found
         )
-    return f"{' '.join(sizes['machine'])}.\n\n{table(('stage: time, memory, disk', *names), lines)}"
+        lines.append((stage, *cells))
+    columns = ("stage: time, memory, disk", *(study["title"] for study in sizes["studies"]))
+    return f"{sizes['about']} {', '.join(sizes['machine'])}.\n\n{table(columns, lines)}"
 
 
 def _megabytes(count: float) -> str:
