@@ -59,6 +59,8 @@ DEFAULTS: dict[str, Any] = {
     "data": {
         "seed": 42,
         "splits": {"val": None, "predict": None, "unused": None},
+        "folds": None,
+        "fold": None,
         "columns": {"image": None, "label": None, "split": None},
         "group": None,
         "links": "within",
@@ -237,7 +239,22 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
         ("data.splits.train", "", "data.splits.train: expected non-empty text, received ''"),
         ("data.splits.valid", "val", "data.splits.valid: expected no such key, received 'val'"),
         ("data.splits", "train", "data.splits: expected a mapping, received 'train'"),
-        ("data.splits", {"train": "train"}, "data.splits.test: expected a value, found none"),
+        ("data.splits", {"train": "train"}, "data.splits.test: expected a value without folds, received null"),
+        ("data.fold", 1, "data.fold: expected null without folds, received 1"),
+        *(
+            (
+                "data",
+                REQUIRED["data"] | {"folds": 3, "fold": fold},
+                f"data.fold: expected a number below folds, which is 3, received {fold}",
+            )
+            for fold in (None, 3)
+        ),
+        (
+            "data",
+            REQUIRED["data"] | {"folds": 3, "fold": 2},
+            "data.splits.test: expected null with folds, received 'test'",
+        ),
+        ("data.folds", 1, "data.folds: expected greater than or equal to 2, received 1"),
         ("data.class_names", ["a"], "data.class_names: expected a list of at least 2, received ['a']"),
         ("data.class_names", ["a", 3], "data.class_names.1: expected a valid string, received 3"),
         ("data.class_names", ["a", "b", "a"], "data.class_names: expected distinct names, received 'a' twice"),

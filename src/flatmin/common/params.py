@@ -128,7 +128,10 @@ class Splits(Section):
     """The split expression of the source, such as `train[:90%]`, for each role."""
 
     train: Text = Field(description="Examples to train on.")
-    test: Text = Field(description="Examples on which evaluate scores the models; nothing is decided by them.")
+    test: Text | None = Field(
+        None,
+        description="Examples on which evaluate scores the models; nothing is decided by them. Null only with `folds`.",
+    )
     val: Text | None = Field(
         None,
         description="Examples that decide epochs, backbone and settings. Null: taken out of train, see `val_fraction`.",
@@ -185,6 +188,14 @@ class Data(Section):
         description="Symbolic links of a folder or table: `refuse` them, read those to files `within` the folder or in"
         " DVC's cache, or `follow` all.",
     )
+    folds: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Number of folds of a cross-validation, of which train's split is divided into as many parts, with"
+        " classes in proportion, and by whole groups with `group`. Test is one of them, `fold`; `splits.test` is null.",
+    )
+    fold: CountOrZero | None = Field(
+        None, description="The fold that is test, from 0 on; train is the others, out of which val is taken."
+    )
     val_fraction: Fraction | None = Field(
         None,
         description="Fraction of each class of train, in (0, 1), that becomes val, at least one image. Exactly one of"
@@ -227,6 +238,22 @@ class Data(Section):
     class_names: Annotated[list[Text], Field(min_length=2)] | None = Field(
         None, description="Names of the classes in the order of their labels. Null: the source's."
     )
+
+    @model_validator(mode="after")
+    def _check_folds(self) -> Self:
+        if self.folds is None:
+            if self.fold is not None:
+                raise InconsistentError("fold", f"null without folds, received {self.fold}")
+            if self.splits and self.splits.test is None:
+                raise InconsistentError("splits.test", "a value without folds, received null")
+            return self
+        if self.fold is None or self.fold >= self.folds:
+            raise InconsistentError("fold", f"a number below folds, which is {self.folds}, received {self.fold}")
+        if self.splits is None:
+            raise InconsistentError("splits", "a value with folds, received null")
+        if self.splits.test is not None:
+            raise InconsistentError("splits.test", f"null with folds, received {shorten(self.splits.test)}")
+        return self
 
     @model_validator(mode="after")
     def _check_val(self) -> Self:

@@ -24,7 +24,7 @@ import tensorflow as tf
 from flatmin.common import console, files
 from flatmin.common.errors import InputError
 from flatmin.common.params import ROLES, Data
-from flatmin.data import groups, images, sources, splits
+from flatmin.data import folds, groups, images, sources, splits
 from flatmin.data.images import Picture
 from flatmin.data.sources.base import UNKNOWN, Example, Source
 from flatmin.images import BrokenImageError, Stored
@@ -59,6 +59,8 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
     source = sources.open_source(data)
     if data.group:
         source = groups.Grouped(source, data.seed)
+    if data.folds is not None and data.fold is not None:
+        source = folds.Folded(source, data.folds, data.fold, data.seed, bool(data.group))
     class_names, expressions = source.class_names, source.expressions
     sizes = splits.count_examples(source, expressions)
     listed = Path(folder).with_name("broken.txt")
