@@ -28,10 +28,11 @@ GAINS = {
 METHODS = {name: f"evaluate/{name}.test.accuracy" for name in ("extract", "finetune", "control", "sam")}
 NOTE = (
     "Means over folds, in percent; differences in points, of methods with the same fold, start and seeds. The 95 %"
-    " interval is that of the corrected t-test (Nadeau & Bengio 2003, Machine Learning 52:239-281): folds share training"
-    " images, so their differences are not independent, and the variance of the mean is taken as s^2 (1 / k + 1 / (k - 1))"
-    " in place of s^2 / k. It is an approximation, of how the difference varies with the training and test images drawn"
-    " from where these came from; no unbiased estimate of that exists (Bengio & Grandvalet 2004, JMLR 5:1089-1105)."
+    " interval is that of the corrected t-test (Nadeau & Bengio 2003, Machine Learning 52:239-281): folds share"
+    " training images, so their differences are not independent, and the variance of the mean is taken as"
+    " s^2 (1 / k + 1 / (k - 1)) in place of s^2 / k. It is an approximation, of how the difference varies with the"
+    " training and test images drawn from where these came from; no unbiased estimate of that exists (Bengio &"
+    " Grandvalet 2004, JMLR 5:1089-1105)."
 )
 
 
