@@ -86,7 +86,7 @@ def scored_splits(data: Data, available: Collection[str]) -> set[str]:
     """Return those of the available splits that train, val or test will take, whose classes count."""
     if data.splits is None:
         return {split for split in available if USUAL.get(split.lower(), "predict") != "predict"}
-    given = (data.splits.train, data.splits.val or "", data.splits.test)
+    given = (data.splits.train, data.splits.val or "", data.splits.test or "")
     return set().union(*(named_splits(text, available) for text in given))
 
 
