@@ -607,6 +607,7 @@ def test_folder_of_numbers_is_in_numeric_order(tmp_path: Path, capsys: pytest.Ca
 def test_folder_with_class_names_in_another_order_is_refused(given: list[str], tmp_path: Path) -> None:
     message = refused(put(tmp_path, CLASSES), class_names=given)
     assert message.startswith("data.class_names: expected new names in the order of the classes cat, dog, received ")
+    assert refused(tmp_path, class_names=[*given, "eel"]) == "data.class_names: expected 2 names, received 3"
 
 
 @pytest.mark.parametrize("given", [["cat", "dog"], ["Cat", "Hund"], ["Katze", "Hund"]])

@@ -415,17 +415,6 @@ def test_write_with_equal_pictures_in_two_roles_names_them(tmp_path: Path) -> No
     assert {name for name, _ in listed} <= {"train/cat/00.png", "train/cat/within.png"}
 
 
-def test_write_with_class_names_uses_them(tmp_path: Path) -> None:
-    source = cats_and_dogs(tmp_path / "source", train=3, test=1)
-    assert written(folder_data(source, class_names=["Kätzchen", "Hund"]), tmp_path / "records").class_names == [
-        "Kätzchen",
-        "Hund",
-    ]
-    assert refused(folder_data(source, class_names=["a", "b", "c"]), tmp_path).startswith(
-        "data.class_names: expected 2 names, received 3"
-    )
-
-
 def test_write_with_unlabelled_test_counts_no_classes(tmp_path: Path) -> None:
     source = cats_and_dogs(tmp_path / "source", train=3)
     write_picture(source / "test" / "1.png", 90)
@@ -444,16 +433,6 @@ def test_write_counts_files_that_are_no_pictures(tmp_path: Path) -> None:
     assert info["ignored"] == metrics["ignored"] == {"suffix": {"heic": 2, "txt": 1}, "hidden": {"none": 1}}
     assert info["empty"] == ["train/eel"]
     assert metrics["empty"] == 1
-
-
-def test_write_without_splits_takes_the_folders_own(tmp_path: Path) -> None:
-    source = cats_and_dogs(tmp_path / "source", train=3, val=2, test=1)
-    metrics = writer.write(Data(source="folder", name=str(source)), tmp_path / "records")
-    assert {role: described["count"] for role, described in metrics["roles"].items()} == {
-        "train": 6,
-        "val": 4,
-        "test": 2,
-    }
 
 
 # Errors
@@ -525,12 +504,6 @@ def test_write_with_unknown_labels_outside_predict_is_refused(tmp_path: Path) ->
         ({"test": "test+new"}, "data.splits.test: expected labels from 0 to 1, received -1 in 1 of 3"),
     ):
         assert message in refused(folder_data(source, **splits), tmp_path)
-
-
-def test_write_with_one_class_is_refused(tmp_path: Path) -> None:
-    write_picture(tmp_path / "source" / "cat" / "1.png", 1)
-    data = folder_data(tmp_path / "source", train="train[:50%]", test="train[50%:]")
-    assert refused(data, tmp_path).startswith("data.name: expected at least two classes, received 1")
 
 
 def test_write_with_class_missing_from_train_is_refused(tmp_path: Path) -> None:
