@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,16 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
     return Records(folder / "records")
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Augmenter]:
+    """Two processes of imgaug's, which take seconds to start; tests leave them as they are."""
+    with Augmenter(ALL, seed=1, workers=2) as augmenter:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONWARNINGS", "error")
+            augmenter.start()
+        yield augmenter
+
+
 def task(records: Records, chunk: int, augmentation: Augmentation | None = None) -> Task:
     return Task(records.stored("train", augment.positions(chunk, COUNT)), SIZE, records.fit("train"), augmentation)
 
@@ -59,8 +69,7 @@ def epoch_of(augmenter: Augmenter, records: Records, epoch: int) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["imgaug", "tensorflow"])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("engine", "count"), [("imgaug", 3), ("tensorflow", 1), ("tensorflow", 3)])
 def test_augmenter_any_number_of_workers_gives_the_same(
     count: int, engine: str, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,17 +160,24 @@ print(sum(len(images) for images in workers.read(tasks)))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "tasks"), [(64, 12), (1500, 12)])
-def test_read_by_16_threads_stays_within_its_bounds(size: int, tasks: int, tmp_path: Path) -> None:
-    """A limit of the address space, under which a picture more at a time would be refused."""
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of records with two pictures of 12 megapixels to train on."""
+    folder = tmp_path_factory.mktemp("photos")
     for split in ("train", "val", "test"):
         for name in ("cat", "dog"):
-            (tmp_path / f"source/{split}/{name}").mkdir(parents=True)
+            (folder / f"source/{split}/{name}").mkdir(parents=True)
             side = (4000, 3000) if split == "train" else (16, 16)
-            Image.new("RGB", side, (9, 90, 30)).save(tmp_path / f"source/{split}/{name}/1.jpg")
-    writer.write(folder_data(tmp_path / "source", val="val"), tmp_path / "records")
-    code = ["-c", LIMITED, str(tmp_path / "records"), str(size), str(tasks), str(512 * 10**6)]
+            Image.new("RGB", side, (9, 90, 30)).save(folder / f"source/{split}/{name}/1.jpg")
+    writer.write(folder_data(folder / "source", val="val"), folder / "records")
+    return folder / "records"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "tasks"), [(64, 12), (1500, 12)])
+def test_read_by_16_threads_stays_within_its_bounds(size: int, tasks: int, photos: Path) -> None:
+    """A limit of the address space, under which a picture more at a time would be refused."""
+    code = ["-c", LIMITED, str(photos), str(size), str(tasks), str(512 * 10**6)]
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == (f"{4 * tasks}\n", "")
@@ -205,29 +221,24 @@ def test_augmenter_workers_end_with_the_block(records: Records) -> None:
 
 
 @pytest.mark.slow
-def test_augmenter_workers_use_one_thread() -> None:
-    with Augmenter(ALL, seed=0, workers=1) as augmenter:
-        augmenter.start()
-        assert augmenter._pool is not None
-        blas = augmenter._pool.submit(threadpool_info).result()
+def test_augmenter_workers_use_one_thread(processes: Augmenter) -> None:
+    blas = processes._started().submit(threadpool_info).result()
     assert {library["num_threads"] for library in blas if "numpy" in library["filepath"]} == {1}
 
 
 @pytest.mark.slow
-def test_augmenter_chunks_that_nobody_waits_for_spoil_no_others(records: Records) -> None:
-    with Augmenter(ALL, seed=1, workers=2) as augmenter:
-        next(augmenter.chunks(records, SIZE, 7, CHUNKS))
-        np.testing.assert_array_equal(epoch_of(augmenter, records, 4), without_workers(records, ALL, 1, 4))
+def test_augmenter_chunks_that_nobody_waits_for_spoil_no_others(processes: Augmenter, records: Records) -> None:
+    next(processes.chunks(records, SIZE, 7, CHUNKS))
+    np.testing.assert_array_equal(epoch_of(processes, records, 4), without_workers(records, ALL, 1, 4))
 
 
 @pytest.mark.slow
-def test_augmenter_error_in_worker_is_raised(records: Records) -> None:
+def test_augmenter_error_in_worker_is_raised(processes: Augmenter, records: Records) -> None:
     damaged = task(records, 0, Augmentation(ALL, 0, 0, 0))
     damaged.images[3] = damaged.images[3]._replace(crc32=1)
-    with Augmenter(ALL, seed=0, workers=1) as augmenter:
-        found = workers.in_order(augmenter._started(), [damaged], 1)
-        with pytest.raises(InputError, match=rf"tfrecord: expected '{damaged.images[3].name}' as prepare wrote it"):
-            list(found)
+    found = workers.in_order(processes._started(), [damaged], 1)
+    with pytest.raises(InputError, match=rf"tfrecord: expected '{damaged.images[3].name}' as prepare wrote it"):
+        list(found)
 
 
 def descendants(process: int) -> set[int]:
