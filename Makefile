@@ -5,7 +5,7 @@ RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="src$${PYTHONPATH:+:$$PYTH
 LINT := ruff check . && ruff format --check . && mypy
 PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: help repro setup check-params check test format golden accept docs study sweep study-sweep
+.PHONY: help repro setup check-params check test format golden accept docs docs-site study sweep study-sweep
 .PHONY: negative test-looks lock
 .PHONY: export-setup export-test
 .PHONY: image docker-repro docker-shell image-test browser-test bench
@@ -44,12 +44,16 @@ golden: setup $(VENV)/dev.done  ## write the golden test's numbers again
 accept: setup $(VENV)/dev.done  ## record in dvc.lock that a change of code changed no number, without a rerun
 	$(RUN) python scripts/accept.py
 
-docs: setup  ## fill the pages' tables with the numbers of metrics/, bench/ and studies/
+docs: setup  ## fill the generated blocks of all pages: numbers, params, commands
 	$(RUN) python scripts/pages.py
 	$(RUN) python bench/page.py
 	$(RUN) python studies/cifar100/results.py
 
-$(VENV)/dev.done $(VENV)/export.done: | setup
+# A warning, such as of a link that leads nowhere, is an error.
+docs-site: setup $(VENV)/dev.done $(VENV)/docs.done  ## build the pages as a site: build/site/index.html
+	$(RUN) python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/site
+
+$(VENV)/dev.done $(VENV)/export.done $(VENV)/docs.done: | setup
 $(VENV)/%.done: requirements/%.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
@@ -86,6 +90,7 @@ lock:  ## compile the locks again (needs uv)
 	cd requirements && $(COMPILE) dev.in -o dev.txt
 	cd requirements && $(COMPILE) export.in -o export.txt
 	cd requirements && $(COMPILE) browser.in -o browser.txt
+	cd requirements && $(COMPILE) docs.in -o docs.txt
 
 # LOCK=cpu leaves out the CUDA wheels; ENGINE=podman replaces docker. See docs/container.md.
 ENGINE ?= docker

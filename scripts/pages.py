@@ -1,86 +1,193 @@
-"""Fill the generated blocks of the pages with the numbers of metrics/: `make docs`.
+"""Fill the generated blocks of all pages: `make docs`.
 
-A block stands between `<!-- results: ... -->` and `<!-- end -->` and is replaced as a whole.
+A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, and the function that BLOCKS has under this name
+writes it. Everything comes from files that git tracks, so the same commit gives the same pages.
 """
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a shell without PYTHONPATH
-from flatmin.common import errors, files
+from pydantic_core import PydanticUndefined
 
-PAGE = Path("README.md")
-BLOCK = re.compile(r"(<!-- results: [^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
-METHODS = ("finetune", "control", "sam")
-MEANINGS = {
-    "finetune": "finetune",
-    "control": "control: finetune for as many gradient evaluations as sam-finetune took",
-    "sam": "sam-finetune",
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a shell without PYTHONPATH
+from flatmin import cli
+from flatmin.common import errors, files, params
+from flatmin.common.errors import InputError
+from flatmin.models.registry import BACKBONES
+from flatmin.report import words
+from flatmin.sam import methods_table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/*.md", "studies/*/*.md")
+BLOCK = re.compile(r"(<!-- begin ([a-z0-9-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *(list(row) for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def verbatim(text: str) -> str:
+    return f"```\n{text.rstrip()}\n```\n"
+
+
+def metrics(name: str) -> Any:
+    return files.read_json(ROOT / f"metrics/{name}.json")
+
+
+def results() -> str:
+    """The methods of the default study, and what SAM gained."""
+    final, evaluated = metrics("final"), metrics("evaluate")
+    rows = []
+    for method, meaning in words.MEANINGS.items():
+        test, spread = evaluated[method]["test"], evaluated[method].get("test_deviation", {})
+        deviation = f" ± {100 * spread['accuracy']:.1f}" if spread else ""
+        name = "**SAM**" if method == "sam" else f"**{method}**"
+        accuracy = f"{100 * test['accuracy']:.1f}{deviation}"
+        rows.append([f"{name}: {meaning}", accuracy, f"{final[method]['gradient_evaluations']:,.0f}"])
+    columns = ["", "test accuracy, %", "gradient evaluations"]
+    return f"{table(columns, rows)}\n**{_verdict(evaluated)}**\n"
+
+
+def output() -> str:
+    """What the default study prints at its end."""
+    return verbatim(
+        "Running stage 'report':\n> PYTHONPATH=src python stages/report.py\n"
+        f"report: {words.plain(_verdict(metrics('evaluate')))}\nreport: .../report/index.html"
+    )
+
+
+def _verdict(evaluated: Any) -> str:
+    return words.verdict(SimpleNamespace(labelled=True, evaluated=evaluated))  # type: ignore[arg-type]
+
+
+def params_tables() -> str:
+    """Every key of the schema, a table for each section."""
+    parts = [_section("Of the whole study", params.Params, leave_out=_sections(params.Params))]
+    for name, section in _sections(params.Params).items():
+        if name == "extract":
+            parts.append(_section("extract and finetune", params.Training))
+        shared = params.Training.model_fields if issubclass(section, params.Training) else {}
+        parts.append(_section(name, section, leave_out=shared))
+    return "\n".join(parts)
+
+
+def _sections(section: Any) -> dict[str, Any]:
+    """The sections within a section, by key."""
+    return {name: inner[0] for name, field in section.model_fields.items() if (inner := _models(field.annotation))}
+
+
+def _models(annotation: Any) -> list[Any]:
+    """The sections that a key's type allows: one, several as for a schedule, or none."""
+    if isinstance(annotation, type) and issubclass(annotation, params.Section):
+        return [annotation]
+    return [each for part in getattr(annotation, "__args__", ()) for each in _models(part)]
+
+
+def _section(title: str, section: Any, *, leave_out: Container[str] = ()) -> str:
+    rows = [row for row in _rows(section) if row[0].strip("`").split(".")[0] not in leave_out]
+    return f"## {title}\n\n{(section.__doc__ or '').strip()}\n\n{table(['key', 'default', 'meaning'], rows)}"
+
+
+def _rows(section: Any, prefix: str = "") -> Iterator[list[str]]:
+    """Key, default and meaning; the keys of a section within the section have a dot."""
+    for name, field in section.model_fields.items():
+        if field.description and not (prefix and name == "name"):  # a schedule's name is explained with the schedule
+            meaning = re.sub(r"docs/(\w+\.md)", r"[\1](\1)", field.description)
+            yield [f"`{prefix}{name}`", _default(field.default), meaning]
+        for inner in _models(field.annotation):
+            yield from _rows(inner, f"{prefix}{name}.")
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "required"
+    return f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
+
+
+def backbones() -> str:
+    rows = (
+        [f"`{name}`", f"{row.image_size} px", f"`{row.fine_tune_at}`", f"{row.smallest} px"]
+        for name, row in BACKBONES.items()
+    )
+    return table(["name", "default size", "first trained layer, by default", "smallest size"], rows)
+
+
+def make_targets() -> str:
+    """The targets that `make help` lists."""
+    found = re.findall(r"^([a-z-]+):.*## (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    return table(["command", "what it does"], ([f"`make {name}`", meaning] for name, meaning in found))
+
+
+def helps() -> str:
+    """The help of every subcommand of `flatmin`."""
+    names = sorted(path.stem for path in (ROOT / "src/flatmin/use/commands").glob("[a-z]*.py"))
+    return "\n".join(f"### flatmin {name}\n\n{verbatim(_help(name))}" for name in names)
+
+
+def _help(command: str) -> str:
+    printed = io.StringIO()
+    with redirect_stdout(printed), suppress(SystemExit):
+        cli.main([command, "--help"])
+    return printed.getvalue()
+
+
+def check() -> str:
+    """What `flatmin check` says of the default study."""
+    command = [sys.executable, "-m", "flatmin.cli", "check", "params.yaml"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return verbatim(done.stdout)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "results": results,
+    "output": output,
+    "params": params_tables,
+    "backbones": backbones,
+    "make": make_targets,
+    "flatmin": helps,
+    "check": check,
+    "methods": methods_table,
 }
 
 
-def results(select: Mapping[str, Any], final: Mapping[str, Any], evaluated: Mapping[str, Any]) -> str:
-    """The table of the default study's methods, and what SAM gained."""
-    names = {"extract": f"extract: frozen {select['backbone']}, linear classifier", **MEANINGS}
-    columns = ("", "val accuracy", "test accuracy", "test loss", "the same, calibrated", "train loss", "eigenvalue")
-    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for method, name in names.items():
-        test, spread = evaluated[method]["test"], evaluated[method].get("test_deviation", {})
-        val, val_spread = final[method]["val"], final[method].get("val_deviation", {})
-        sharpness = evaluated[method].get("sharpness")
-        sharpness_spread = evaluated[method].get("sharpness_deviation", {})
-        cells = [_number(val, val_spread, "accuracy", 4)]
-        cells += [_number(test, spread, key, 4) for key in ("accuracy", "loss", "calibrated_loss")]
-        for key, digits in (("loss", 3), ("eigenvalue_1", 0)):
-            cells += [_number(sharpness, sharpness_spread, key, digits) if sharpness else ""]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*rows, "", *_sentences(final, evaluated)]) + "\n"
+def fill(text: str, where: str) -> str:
+    """The page with its blocks written anew.
+
+    Raises:
+        InputError: a block has no function, or does not end.
+    """
+    for name in re.findall(r"<!-- begin ([a-z0-9-]+) -->", text):
+        if name not in BLOCKS:
+            raise InputError(f"{where}: expected a block of {', '.join(BLOCKS)}, received {name}")
+        if f"<!-- end {name} -->" not in text:
+            raise InputError(f"{where}: expected <!-- end {name} -->, found none")
+    return BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]]() + found[3], text)
 
 
-def _number(means: Mapping[str, float], deviations: Mapping[str, float], key: str, decimals: int) -> str:
-    """A mean and, with several seeds, its standard deviation."""
-    deviation = f" ± {deviations[key]:.{decimals}f}" if key in deviations else ""
-    return f"{means[key]:.{decimals}f}{deviation}"
-
-
-def _sentences(final: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[str]:
-    against_control = evaluated["sam_minus_control"]
-    seeds = len(against_control["seeds"])
-    many = f"Means and standard deviations over {seeds} seeds" if seeds > 1 else "One seed"
-    released = final["released"]
-    who = f"{released['method']}, seed {released['seed']}" if "seed" in released else released["method"]
-    lines = [
-        f"{many}, {against_control['images']:,} test images. **SAM minus control, at equal compute: "
-        f"{_interval(against_control)}**; SAM minus finetune: {_interval(evaluated['sam_minus_finetune'])}.",
-        f"These 95 % intervals are over {against_control['covers']}, for this training set and this start.",
-        f"Released, by val alone: {who}, test accuracy {evaluated['final']['test']['accuracy']:.4f}.",
-    ]
-    if unequal := evaluated["sharpness"]["not_compared"]:
-        lines.append(f"Flatness is not compared at equal training loss: {unequal}.")
-    return lines
-
-
-def _interval(found: Mapping[str, float]) -> str:
-    low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['accuracy']:+.2f} points ({low:+.2f} to {high:+.2f})"
-
-
-def fill(text: str, block: str) -> str:
-    """The page with the block in place of what stands between its marks."""
-    return BLOCK.sub(lambda found: found[1] + block + found[2], text)
-
-
-def _main() -> None:
-    select, final, evaluated = (files.read_json(f"metrics/{name}.json") for name in ("select", "final", "evaluate"))
-    text = fill(PAGE.read_text(encoding="utf-8"), results(select, final, evaluated))
-    with files.atomic_write(PAGE) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def main() -> None:
+    os.environ["COLUMNS"] = "100"  # the width of the helps
+    for page in sorted(path for pattern in PAGES for path in ROOT.glob(pattern)):
+        before = page.read_text(encoding="utf-8")
+        after = fill(before, str(page.relative_to(ROOT)))
+        if after != before:
+            with files.atomic_write(page) as temporary:
+                temporary.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    errors.run(_main)
+    errors.run(main)

@@ -1,36 +1,23 @@
-"""The commands and examples of the README and of docs/sam.md run, and the Makefile's targets."""
+"""The Makefile's targets and the commands of every day."""
 
 from __future__ import annotations
 
 import csv
-import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import keras
-import numpy as np
 import pytest
-from fixtures import STUDY, random_images, tiny_classifier, tiny_params
-from PIL import Image
+from fixtures import STUDY, tiny_params
 from repository import ROOT, Repository, stages_run
 
-from flatmin.common import files, params
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import pages
+from flatmin.common import params
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make, as in the image")
 needs_environment = pytest.mark.skipif(
     not (ROOT / ".venv/cpu.done").exists(), reason="there is no .venv, which `make setup` makes"
 )
-
-
-def examples(page: str) -> list[str]:
-    """Return the Python examples of a page."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def make(*arguments: str) -> str:
@@ -85,45 +72,6 @@ def test_make_repro_wrong_params_stop_before_dvc_starts(tmp_path: Path) -> None:
     output = repository.run("make", "repro", expect=2)
     assert "error: params.yaml: colour: expected no such key, received 'red'" in output
     assert "Running stage" not in output
-
-
-@pytest.mark.slow
-def test_readme_example_classifies_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = examples("README.md")
-    monkeypatch.chdir(tmp_path)
-    model = tiny_classifier()
-    model.save("models/final")
-    (pixels,) = random_images(1, 32, seed=1)
-    Image.fromarray(pixels).save("picture.png")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
-    label, layers = done.stdout.splitlines()
-    logits = model.network(pixels[None].astype(np.float32)).numpy()
-    assert label == ["cat", "dog"][int(logits.argmax())]
-    assert "block5a_expand_conv" in layers
-    exported = keras.models.load_model("final.keras")
-    np.testing.assert_array_equal(exported(pixels[None].astype(np.float32)), logits)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(examples("docs/sam.md"))))
-def test_sam_page_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "example.py").write_text(examples("docs/sam.md")[number])
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    command = [sys.executable, "-W", "error::UserWarning", "example.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    if ".save(" in examples("docs/sam.md")[number]:
-        assert list(tmp_path.glob("*.keras"))
-
-
-def test_readme_results_are_those_of_the_metrics() -> None:
-    """Where this fails, `make docs` mends the page."""
-    select, final, evaluated = (
-        files.read_json(ROOT / f"metrics/{name}.json") for name in ("select", "final", "evaluate")
-    )
-    text = (ROOT / "README.md").read_text()
-    assert pages.fill(text, pages.results(select, final, evaluated)) == text
 
 
 def test_root_params_are_those_of_the_digits_study() -> None:
