@@ -1,4 +1,4 @@
-"""Fill the generated blocks of all pages: `make docs`.
+"""Fill the generated blocks of all pages, and draw the README's picture: `make docs`.
 
 A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, and the function that BLOCKS has under this name
 writes it. Everything comes from files that git tracks, so the same commit gives the same pages.
@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -25,7 +24,8 @@ from flatmin import cli
 from flatmin.common import errors, files, params
 from flatmin.common.errors import InputError
 from flatmin.models.registry import BACKBONES
-from flatmin.report import words
+from flatmin.report import page, words
+from flatmin.report.study import Inputs, Study
 from flatmin.sam import methods_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,34 +44,42 @@ def verbatim(text: str) -> str:
     return f"```\n{text.rstrip()}\n```\n"
 
 
-def metrics(name: str) -> Any:
-    return files.read_json(ROOT / f"metrics/{name}.json")
+def study() -> Study:
+    """The default study, as far as metrics/ tells."""
+    paths = {name: str(ROOT / f"metrics/{name}.json") for name in ("prepare", "select", "final", "evaluate")}
+    others = dict.fromkeys(("dataset", "augment", "confusion", "evaluation", "lock"), "")
+    return Study(params.load(ROOT / "params.yaml"), Inputs(**paths, **others, trainings={}, curves={}))
+
+
+def verdict() -> str:
+    return words.plain(words.verdict(study()))
+
+
+def picture(chart: str) -> str:
+    """A chart of the report as a file of its own, with the report's colours."""
+    style = (ROOT / "src/flatmin/report/style.css").read_text(encoding="utf-8")
+    colours = " ".join(re.findall(r":root {(.*?)}", style, re.DOTALL)[0].split())  # the first are the light ones
+    start = '<svg xmlns="http://www.w3.org/2000/svg" style="background: #fff; color: var(--text)"'
+    return str(chart).replace("<svg", start, 1).replace(">", f"><style>:root {{{colours}}}</style>", 1) + "\n"
 
 
 def results() -> str:
     """The methods of the default study, and what SAM gained."""
-    final, evaluated = metrics("final"), metrics("evaluate")
+    final, evaluated = study().final, study().evaluated
     rows = []
-    for method, meaning in words.MEANINGS.items():
+    for method, name in words.NAMES.items():
         test, spread = evaluated[method]["test"], evaluated[method].get("test_deviation", {})
         deviation = f" ± {100 * spread['accuracy']:.1f}" if spread else ""
-        name = "**SAM**" if method == "sam" else f"**{method}**"
-        accuracy = f"{100 * test['accuracy']:.1f}{deviation}"
-        rows.append([f"{name}: {meaning}", accuracy, f"{final[method]['gradient_evaluations']:,.0f}"])
+        cost = f"{final[method]['gradient_evaluations']:,.0f}"
+        rows.append([f"**{name}**: {words.MEANINGS[method]}", f"{100 * test['accuracy']:.1f}{deviation}", cost])
     columns = ["", "test accuracy, %", "gradient evaluations"]
-    return f"{table(columns, rows)}\n**{_verdict(evaluated)}**\n"
+    return f"{table(columns, rows)}\n**{verdict()}**\n"
 
 
 def output() -> str:
     """What the default study prints at its end."""
-    return verbatim(
-        "Running stage 'report':\n> PYTHONPATH=src python stages/report.py\n"
-        f"report: {words.plain(_verdict(metrics('evaluate')))}\nreport: .../report/index.html"
-    )
-
-
-def _verdict(evaluated: Any) -> str:
-    return words.verdict(SimpleNamespace(labelled=True, evaluated=evaluated))  # type: ignore[arg-type]
+    command = "Running stage 'report':\n> PYTHONPATH=src python stages/report.py"
+    return verbatim(f"{command}\nreport: {verdict()}\nreport: .../report/index.html")
 
 
 def params_tables() -> str:
@@ -181,12 +189,13 @@ def fill(text: str, where: str) -> str:
 
 def main() -> None:
     os.environ["COLUMNS"] = "100"  # the width of the helps
-    for page in sorted(path for pattern in PAGES for path in ROOT.glob(pattern)):
-        before = page.read_text(encoding="utf-8")
-        after = fill(before, str(page.relative_to(ROOT)))
-        if after != before:
-            with files.atomic_write(page) as temporary:
-                temporary.write_text(after, encoding="utf-8")
+    paths = sorted(path for pattern in PAGES for path in ROOT.glob(pattern))
+    written = {path: fill(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))) for path in paths}
+    written[ROOT / "docs/accuracy.svg"] = picture(page.accuracy_chart(study()))
+    written[ROOT / "docs/differences.svg"] = picture(page.difference_chart(study()))
+    for path, text in written.items():
+        with files.atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""The Makefile's targets and the commands of every day."""
+"""The Makefile's targets, the commands of every day, and the notebook."""
 
 from __future__ import annotations
 
 import csv
+import json
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,38 @@ def test_make_repro_wrong_params_stop_before_dvc_starts(tmp_path: Path) -> None:
     output = repository.run("make", "repro", expect=2)
     assert "error: params.yaml: colour: expected no such key, received 'red'" in output
     assert "Running stage" not in output
+
+
+def notebook_script() -> str:
+    """The notebook's code as a script: lines with an exclamation mark are commands of a shell, and must succeed."""
+    cells = json.loads((ROOT / "docs/notebook.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    shell = ["bash", "-o", "pipefail", "-c"]
+    return "import subprocess\n" + re.sub(
+        "^!(.*)$", lambda line: f"subprocess.run({[*shell, line[1]]!r}, check=True)", code, flags=re.MULTILINE
+    )
+
+
+@pytest.mark.slow
+@needs_make
+@needs_environment
+def test_notebook_goes_from_a_folder_of_pictures_to_predictions(tmp_path: Path) -> None:
+    repository = Repository(tmp_path)
+    (repository.folder / ".venv").symlink_to(ROOT / ".venv")
+    program = tmp_path / "bin/flatmin"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT / "src"} exec {sys.executable} -m flatmin.cli "$@"\n')
+    program.chmod(0o755)
+    output = repository.run(
+        "env", f"PATH={program.parent}:{repository.environment['PATH']}", "python", "-c", notebook_script()
+    )
+    assert re.search(r"^  all +\d+ +\d+ +\d+$", output, re.MULTILINE)
+    assert re.search(r"^make study NAME=shapes: about .* GB here", output, re.MULTILINE)
+    assert "study shapes: results in studies/shapes" in output
+    predicted = re.findall(r"^(\w+) +[01]\.\d+ .* build/new-shapes/a-(\w+)\.png$", output, re.MULTILINE)
+    assert sorted(shape for _, shape in predicted) == ["circle", "square", "triangle"]
+    assert all(first == shape for first, shape in predicted)
+    assert (repository.folder / "build/why.png").is_file()
 
 
 def test_root_params_are_those_of_the_digits_study() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import os
 import shutil
 from contextlib import chdir
 from dataclasses import replace
@@ -16,7 +15,6 @@ import pytest
 import yaml
 from fixtures import picture_folder, tiny_params
 from pictures import cats_and_dogs, encode, picture, write_picture
-from repository import Repository, stages_run
 
 from flatmin.common import files, params
 from flatmin.common.errors import InputError
@@ -264,33 +262,6 @@ def test_estimate_is_the_sum_of_its_parts() -> None:
     assert seconds["sam-finetune"] == pytest.approx(2 * 4 * (300 + 10))
     assert seconds["control"] == pytest.approx(2 * 4 * (200 + 10))
     assert seconds["evaluate"] == pytest.approx(7 * 20 + 6 * 8 * estimate._gradients(settings))
-
-
-@pytest.mark.slow
-def test_new_study_of_a_folder_runs(tmp_path: Path) -> None:
-    """From a folder to the report, with a smaller backbone than is written, and fewer epochs."""
-    folder = picture_folder(tmp_path / "pictures", per_class=24)
-    repository = Repository(tmp_path / "repository")
-    command = ["python", "-m", "flatmin.cli"]
-    repository.variables["PYTHONPATH"] = os.pathsep.join(filter(None, ("src", os.environ.get("PYTHONPATH"))))
-    output = repository.run(*command, "new", "colours", "--folder", str(folder))
-    path = repository.folder / "studies/colours/params.yaml"
-    assert "folder" in output
-    assert "class0" in output
-    assert f"{path.relative_to(repository.folder)}: written" in output
-    last = output.splitlines()[-1]
-    assert last.startswith("make study NAME=colours: about ")
-    assert " GB here (of that " in last
-    assert "3 classes, 72 pictures" in repository.run(*command, "check", str(path))
-    values = yaml.safe_load(path.read_text())
-    for name in ("extract", "finetune"):
-        values[name] |= {"epochs": 2, "views": 1, "image_size": 32}
-    values |= {"seeds": [42], "backbones": ["EfficientNetLite0"]}
-    values["evaluate"] = {"sharpness": {"images": 4, "steps": 5, "probes": 1}}
-    path.write_text(yaml.safe_dump(values))
-    output = repository.run("sh", "scripts/study.sh", "colours")
-    assert stages_run(output)[-1] == "report"
-    assert (path.parent / "metrics/evaluate.json").is_file()
 
 
 @pytest.mark.slow

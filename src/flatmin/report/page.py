@@ -90,7 +90,11 @@ def _methods(study: Study) -> dict[str, Any]:
         )
     found: dict[str, Any] = {"rows": rows}
     if study.labelled:
-        found |= {"dots": _dots(study), "differences": _differences(study), "seeds": _each_difference(study)}
+        found |= {
+            "dots": accuracy_chart(study),
+            "differences": difference_chart(study),
+            "seeds": _each_difference(study),
+        }
         found["parts"] = _parts(study)
     return found
 
@@ -119,7 +123,8 @@ def _parts(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def _dots(study: Study) -> Markup:
+def accuracy_chart(study: Study) -> Markup:
+    """Test accuracy by method, a dot for each seed."""
     dots = []
     for method, label in words.NAMES.items():
         part = study.evaluated[method]
@@ -130,7 +135,8 @@ def _dots(study: Study) -> Markup:
     return charts.dots("accuracy", alt, dots, "test accuracy, %")
 
 
-def _differences(study: Study) -> Markup:
+def difference_chart(study: Study) -> Markup:
+    """SAM's differences in test accuracy, with their intervals."""
     rows, told = [], []
     for other in COMPARED:
         found = study.evaluated[f"sam_minus_{other}"]
