@@ -78,8 +78,7 @@ def results() -> str:
 
 def output() -> str:
     """What the default study prints at its end."""
-    command = "Running stage 'report':\n> PYTHONPATH=src python stages/report.py"
-    return verbatim(f"{command}\nreport: {verdict()}\nreport: .../report/index.html")
+    return verbatim(f"report: {verdict()}\nreport: .../report/index.html")
 
 
 def params_tables() -> str:

@@ -14,7 +14,7 @@ _SIDES = (96, 128, 160, 192, 224)  # pixels of the network's input
 
 _TEXT = """\
 # {title}. {counts}.
-# `flatmin new` wrote this. Every key is in src/flatmin/common/params.py; `flatmin check {path}` checks the file.
+# `flatmin new` wrote this. docs/params.md explains every key; `flatmin check {path}` checks the file.
 seeds: [42, 43, 44]     # each trains finetune, control and sam-finetune once; [42] alone is the quick look
 
 runtime:
