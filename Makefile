@@ -50,7 +50,7 @@ docs: setup  ## fill the generated blocks of all pages: numbers, params, command
 	$(RUN) python studies/cifar100/results.py
 
 # A warning, such as of a link that leads nowhere, is an error.
-docs-site: setup $(VENV)/dev.done $(VENV)/docs.done  ## build the pages as a site: build/site/index.html
+docs-site: setup $(VENV)/docs.done  ## build the pages as a site: build/site/index.html
 	$(RUN) python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/site
 
 $(VENV)/dev.done $(VENV)/export.done $(VENV)/docs.done: | setup
