@@ -19,7 +19,7 @@ repro: setup check-params  ## run the study in params.yaml: only what changed
 	$(RUN) dvc repro
 
 # LOCK=gpu, given with any of these, installs the CUDA wheels too.
-setup: $(VENV)/$(or $(LOCK),cpu).done  ## make .venv from the locked requirements
+setup: $(VENV)/$(or $(LOCK),cpu).done $(VENV)/bin/flatmin  ## make .venv from the locked requirements
 
 check-params: setup  ## check params.yaml without running anything
 	@$(RUN) python -m flatmin.check
@@ -57,6 +57,11 @@ $(VENV)/dev.done $(VENV)/export.done $(VENV)/docs.done: | setup
 $(VENV)/%.done: requirements/%.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	touch $@
+
+# The command `flatmin`, which runs this checkout's source.
+$(VENV)/bin/flatmin: pyproject.toml | $(VENV)/$(or $(LOCK),cpu).done
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation --editable .
 	touch $@
 
 # A study runs in a clone, so that the checkout's own params, metrics and plots stay as they are.

@@ -35,6 +35,11 @@ document.querySelectorAll("img").forEach(each => each.loading = "eager");
 Promise.all([...document.images].map(each => each.decode().then(() => null, () => each.alt)))
     .then(found => done(found.filter(each => each !== null)));
 """
+# The alternative texts of pictures that cover the one before them in their row of a table.
+OVERLAPPING = """
+return [...document.querySelectorAll("tr")].flatMap(row => [...row.querySelectorAll("img")].filter((each, index, all) =>
+    index && each.getBoundingClientRect().left < all[index - 1].getBoundingClientRect().right)).map(each => each.alt);
+"""
 VIOLATIONS = """
 const done = arguments[0];
 axe.run().then(found => done(found.violations.map(each => `${each.id}: ${each.nodes[0].html}`)));
@@ -87,6 +92,7 @@ def test_report_is_readable_in_a_browser(browser: Chrome, report: tuple[str, Pat
     requested = browser.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
     assert [url for url in requested if not url.startswith("data:")] == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(OVERLAPPING) == []
     screenshot(browser, SCREENSHOTS / f"{name}-{width}-{scheme}.png", width)
     browser.execute_script(AXE.read_text(encoding="utf-8"))
     assert browser.execute_async_script(VIOLATIONS) == []

@@ -12,6 +12,7 @@ import venv
 import zipfile
 from importlib.metadata import Distribution, distribution, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -86,7 +87,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel and the sdist of what git tracks."""
     folder = tmp_path_factory.mktemp("package")
-    for name in ("src", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("src", "pyproject.toml", "README.md", "LICENSE", "Makefile"):
         source = ROOT / name
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         copy = folder / "checkout" / name
@@ -123,21 +124,25 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["wheel", "sdist", "checkout", "git"])
+@pytest.mark.parametrize("source", ["wheel", "sdist", "checkout", "git", "make setup"])
 def test_package_installs_beside_keras_alone_and_names_its_extra(built: Path, environment: Path, source: str) -> None:
     checkout, python = built.parent / "checkout", environment / "bin/python"
     if source == "git":
         for step in ("init --quiet", "add .", "-c user.name=a -c user.email=a@example.com commit --quiet -m a"):
             assert run("git", *step.split(), cwd=checkout).returncode == 0
-    names: dict[str, str | Path] = {
+    names: dict[str, Any] = {
         "wheel": next(built.glob("*.whl")),
         "sdist": next(built.glob("*.tar.gz")),
         "checkout": checkout,
         "git": f"git+{checkout.as_uri()}",
     }
     # Without an index: pip itself finds that Keras is all that the package asks for.
-    command: list[str | Path] = [python, "-m", "pip", "install", "--no-index", "--no-build-isolation", names[source]]
-    done = run(*command, cwd=environment)
+    if source == "make setup":  # its last step, in an environment that counts as made
+        (environment / "cpu.done").touch()
+        done = run("make", f"VENV={environment}", environment / "bin/flatmin", cwd=checkout)
+    else:
+        command = [python, "-m", "pip", "install", "--no-index", "--no-build-isolation", names[source]]
+        done = run(*command, cwd=environment)
     assert done.returncode == 0, done.stderr
     uses = "import flatmin.sharpness, flatmin.sam as sam; print(sam.Step.__name__, flatmin.sharpness.measure.__name__)"
     assert run(python, "-c", uses, cwd=environment).stdout == "Step measure\n"

@@ -122,7 +122,7 @@ def test_report_without_labels_of_test_says_so_and_shows_the_rest(tmp_path: Path
     assert found.text.count("Test has no labels, so there is nothing to show here.") == 3
     assert "test 18 without labels" in found.text
     assert "largest eigenvalue" in found.text
-    assert "differ by more than a tenth between sam and control" in found.text
+    assert "differ by more than a tenth between SAM and control" in found.text
 
 
 def test_report_one_seed_says_what_the_interval_leaves_out(tmp_path: Path) -> None:
@@ -198,6 +198,12 @@ def test_verdict_says_what_the_interval_allows(
     study = Made(tmp_path, names=NAMES, gain=gain, low=low, high=high).study()
     expected = sentence.format("plain fine-tuning at equal compute")
     assert words.plain(words.verdict(study)) == f"SAM {expected}, 3 seeds, 60 test images)."
+
+
+def test_words_name_methods_and_count_points() -> None:
+    assert words.unequal("") == ""
+    assert words.unequal("finetune and sam; control and sam") == "fine-tuned and SAM, control and SAM"
+    assert [words.within(each) for each in (0.005, 0.01, 0.02)] == ["0.5 points", "1 point", "2 points"]
 
 
 def test_changed_params_are_those_that_are_no_defaults() -> None:

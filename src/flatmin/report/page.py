@@ -35,7 +35,7 @@ def write(study: Study, path: Path | str) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": words.count, "percent": words.percent, "points": words.points}
-    environment.globals |= {"names": words.NAMES, "plural": words.plural, "many": MANY}
+    environment.globals |= {"names": words.NAMES, "plural": words.plural, "within": words.within, "many": MANY}
     page = environment.get_template("page.html").render(
         style=environment.from_string("{% include 'style.css' %}").render(),
         picture=study.picture,
@@ -360,7 +360,7 @@ def _sharpness(study: Study) -> dict[str, Any]:
     return {
         "panels": panels,
         "rows": [(method, part["sharpness"], part.get("sharpness_deviation", {})) for method, part in measured.items()],
-        "not_compared": study.evaluated["sharpness"]["not_compared"],
+        "not_compared": words.unequal(study.evaluated["sharpness"]["not_compared"]),
         "seed": study.seeds[0],
         "images": study.params.evaluate.sharpness.images,
     }

@@ -18,7 +18,7 @@ from flatmin.common.params_errors import read_yaml
 METHODS = ("finetune", "control", "sam")
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
 CURVES = ("epoch", "loss", "val_loss", "val_accuracy")
-REQUIRED = "none, must be given"
+REQUIRED = "required"
 OWN_STAGE = "report"  # its entry of dvc.lock is that of an earlier report
 
 

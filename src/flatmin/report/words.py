@@ -38,6 +38,11 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def within(fraction: float) -> str:
+    """A tolerance in percentage points: 0.005 -> 0.5 points."""
+    return f"{100 * fraction:g} point{'' if 100 * fraction == 1 else 's'}"
+
+
 def plural(number: int, noun: str) -> str:
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
@@ -90,10 +95,10 @@ def facts(study: Study) -> list[tuple[str, str]]:
 
 def _equal_compute(study: Study) -> str:
     costs = {method: count(study.final[method]["gradient_evaluations"]) for method in METHODS}
-    control = "as many" if costs["sam"] == costs["control"] else costs["control"]
+    taken = costs["sam"] if costs["sam"] == costs["control"] else f"{costs['sam']} and {costs['control']}"
     sentence = (
-        f"SAM took {costs['sam']} gradient evaluations (an image's pass forward and backward), and control, which is "
-        f"plain fine-tuning for as long, {control}."
+        f"SAM and control, which is plain fine-tuning for as long, took {taken} gradient evaluations a seed (an "
+        "image's pass forward and backward)."
     )
     if not study.labelled:
         return sentence
@@ -128,11 +133,11 @@ def _released(study: Study) -> str:
     accuracies = {method: final[method]["val"][study.params.select.metric] for method in NAMES}
     near = [method for method in NAMES if accuracies[method] >= max(accuracies.values()) - tolerance - 1e-9]
     if len(near) == 1:
-        why = f"the only method within {100 * tolerance:g} points of the best on val"
+        why = f"the only method within {within(tolerance)} of the best on val"
     else:
         others = ", ".join(NAMES[method] for method in near)
         why = (
-            f"of those within {100 * tolerance:g} points of the best on val ({others}) the one with the fewest "
+            f"of those within {within(tolerance)} of the best on val ({others}) the one with the fewest "
             "gradient evaluations"
         )
     best = ", and of its seeds the best on val" if "seed" in released and len(study.seeds) > 1 else ""
@@ -144,6 +149,12 @@ def _released(study: Study) -> str:
         f"{who[0].upper()}{who[1:]}: {why}{best}. Its val accuracy, {percent(released['val']['accuracy'])}, is "
         f"optimistic, since val chose it.{scored}"
     )
+
+
+def unequal(pairs: str) -> str:
+    """Pairs of methods as evaluate writes them, by the names of the report: "finetune and sam; ..."."""
+    named = (" and ".join(NAMES[method] for method in pair.split(" and ")) for pair in pairs.split("; ") if pair)
+    return ", ".join(named)
 
 
 def plain(sentence: str) -> str:
