@@ -26,6 +26,7 @@ import yaml
 from flatmin.common import console, errors, files, params
 from flatmin.common.errors import InputError
 from flatmin.data import sources
+from flatmin.report.study import METHODS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("tried.json")
@@ -34,7 +35,7 @@ CIFAR = {"apple": 90, "bicycle": 75, "bus": 66, "chimpanzee": 60, "elephant": 54
 CIFAR |= {"oak_tree": 45, "orange": 40, "sea": 36, "sunflower": 30, "tulip": 24}
 CLASSES = ("animals/birds", "animals/mammals", "food/fruit", "food/vegetables", "household", "plants/flowers")
 FEWER = {"seeds": [42], "backbones": ["EfficientNetLite0"]}
-TRAININGS = {"extract": {"epochs": 12, "views": 4}, "finetune": {"epochs": 6, "views": 4}}
+TRAININGS = {"extract": {"epochs": 6, "views": 2}, "finetune": {"epochs": 3, "views": 2}}
 
 
 def write_cifar(folder: Path) -> list[tuple[str, str]]:
@@ -157,9 +158,7 @@ def tried(name: str, checkout: Path, folder: Path) -> dict[str, Any]:
             "gigabytes": disk(folder / "cache", *(checkout / part for part in (".dvc/cache", "data", "models"))) / 1e9,
         },
         "waiting": {"before": load, "after": os.getloadavg()[0]},  # processes that want a core, over a minute
-        "accuracy": {
-            method: scores[method]["test"]["accuracy"] for method in ("extract", "finetune", "control", "sam")
-        },
+        "accuracy": {method: scores[method]["test"]["accuracy"] for method in ("extract", *METHODS)},
         "sam_minus_control": {key: scores["sam_minus_control"][key] for key in ("accuracy", "low", "high", "images")},
     }
 
