@@ -1,4 +1,4 @@
-"""Fills the generated blocks of a page: what stands between `<!-- NAME: filled by ... -->` and `<!-- end -->`."""
+"""Fills the generated blocks of a page: what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a sh
 from flatmin.common import files
 from flatmin.common.errors import InputError
 
+BLOCK = re.compile(r"<!-- begin ([a-z-]+) -->\n.*?<!-- end \1 -->\n", re.DOTALL)
+
 
 def fill(page: Path, blocks: Mapping[str, str]) -> None:
     """Write a page with these blocks, by name, in place of those that it has.
 
     Raises:
-        InputError: the page does not have each of the blocks once; nothing is written then.
+        InputError: the page does not have each of the blocks once, or has others; nothing is written then.
     """
     text = page.read_text(encoding="utf-8")
-    for name, block in blocks.items():
-        found = re.findall(rf"<!-- {name}: [^>]*-->\n.*?<!-- end -->", text, re.DOTALL)
-        if len(found) != 1:
-            raise InputError(f"{page}: expected one block <!-- {name}: ... --> to <!-- end -->, found {len(found)}")
-        text = text.replace(found[0], f"{found[0].splitlines()[0]}\n{block}<!-- end -->")
+    if sorted(found := BLOCK.findall(text)) != sorted(blocks) or len(found) != text.count("<!-- begin "):
+        raise InputError(
+            f"{page}: expected the blocks {', '.join(blocks)}, once each and ended, found {', '.join(found)}"
+        )
+    text = BLOCK.sub(lambda block: f"<!-- begin {block[1]} -->\n{blocks[block[1]]}<!-- end {block[1]} -->\n", text)
     with files.atomic_write(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

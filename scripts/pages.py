@@ -1,7 +1,6 @@
-"""Fill the generated blocks of all pages, and draw the README's picture: `make docs`.
+"""Fill the generated blocks of the README and of docs/, and draw the README's picture: for `make docs`.
 
-A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, and the function that BLOCKS has under this name
-writes it. Everything comes from files that git tracks, so the same commit gives the same pages.
+Everything comes from files that git tracks, so the same commit gives the same pages.
 """
 
 from __future__ import annotations
@@ -12,32 +11,24 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import redirect_stdout, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from blocks import fill, table  # which finds the package in a shell without PYTHONPATH
 from pydantic_core import PydanticUndefined
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a shell without PYTHONPATH
 from flatmin import cli
 from flatmin.common import errors, files, params
-from flatmin.common.errors import InputError
 from flatmin.models.registry import BACKBONES
-from flatmin.report import page, words
+from flatmin.report import words
+from flatmin.report.page import accuracy_chart, difference_chart
 from flatmin.report.study import Inputs, Study
 from flatmin.sam import methods_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/*.md", "studies/*/*.md")
-BLOCK = re.compile(r"(<!-- begin ([a-z0-9-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *(list(row) for row in rows)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def verbatim(text: str) -> str:
@@ -46,9 +37,9 @@ def verbatim(text: str) -> str:
 
 def study() -> Study:
     """The default study, as far as metrics/ tells."""
-    paths = {name: str(ROOT / f"metrics/{name}.json") for name in ("prepare", "select", "final", "evaluate")}
-    others = dict.fromkeys(("dataset", "augment", "confusion", "evaluation", "lock"), "")
-    return Study(params.load(ROOT / "params.yaml"), Inputs(**paths, **others, trainings={}, curves={}))
+    paths: dict[str, Any] = dict.fromkeys((field.name for field in fields(Inputs)), "")
+    paths |= {name: str(ROOT / f"metrics/{name}.json") for name in ("prepare", "select", "final", "evaluate")}
+    return Study(params.load(ROOT / "params.yaml"), Inputs(**paths))
 
 
 def verdict() -> str:
@@ -160,41 +151,24 @@ def check() -> str:
     return verbatim(done.stdout)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "results": results,
-    "output": output,
-    "params": params_tables,
-    "backbones": backbones,
-    "make": make_targets,
-    "flatmin": helps,
-    "check": check,
-    "methods": methods_table,
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"results": results, "output": output},
+    "docs/start.md": {"output": output},
+    "docs/intervals.md": {"check": check},
+    "docs/sam.md": {"methods": methods_table},
+    "docs/backbone.md": {"backbones": backbones},
+    "docs/params.md": {"params": params_tables},
+    "docs/commands.md": {"make": make_targets, "flatmin": helps},
 }
-
-
-def fill(text: str, where: str) -> str:
-    """The page with its blocks written anew.
-
-    Raises:
-        InputError: a block has no function, or does not end.
-    """
-    for name in re.findall(r"<!-- begin ([a-z0-9-]+) -->", text):
-        if name not in BLOCKS:
-            raise InputError(f"{where}: expected a block of {', '.join(BLOCKS)}, received {name}")
-        if f"<!-- end {name} -->" not in text:
-            raise InputError(f"{where}: expected <!-- end {name} -->, found none")
-    return BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]]() + found[3], text)
 
 
 def main() -> None:
     os.environ["COLUMNS"] = "100"  # the width of the helps
-    paths = sorted(path for pattern in PAGES for path in ROOT.glob(pattern))
-    written = {path: fill(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))) for path in paths}
-    written[ROOT / "docs/accuracy.svg"] = picture(page.accuracy_chart(study()))
-    written[ROOT / "docs/differences.svg"] = picture(page.difference_chart(study()))
-    for path, text in written.items():
-        with files.atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    for page, blocks in BLOCKS.items():
+        fill(ROOT / page, {name: write() for name, write in blocks.items()})
+    for name, chart in {"accuracy": accuracy_chart, "differences": difference_chart}.items():
+        with files.atomic_write(ROOT / f"docs/{name}.svg") as temporary:
+            temporary.write_text(picture(chart(study())), encoding="utf-8")
 
 
 if __name__ == "__main__":
