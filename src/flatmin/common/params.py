@@ -31,13 +31,6 @@ from flatmin.sam.settings import Settings
 
 ROLES = ("train", "val", "test", "predict")
 
-_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-
-
-def _number(value: Any) -> Any:
-    """Convert text such as `1e-05`, which YAML 1.1 (PyYAML) does not read as a number, and DVC writes for `-S`."""
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
-
 
 def _refuse_repeated(items: list[Any]) -> list[Any]:
     for index, item in enumerate(items):
@@ -57,7 +50,7 @@ def _refuse_unknown_backbone(name: Any) -> Any:
     return name
 
 
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Float = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Float, Field(gt=0)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(gt=0, lt=1)]
@@ -85,7 +78,7 @@ SplitPoints = Annotated[
 
 
 class Section(BaseModel):
-    """A part of the file. Unknown keys are refused, and no value is converted except text that is a number."""
+    """A part of the file. Unknown keys are refused, and no value is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

@@ -7,8 +7,10 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError
 
 from flatmin.common.errors import InputError
 
@@ -25,50 +27,30 @@ class InconsistentError(ValueError):
 
 
 def read_yaml(path: Path | str) -> Any:
-    """Read a YAML file.
+    """Read a YAML file with the library and the version of YAML, 1.2, with which DVC reads and writes params.yaml.
+
+    In YAML 1.1, `NO` is false and `1:30` is 90. DVC leaves out the quotes of such names when it sets another key.
 
     Raises:
         InputError: The file cannot be read, is not YAML, or repeats a key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        _refuse_duplicate_keys(yaml.compose(text, yaml.SafeLoader), str(path))
-        return yaml.safe_load(text)
-    except InputError:
-        raise
+        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: expected a file, found none") from None
     except OSError as error:
         raise InputError(f"{path}: expected a readable file, received: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
+    except DuplicateKeyError as error:
+        name = re.sub(r'^found duplicate key "(.*?)" with value .*', r"\1", str(error.problem), flags=re.DOTALL)
+        line = error.problem_mark.line + 1
+        raise InputError(f"{path}: {_one_line(name)}: expected once, received twice (line {line})") from None
+    except MarkedYAMLError as error:
         raise InputError(f"{path}: expected YAML, received {_explain_yaml(error)}") from None
-    except Exception as error:  # PyYAML does not catch what the constructors of integers, dates and the like raise
+    except Exception as error:  # ruamel.yaml does not catch what the constructors of integers and dates raise
         raise InputError(f"{path}: expected YAML, received {' '.join(str(error).split())}") from None
 
 
-def _refuse_duplicate_keys(document: yaml.Node | None, where: str) -> None:
-    """Raise InputError for a repeated key, which YAML forbids but PyYAML accepts."""
-    pending: list[tuple[str, yaml.Node | None]] = [("", document)]
-    seen: set[int] = set()
-    while pending:
-        prefix, node = pending.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            pending += [(f"{prefix}{index}.", item) for index, item in enumerate(node.value)]
-        elif isinstance(node, yaml.MappingNode):
-            keys: set[str] = set()
-            for key, value in node.value:
-                name = str(key.value)
-                if name in keys:
-                    line = key.start_mark.line + 1
-                    raise InputError(f"{where}: {prefix}{_one_line(name)}: expected once, received twice (line {line})")
-                keys.add(name)
-                pending.append((f"{prefix}{_one_line(name)}.", value))
-
-
-def _explain_yaml(error: yaml.MarkedYAMLError) -> str:
+def _explain_yaml(error: MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
     place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
     return " ".join(f"{error.context or ''} {error.problem or ''}".split()) + place
