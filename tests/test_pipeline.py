@@ -308,7 +308,7 @@ def test_repro_with_more_to_predict_and_in_test_trains_nothing(study: Repository
     before = {name: content for name, content in study.results().items() if name.startswith("models/")}
     splits = TINY["data"]["splits"] | {"test": "train[88%:]", "predict": "train[50%:51%]"}
     study.write_params(STUDY | {"data": STUDY["data"] | {"splits": splits}})
-    assert stages_run(study.run("dvc", "repro")) == ["prepare", "evaluate", "report"]
+    assert stages_run(study.run("dvc", "repro")) == ["prepare", "audit", "evaluate", "report"]
     assert {name: content for name, content in study.results().items() if name.startswith("models/")} == before
     for role in ("test", "predict"):
         predicted = rows(study.folder / f"predictions/{role}.csv")
