@@ -58,7 +58,15 @@ def write(made: Made) -> Page:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Page:
     """The report of a study with three seeds and labels."""
-    return write(Made(tmp_path_factory.mktemp("made"), names=NAMES))
+    return write(Made(tmp_path_factory.mktemp("made"), names=NAMES, duplicates=8))
+
+
+@pytest.fixture(scope="module")
+def one_seed(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The report of a study with one seed, without duplicates and without dvc.lock."""
+    made = Made(tmp_path_factory.mktemp("made"), names=NAMES, seeds=(7,))
+    (made.folder / "dvc.lock").unlink()
+    return write(made)
 
 
 def test_report_is_one_accessible_file_without_script(found: Page) -> None:
@@ -107,7 +115,7 @@ def test_report_escapes_names_of_classes_and_files(found: Page) -> None:
 
 def test_report_same_study_gives_the_same_bytes(found: Page, tmp_path: Path) -> None:
     """Also where dvc.lock has entries of an earlier report, and of a seed that has left."""
-    made = Made(tmp_path, names=NAMES)
+    made = Made(tmp_path, names=NAMES, duplicates=8)
     lock = tmp_path / "dvc.lock"
     values = yaml.safe_load(lock.read_text())
     values["stages"]["report"] = {"outs": [{"path": "report", "md5": "d" * 32, "size": 1}]}
@@ -125,21 +133,19 @@ def test_report_without_labels_of_test_says_so_and_shows_the_rest(tmp_path: Path
     assert "differ by more than a tenth between SAM and control" in found.text
 
 
-def test_report_one_seed_says_what_the_interval_leaves_out(tmp_path: Path) -> None:
-    found = write(Made(tmp_path, names=NAMES, seeds=(7,)))
+def test_report_one_seed_says_what_the_interval_leaves_out(one_seed: Page) -> None:
+    found = one_seed
     assert "It is over images, for this training set" in found.text
     assert "With one seed, nothing is known" in found.text
     assert ", 1 seed, 60 test images" in found.text
 
 
-def test_report_without_dvc_lock_says_so(tmp_path: Path) -> None:
-    made = Made(tmp_path, names=NAMES)
-    (tmp_path / "dvc.lock").unlink()
-    assert "There is no dvc.lock" in write(made).text
+def test_report_without_dvc_lock_says_so(one_seed: Page) -> None:
+    assert "There is no dvc.lock" in one_seed.text
 
 
-def test_report_shows_equal_pictures_of_two_roles(tmp_path: Path) -> None:
-    found = write(Made(tmp_path, names=NAMES, duplicates=8))
+def test_report_shows_equal_pictures_of_two_roles(found: Page, one_seed: Page) -> None:
+    assert "None: no decoded image is in two roles" in one_seed.text
     assert "8 of test are in train, too" in found.text
     shown = [each["alt"] for each in found.all("img")]
     assert shown.index("train image train/5.png") + 1 == shown.index("test image test/5.png")

@@ -6,21 +6,23 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import yaml
-from exports import COUNTS, TEMPERATURE, TEST_SCORES, check_round_trip, run_card, write_study
+from exports import COUNTS, SIZE, STORED, TEMPERATURE, TEST_SCORES, check_round_trip, run_card, write_study
+from PIL import Image, ImageOps
 from trainings import NAMES
 
 from flatmin.common import files
 from flatmin.common.errors import InputError
+from flatmin.images import Fit, Stored
 from flatmin.models import classifier
 from flatmin.models.classifier import Classifier
-from flatmin.use import convert, export, formats, parity
+from flatmin.use import card, convert, export, formats, parity
 
-MODEL = Path("models/final")
+MODEL, LITERT = Path("models/final"), formats.FORMATS["litert"].file
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +40,18 @@ def study(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path / "study"
 
 
+@pytest.fixture(scope="module")
+def exported(finished: Path) -> Path:
+    """The study's export to LiteRT."""
+    with contextlib.chdir(finished):
+        export.export(MODEL, "litert", finished / "exported")
+    return finished / "exported"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fit"), [("keras", "crop"), ("savedmodel", "pad"), ("litert", "crop")])
-def test_exported_file_and_its_card_answer_as_the_classifier(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: formats.Name, fit: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_study(fit)
-    found = check_round_trip(name, tmp_path / "out")
+@pytest.mark.parametrize("name", ["keras", "savedmodel", "litert"])
+def test_exported_file_and_its_card_answer_as_the_classifier(study: Path, name: formats.Name) -> None:
+    found = check_round_trip(name, study / "out")
     assert found["differ"] == 0
     assert found["log_probability_difference"] < 1e-3
     assert found["exported"] == found["trained"]
@@ -62,16 +68,44 @@ def test_int8_file_is_a_third_of_the_size_and_answers_much_as_the_classifier(stu
     assert found["bytes"] < 0.5 * (study / "models/final/classifier.weights.h5").stat().st_size
 
 
+@pytest.mark.parametrize("enlarge", [True, False])
+@pytest.mark.parametrize("fit", get_args(Fit))
+def test_program_of_the_card_fits_a_picture_as_the_study_does(fit: Fit, enlarge: bool) -> None:
+    stored = Stored(STORED, enlarge)
+    description = classifier.Description(
+        "MobileNet025",
+        SIZE,
+        ["a", "b"],
+        0,
+        1,
+        "none",
+        None,
+        "tf",
+        0,
+        fit=fit,
+        stored_side=STORED,
+        stored_enlarge=enlarge,
+    )
+    for size in ((20, 31), (90, 40), (32, 32)):
+        picture = Image.fromarray(np.random.default_rng(size).integers(0, 256, (*size, 3), np.uint8))
+        named = {"picture": picture, "Image": Image, "ImageOps": ImageOps}
+        exec("\n".join([*card._stored_size(stored), *card._square(fit, SIZE)]), named)  # noqa: S102
+        np.testing.assert_array_equal(np.asarray(named["picture"]), description.input_of(picture))
+
+
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the file that is written holds a head whose first class wins more often."""
-    write = convert.write
+    write, made = convert.write, list[bytes]()
 
-    def write_broken(model: Classifier, *arguments: Any, **options: Any) -> None:
-        layer = model.head.get_layer("logits")
-        before = layer.get_weights()
-        layer.set_weights([before[0], before[1] + np.array([9, 0, 0], np.float32)])
-        write(model, *arguments, **options)
-        layer.set_weights(before)
+    def write_broken(model: Classifier, name: formats.Name, path: Path, sample: Any) -> None:
+        if not made:
+            layer = model.head.get_layer("logits")
+            before = layer.get_weights()
+            layer.set_weights([before[0], before[1] + np.array([9, 0, 0], np.float32)])
+            write(model, name, path, sample)
+            layer.set_weights(before)
+            made.append(path.read_bytes())
+        path.write_bytes(made[0])
 
     monkeypatch.setattr(convert, "write", write_broken)
 
@@ -107,12 +141,14 @@ def test_runtime_that_refuses_the_file_is_one_line_and_nothing_is_left(
 
 
 @pytest.mark.slow
-def test_earlier_export_is_replaced_and_any_other_folder_is_refused(study: Path) -> None:
-    out = study / "out"
-    export.export(MODEL, "litert", out)
+def test_earlier_export_is_replaced_and_any_other_folder_is_refused(
+    study: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(exported, study / "out")
     (out / "old").touch()
+    monkeypatch.setattr(convert, "write", lambda *arguments: shutil.copy(exported / LITERT, arguments[2]))
     export.export(MODEL, "litert", out)
-    assert not (out / "old").exists()
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "classes.json", LITERT, "parity.json"]
     with pytest.raises(
         InputError, match=r"^--out: expected a new folder or one of an earlier export, received .*models"
     ):
@@ -121,9 +157,8 @@ def test_earlier_export_is_replaced_and_any_other_folder_is_refused(study: Path)
 
 
 @pytest.mark.slow
-def test_card_has_front_matter_scores_counts_and_the_proof(study: Path) -> None:
-    export.export(MODEL, "litert", study / "out")
-    text = (study / "out/README.md").read_text()
+def test_card_has_front_matter_scores_counts_and_the_proof(exported: Path) -> None:
+    text = (exported / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["pipeline_tag"] == "image-classification"
     assert front["license"] == "unknown"
@@ -133,16 +168,16 @@ def test_card_has_front_matter_scores_counts_and_the_proof(study: Path) -> None:
     assert "| test accuracy | 0.8125 |" in text
     assert f"| train | {COUNTS['train']} | 12 to 12 |" in text
     assert "trained by the method `sam`, seed 3" in text
-    assert "\n".join(parity.table(json.loads((study / "out/parity.json").read_text()))) in text
-    assert json.loads((study / "out/classes.json").read_text()) == {"class_names": list(NAMES)}
+    assert "\n".join(parity.table(json.loads((exported / "parity.json").read_text()))) in text
+    assert json.loads((exported / "classes.json").read_text()) == {"class_names": list(NAMES)}
 
 
 @pytest.mark.slow
-def test_card_leaves_out_metrics_of_another_model(study: Path) -> None:
+def test_card_leaves_out_metrics_of_another_model(study: Path, exported: Path) -> None:
     released = files.read_json("metrics/final.json")["released"] | {"temperature": TEMPERATURE / 2}
     files.write_json("metrics/final.json", {"released": released})
-    export.export(MODEL, "litert", study / "out")
-    text = (study / "out/README.md").read_text()
+    made = card.Made(classifier.describe(MODEL), "litert", files.read_json(exported / "parity.json"))
+    text = card.text(made, Path("metrics"))
     assert "metrics/final.json is missing or of another model" in text
     assert "0.8125" not in text
     assert yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"][0]["dataset"]["split"] == "val"

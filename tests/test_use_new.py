@@ -22,7 +22,6 @@ from flatmin.common.params import Data
 from flatmin.data import writer
 from flatmin.data.images import read_picture
 from flatmin.data.sources.base import Example
-from flatmin.images import Stored
 from flatmin.inputs import workers
 from flatmin.use import check, estimate, new, recipe, survey
 
@@ -265,17 +264,24 @@ def test_estimate_is_the_sum_of_its_parts() -> None:
 
 
 @pytest.mark.slow
-def test_new_in_process_measures_what_the_estimate_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_new_in_process_measures_what_the_estimate_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = picture_folder(tmp_path / "pictures", per_class=12)
     (folder / "class0/broken.png").write_bytes(b"no picture")
+    measure, measured = estimate.measure, []
+
+    def measure_and_keep(*arguments: Any) -> estimate.Timings:
+        measured.append(measure(*arguments))
+        return measured[0]
+
+    monkeypatch.setattr(estimate, "measure", measure_and_keep)
     with chdir(tmp_path):
         new.new("study", section(folder), Path("params.yaml"), 1.0)
     out = capsys.readouterr().out
     assert "note: 1 of 26 pictures cannot be read, such as class0/broken.png (" in out
     assert "note: pictures are small: half of 25" in out
-    settings = params.load(tmp_path / "params.yaml")
-    sample = estimate.read_sample(survey.survey(settings.data), Stored(), settings.data.max_pixels)
-    timings = estimate.measure(settings, sample, ["class0", "class1", "class2"], 1.0)
+    (timings,) = measured
     assert timings.start > 1
     for each in (timings.augment, timings.frozen, timings.validation, timings.scoring):
         assert 0 < each < 1

@@ -126,7 +126,9 @@ def test_pictures_are_read_as_the_records_give_them(study: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", ["crop"], indirect=True)
-def test_predictions_of_test_pictures_are_those_of_evaluate(study: Path, tmp_path: Path) -> None:
+def test_predictions_of_test_pictures_are_those_of_evaluate(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(study, tmp_path, dirs_exist_ok=True)
     with chdir(tmp_path):
         seeded = {method: {7: f"models/{method}/7"} for method in ("finetune", "control", "sam")}
@@ -151,9 +153,11 @@ def test_predictions_of_test_pictures_are_those_of_evaluate(study: Path, tmp_pat
         )
     expected = {row["name"]: int(row["final"]) for row in files.read_csv(tmp_path / "predictions/test.csv")}
     assert len(set(expected.values())) == 2
-    done = flatmin("predict", "pictures/test", "--format", "csv", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = {row["image"]: row["class"] for row in csv.DictReader(done.stdout.splitlines())}
+    capsys.readouterr()
+    with chdir(tmp_path):
+        lines, _, error = run(capsys, "pictures/test", model=Path("models/final"))
+    assert not error
+    found = {row["image"]: row["class"] for row in csv.DictReader(lines)}
     assert found == {f"pictures/{name}": ("cat", "dog")[label] for name, label in expected.items()}
 
 
@@ -225,7 +229,9 @@ def test_predict_broken_pictures_are_named_and_skipped_and_exit_with_1(workspace
     assert error == "error: expected pictures that can be read, received 3 of 4 broken"
 
 
-def test_predict_paths_from_standard_input_keep_their_order_and_odd_names(workspace: Path, tmp_path: Path) -> None:
+def test_predict_paths_from_standard_input_keep_their_order_and_odd_names(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     odd = [b"a b.png", "ä,\u2028.png".encode(), b"\xff.png"]
     for index, name in enumerate(odd):
         (tmp_path / os.fsdecode(name)).write_bytes(encode(of_class(index % 2, index)))
@@ -235,8 +241,8 @@ def test_predict_paths_from_standard_input_keep_their_order_and_odd_names(worksp
     assert (done.returncode, done.stderr) == (0, "")
     found = [row[0] for row in csv.reader(done.stdout.split("\n")) if row]
     assert found == ["image", *map(os.fsdecode, odd), str(workspace / "one.png")]
-    done = flatmin("predict", "-", "--model", model, cwd=tmp_path, given=given)
-    assert done.stdout.splitlines()[2].endswith(r"  '\xe4,\u2028.png'")
+    lines, _, _ = run(capsys, *(tmp_path / os.fsdecode(name) for name in odd), model=model, form="table")
+    assert lines[2].endswith(r"/\xe4,\u2028.png'")
 
 
 def test_predict_holds_a_bounded_number_of_pictures(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,12 +363,15 @@ def test_explain_colours_the_half_that_speaks_for_the_class(half: Path, class_na
     assert (left, right) == ((1, 0) if first else (0, 1))
 
 
-@pytest.mark.slow
-def test_explain_command_names_the_class_and_its_probability(workspace: Path, tmp_path: Path) -> None:
-    out = tmp_path / "dog.png"
-    done = flatmin("explain", "one.png", "--class", "dog", "--out", out, cwd=workspace)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{out}: what speaks for dog, probability ")
+def test_explain_names_the_class_and_its_probability(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, model = tmp_path / "dog.png", workspace / "models/final"
+    explain.explain(str(workspace / "one.png"), model, "dog", out)
+    told = capsys.readouterr().out
+    (line,), _, _ = run(capsys, workspace / "one.png", model=model, form="jsonl", top=2)
+    probability = {each["class"]: each["probability"] for each in json.loads(line)["top"]}
+    assert told.startswith(f"{out}: what speaks for dog, probability {probability['dog']:.4f}")
     with Image.open(out) as written:
         assert written.size == (896, 448)
 
