@@ -70,14 +70,14 @@ def test_alike_gives_each_pair_once_across_blocks(monkeypatch: pytest.MonkeyPatc
         (first, second)
         for first in range(50)
         for second in range(first + 1, 50)
-        if vectors[first] @ vectors[second] >= 0.3
-        and similarity.different_bits(signs[first : first + 1], signs[second : second + 1])[0] <= 30
+        for bits in [similarity.different_bits(signs[first : first + 1], signs[second : second + 1])[0]]
+        if bits <= 30 and vectors[first] @ vectors[second] >= -0.7 + 0.03 * bits
     }
     for block in (7, 50, 64):
         monkeypatch.setattr(similarity, "BLOCK", block)
         found = [
             pair
-            for pairs in similarity.alike(vectors, signs, 0.3, 30)
+            for pairs in similarity.alike(vectors, signs, -0.7, 30)
             for pair in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
         ]
         assert len(found) == len(set(found))

@@ -94,7 +94,7 @@ DEFAULTS: dict[str, Any] = {
         "augment": True,
     },
     "select": {"tolerance": 0.0},
-    "audit": {"cosine": 0.7, "hash_bits": 16, "small_class": 20},
+    "audit": {"hash_bits": 16, "cosine": 0.4, "small_class": 20},
     "finetune": {
         "schedule": {"warmup_epochs": 0.0},
         "weight_decay": 0.0,

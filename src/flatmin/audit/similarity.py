@@ -13,6 +13,7 @@ _FREQUENCIES = 8  # of the cosine transform that are kept, in each direction
 BITS = _FREQUENCIES**2 - 1  # all but the mean brightness
 BLOCK = 2048  # pictures on each side of a block of products
 COMPONENTS = 256  # of the activations, at most
+PER_BIT = 0.03  # of cosine, that each bit in which hashes differ asks for more
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 # Signs of a mirrored picture's cosine transform: odd horizontal frequencies change theirs.
 _MIRRORED = np.tile((-1.0) ** np.arange(_FREQUENCIES), _FREQUENCIES)[1:].astype(np.float32)
@@ -48,7 +49,7 @@ class Whitening(NamedTuple):
     def fit(cls, activations: np.ndarray) -> Whitening:
         """Fit to float [n, channels].
 
-        The mean variance of all components is added to each one's, so that none is amplified that is nearly constant.
+        Their mean variance is added to each component's, so that none is amplified that is nearly constant.
         """
         mean = activations.mean(axis=0, dtype=np.float64)
         centred = activations.astype(np.float32) - mean.astype(np.float32)
@@ -56,7 +57,8 @@ class Whitening(NamedTuple):
         variances, vectors = np.linalg.eigh(covariance)
         kept = min(COMPONENTS, len(activations) - 1, len(variances))
         variances, vectors = np.maximum(variances[::-1], 0), vectors[:, ::-1][:, :kept]
-        scale = np.sqrt(variances[:kept] + max(variances.mean(), np.finfo(np.float32).tiny))
+        variances = variances[:kept]
+        scale = np.sqrt(variances + max(variances.mean(), np.finfo(np.float32).tiny))
         return cls(mean.astype(np.float32), (vectors / scale).astype(np.float32))
 
     def __call__(self, activations: np.ndarray) -> np.ndarray:
@@ -86,25 +88,25 @@ class Pairs(NamedTuple):
 
 
 def alike(vectors: np.ndarray, signs: np.ndarray, cosine: float, bits: int) -> Iterator[Pairs]:
-    """Give all pairs of near duplicates, block by block.
+    """Give all pairs of near duplicates, block by block: those whose hashes agree, and then their activations.
 
     Args:
         vectors: float32 [n, d] of unit length. signs: float32 [n, BITS], their hashes.
-        cosine: of a pair, at least.
+        cosine: of a pair with equal hashes, at least; PER_BIT more for each bit in which they differ.
         bits: in which the hashes of a pair differ, at most.
     """
-    for start in range(0, len(vectors), BLOCK):
+    agreeing = BITS - 2 * bits
+    mirrored = signs * _MIRRORED
+    for start in range(0, len(signs), BLOCK):
         rows = slice(start, start + BLOCK)
-        for other in range(start, len(vectors), BLOCK):
-            columns = slice(other, other + BLOCK)
-            near = vectors[rows] @ vectors[columns].T
-            first, second = np.nonzero(near >= cosine)
-            later = first + start < second + other
-            first, second = first[later], second[later]
-            found = near[first, second]
+        for other in range(start, len(signs), BLOCK):
+            columns = signs[other : other + BLOCK].T
+            near = np.maximum(signs[rows] @ columns, mirrored[rows] @ columns)
+            first, second = np.nonzero(near >= agreeing)
+            differ = ((BITS - near[first, second]) / 2).astype(np.int16)
             first, second = first + start, second + other
-            differ = different_bits(signs[first], signs[second])
-            kept = differ <= bits
+            found = np.einsum("nd,nd->n", vectors[first], vectors[second])
+            kept = (first < second) & (found >= cosine + PER_BIT * differ)
             if kept.any():
                 yield Pairs(first[kept], second[kept], found[kept], differ[kept])
 

@@ -478,15 +478,14 @@ class Select(Section):
 class Audit(Section):
     """What audit tells of the data. Only the report, and evaluate's figures without near duplicates, depend on it."""
 
-    cosine: Annotated[Float, Field(gt=0, le=1)] = Field(
-        0.7,
-        description="Two pictures are near duplicates if the cosine of their whitened activations is at least this, in"
-        " (0, 1], and their hashes agree by `hash_bits`.",
-    )
     hash_bits: Annotated[int, Field(ge=0, le=63)] = Field(
         16,
-        description="Bits, of 63, in which the perceptual hashes of near duplicates differ at most, where one may be"
-        " mirrored.",
+        description="Bits, of 63, in which the perceptual hashes of near duplicates differ at most, mirrored or not.",
+    )
+    cosine: Annotated[Float, Field(gt=0, le=1)] = Field(
+        0.4,
+        description="Cosine, in (0, 1], that the whitened activations of near duplicates with equal hashes have at"
+        " least; each bit in which hashes differ asks for 0.03 more.",
     )
     small_class: Count = Field(20, description="Classes with fewer images of train than this are told of.")
 
