@@ -7,7 +7,7 @@ PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: help repro setup check-params check test format golden accept docs docs-site study sweep study-sweep
 .PHONY: negative test-looks lock
-.PHONY: export-setup export-test
+.PHONY: export-setup export-test test-jax test-torch
 .PHONY: image docker-repro docker-shell image-test browser-test bench
 .DELETE_ON_ERROR:
 
@@ -88,6 +88,19 @@ export-setup: $(VENV)/export.done  ## add what `flatmin export --format onnx` ne
 export-test: setup $(VENV)/dev.done $(VENV)/export.done  ## test ONNX export, which needs packages of its own
 	$(RUN) python -m pytest tests/test_use_onnx.py
 
+# flatmin.sam and flatmin.sharpness on Keras' other backends. torch is the CUDA build, some 6 GB; it runs on a CPU.
+BACKEND_TESTS = KERAS_BACKEND=$* PYTHONPATH=src:tests build/$*/bin/python -m pytest --confcutdir $(BACKENDS) $(BACKENDS)
+BACKENDS := tests/keras_backends
+test-jax:  ## test flatmin.sam and flatmin.sharpness on JAX, in an environment of its own
+test-torch:  ## test flatmin.sam and flatmin.sharpness on PyTorch, in an environment of its own
+test-jax test-torch: test-%: build/%/done
+	$(BACKEND_TESTS)
+
+build/%/done: requirements/%.txt
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	touch $@
+
 COMPILE := uv pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 lock:  ## compile the locks again (needs uv)
 	cd requirements && $(COMPILE) --override overrides.txt cpu.in -o cpu.txt
@@ -96,6 +109,8 @@ lock:  ## compile the locks again (needs uv)
 	cd requirements && $(COMPILE) export.in -o export.txt
 	cd requirements && $(COMPILE) browser.in -o browser.txt
 	cd requirements && $(COMPILE) docs.in -o docs.txt
+	cd requirements && $(COMPILE) jax.in -o jax.txt
+	cd requirements && $(COMPILE) torch.in -o torch.txt
 
 # LOCK=cpu leaves out the CUDA wheels; ENGINE=podman replaces docker. See docs/container.md.
 ENGINE ?= docker

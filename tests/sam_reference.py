@@ -59,7 +59,9 @@ def train(
     rates: Sequence[float],
     *,
     method: str = "sam",
-    rho: float = 0.5,
+    rho: Any = 0.5,
+    scale: Sequence[float] = (1.0, 1.0),
+    radii: Sequence[float] | None = None,
     adaptive: bool = False,
     eta: float = 0.01,
     every: int = 1,
@@ -77,13 +79,16 @@ def train(
     """Train with one step on each batch, and return the weights.
 
     rates: the learning rates of the steps. gsam's rho follows them between 0 and the highest.
+    rho: a number, or a function of the step.
+    scale: kernel's and bias' part in the perturbation, 0 or 1.
+    radii: kernel's and bias' own rho.
     replicas: their number, each with an equal part of a batch; or the positions where a batch is split.
     clip: the final gradient's largest norm.
     """
     average: Weights = [np.zeros_like(w) for w in weights]
     orthogonal: Any = None
     for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
-        radius = rho
+        radius = rho(step) if callable(rho) else rho
         if method == "gsam":
             low, high = (rho if value is None else value for value in (rho_min, rho_max))
             radius = low + (high - low) * rate / max(rates)
@@ -94,7 +99,13 @@ def train(
             direction = whole if synchronised else part_gradient
             if method == "friendly":
                 direction = mix((1.0, direction), (-sigma, mix((decay, average), (1 - decay, direction))))
+            direction = [factor * each for factor, each in zip(scale, direction, strict=True)]
+            norm = np.sqrt(inner(direction, direction))
+            if method == "lesam":
+                radius = min(sigma / (norm + 1e-12), rho)
             moved = perturbed_weights(weights, direction, radius, adaptive, eta)
+            if radii:
+                moved = [w + r * d / norm for w, r, d in zip(weights, radii, direction, strict=True)]
             first = mix((1.0, first), (weight, part_gradient))
             perturbed = mix((1.0, perturbed), (weight, gradient(moved, part)))
         average = mix((decay, average), (1 - decay, first))

@@ -1,13 +1,14 @@
 """Sharpness-aware minimization (SAM) for Keras 3: steps along the gradient at perturbed weights.
 
 There are two entry points. `SharpnessAwareMinimization` wraps a model for `compile` and `fit`; `Step` is for a training
-loop of your own. The package needs Keras and TensorFlow alone, and knows no data set and no pipeline.
+loop of your own. The package needs Keras and its backend (TensorFlow, JAX or PyTorch) alone, and knows no data set and
+no pipeline.
 
     model = SharpnessAwareMinimization(keras.applications.ResNet50(), rho=0.05)
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(images, labels)
 
-Keras and TensorFlow are imported with the first name that needs them, so that reading the table of methods is cheap.
+Keras is imported with the first name that needs them, so that reading the table of methods is cheap.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .methods import (
     MethodSetting,
     friendly_direction,
     gsam_gradient,
+    lesam_rho,
     looksam_gradient,
     method_settings,
     methods_table,
@@ -28,13 +30,14 @@ from .methods import (
     orthogonal,
     scheduled_rho,
     wsam_gradient,
+    wsam_sharpness,
 )
 from .settings import Settings
 
 if TYPE_CHECKING:
     from .keras_model import SharpnessAwareMinimization
     from .optimizers import base_optimizer, learning_rate_range
-    from .perturb import perturbation
+    from .perturb import is_kernel, perturbation
     from .step import Step
 
 __all__ = [
@@ -47,7 +50,9 @@ __all__ = [
     "base_optimizer",
     "friendly_direction",
     "gsam_gradient",
+    "is_kernel",
     "learning_rate_range",
+    "lesam_rho",
     "looksam_gradient",
     "method_settings",
     "methods_table",
@@ -56,6 +61,7 @@ __all__ = [
     "perturbation",
     "scheduled_rho",
     "wsam_gradient",
+    "wsam_sharpness",
 ]
 
 _MODULES = {
@@ -63,6 +69,7 @@ _MODULES = {
     "Step": "step",
     "base_optimizer": "optimizers",
     "learning_rate_range": "optimizers",
+    "is_kernel": "perturb",
     "perturbation": "perturb",
 }
 

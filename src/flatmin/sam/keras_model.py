@@ -2,52 +2,92 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from dataclasses import fields
+import warnings
+from dataclasses import fields, replace
 from typing import Any
 
 import keras
-import tensorflow as tf
+from keras import ops
 
+from . import backends
+from .loss import is_mean
+from .memory import Memory
+from .methods import METHODS
+from .scope import PassScope
 from .settings import Settings, invalid_argument
-from .step import Step, count_examples, replicas
+from .step import Outcome, Step
+
+# Settings that may be functions, or objects that Keras saves.
+_SAVED_FUNCTIONS = ("rho", "perturb", "sigma")
 
 
+@keras.saving.register_keras_serializable(package="flatmin")
 class SharpnessAwareMinimization(keras.Model):
     """A model whose `fit` takes sharpness-aware steps. Everything else works as before.
 
-    `compile`, `fit`, `evaluate`, `predict` and callbacks work as on the model itself. `model` is the inner model, and
-    `save` and `export` write it without the wrapper. `save_weights` also writes the state of the optimizer and of the
-    method, which `BackupAndRestore` needs.
+    `compile`, `fit`, `evaluate`, `predict` and callbacks work as on the model itself, which computes losses, metrics
+    and predictions, its own overrides included. `save` and `save_weights` also write the state of the optimizer and of
+    the method, so that a training resumes exactly; save `model` for a file that knows no wrapper. `rho`,
+    `num_batch_splits` and `settings` may be set at any time.
 
     The first four arguments are those of tf_keras' class of this name. All others are those of `Settings`, which
     explains them; they are keywords.
 
+    Beside the model's metrics there are `sam/skipped`, the number of steps in the epoch that were skipped because a
+    gradient was not finite; `sam/perturbed_loss`, the loss at the perturbed weights; `sam/gap`, how much higher that
+    is; and `sam/gradient_norm`.
+
     Args:
-        model: functional, sequential or subclassed.
+        model: functional, sequential or subclassed; without a `train_step` of its own.
 
     Raises:
-        ValueError: `Settings` refuses a value; in `compile`, a loss is not a mean although gradients of several parts
-            are averaged, or `jit_compile=True` comes with `num_batch_splits`; in `fit`, there are several workers.
+        ValueError: `Settings` refuses a value, or the model has a `train_step` of its own or is a wrapper already;
+            in `compile`, a loss is not a mean although gradients of several parts are averaged, or `jit_compile=True`
+            comes with `num_batch_splits` on TensorFlow; in `fit`, there are several workers.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> network = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        >>> model = SharpnessAwareMinimization(network, rho=0.05)
+        >>> model.compile("sgd", "mse")
+        >>> history = model.fit(np.ones((8, 3)), np.ones((8, 1)), epochs=2, verbose=0).history
+        >>> sorted(history)
+        ['loss', 'sam/gap', 'sam/gradient_norm', 'sam/perturbed_loss', 'sam/skipped']
     """
 
     def __init__(
         self,
         model: keras.Model,
-        rho: float = Settings.rho,
+        rho: Any = Settings.rho,
         num_batch_splits: int | None = Settings.num_batch_splits,
         name: str | None = None,
         **settings: Any,
     ) -> None:
         checked = Settings(rho=rho, num_batch_splits=num_batch_splits, **settings)
+        if isinstance(model, SharpnessAwareMinimization):
+            raise invalid_argument(
+                "model", "a model that is not wrapped yet: train this one on as it is, or wrap its `model`", model
+            )
+        if type(model).train_step is not keras.Model.train_step and not checked.is_base_step:
+            expected = "a model without a train_step of its own, which would not be called: write a loop with Step"
+            raise invalid_argument("model", expected, model)
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)  # the model gets its inputs unconverted
-        self.settings = checked
+        self._backend = backends.load()
+        self._settings = checked
         self.model = model
         self.built = model.built
         self._call_has_training_arg = model._call_has_training_arg
         if hasattr(model, "output_names"):  # losses and metrics may be given by these
             self.output_names = model.output_names
+        self.sam_memory = Memory(model)
         self._step: Any = None  # a Step, as soon as there are variables
+        self._checked_loss = False
+        self._own_metrics = [keras.metrics.Sum(name="sam/skipped")]
+        self._own_metrics += [
+            keras.metrics.Mean(name=f"sam/{each}") for each in ("perturbed_loss", "gap", "gradient_norm")
+        ]
 
     def build(self, input_shape: Any = None) -> None:
         """Do nothing, because the inner model builds itself when it is called."""
@@ -57,86 +97,280 @@ class SharpnessAwareMinimization(keras.Model):
         """Return the inner model's outputs. Keras' call context passes `training` on to a `call` that takes it."""
         return self.model(inputs)
 
-    def compile(
-        self, optimizer: Any = "rmsprop", loss: Any = None, *arguments: Any, jit_compile: Any = "auto", **options: Any
-    ) -> None:
-        """`keras.Model.compile`. Refuses a loss, or a compiler, that parts of a batch cannot be averaged with."""
-        splits = self.settings.num_batch_splits > 1
-        if splits and jit_compile is True:
-            raise invalid_argument(
-                "jit_compile", "False or 'auto' with num_batch_splits: XLA cannot loop over parts of unequal size", True
-            )
-        for each in keras.tree.flatten(loss) if splits or self.settings.accumulate > 1 else ():
+    # Settings
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of a step. They may be replaced, and hold from the next step on."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self._settings = settings
+        self._step = None
+        if self.compiled:
+            self._check_compiled()
+            if self.train_function is not None:
+                self.make_train_function(force=True)
+
+    @property
+    def rho(self) -> Any:
+        """The distance to the perturbed weights; it may be set."""
+        return self.settings.rho
+
+    @rho.setter
+    def rho(self, rho: Any) -> None:
+        # Where rho_min or rho_max were not given they follow rho.
+        old = self.settings
+        names = [name for name, each in METHODS[old.method].settings.items() if each.default == "rho"]
+        following = {name: None for name in names if getattr(old, name) == old.rho}
+        self.settings = replace(old, rho=rho, **following)
+
+    @property
+    def num_batch_splits(self) -> int:
+        """The number of parts of a batch; it may be set."""
+        return int(self.settings.num_batch_splits)
+
+    @num_batch_splits.setter
+    def num_batch_splits(self, splits: int | None) -> None:
+        self.settings = replace(self.settings, num_batch_splits=splits)
+
+    # Training
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """`keras.Model.compile`. Compiles the inner model too.
+
+        The method's state goes with the optimizer: another one begins without.
+        """
+        before = getattr(self, "optimizer", None)
+        given = inspect.signature(keras.Model.compile).bind(self, *arguments, **options).arguments
+        del given["self"]
+        if self.settings.num_batch_splits > 1 and keras.config.backend() == "tensorflow":
+            if given.get("jit_compile") is True:
+                expected = "False or 'auto' with num_batch_splits: XLA cannot loop over parts of unequal size"
+                raise invalid_argument("jit_compile", expected, True)
+            given["jit_compile"] = False
+        self.model.compile(**given)
+        inner = self.model
+        super().compile(
+            inner.optimizer,
+            run_eagerly=inner.run_eagerly,
+            steps_per_execution=inner.steps_per_execution,
+            jit_compile=inner.jit_compile,
+            auto_scale_loss=False,
+        )
+        self.loss = getattr(inner, "loss", None)
+        self._checked_loss = False
+        self._check_compiled()
+        if before is not self.optimizer:
+            self.sam_memory.reset()
+        self._step = None
+
+    def _check_compiled(self) -> None:
+        if not (self.settings.num_batch_splits > 1 or self.settings.accumulate > 1):
+            return
+        for each in keras.tree.flatten(self.loss):
             reduction = getattr(each, "reduction", "sum_over_batch_size")
             if reduction not in ("sum_over_batch_size", "mean"):
                 raise invalid_argument(
                     "loss", "losses whose reduction is 'sum_over_batch_size', since parts are averaged", each
                 )
-        self._step = None
-        super().compile(optimizer, loss, *arguments, jit_compile=False if splits else jit_compile, **options)
+
+    def get_compile_config(self) -> Any:
+        """What the inner model was compiled with."""
+        return self.model.get_compile_config()
+
+    def compile_from_config(self, config: Any) -> None:
+        """Compile as `get_compile_config` says."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    @property
+    def metrics(self) -> list[Any]:
+        """The inner model's metrics, and `sam/...` where there are perturbed steps."""
+        return [*self.model.metrics, *([] if self.settings.is_base_step else self._own_metrics)]
 
     def fit(self, *args: Any, **options: Any) -> Any:
         """`keras.Model.fit`. Refuses several workers, where it fails in Keras 3 (keras issue 20585)."""
-        if isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy):
-            raise ValueError("fit does not run on several workers in Keras 3; call flatmin.sam.Step in a loop instead")
-        return super().fit(*args, **options)
+        self._backend.check_devices(self)
+        given = inspect.signature(keras.Model.fit).bind(self, *args, **options).arguments
+        del given["self"]
+        watch, callbacks = _Watch(), given.get("callbacks")
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            watch.set_model(self)
+            callbacks.append(watch)
+        else:
+            given["callbacks"] = [*keras.tree.flatten(callbacks or []), watch]
+        return super().fit(**given)
 
-    def make_train_function(self, force: bool = False) -> None:
+    def train_on_batch(self, *args: Any, return_dict: bool = False, **options: Any) -> Any:
+        """`keras.Model.train_on_batch`. Without `return_dict` it returns what it does for the inner model."""
+        logs = super().train_on_batch(*args, return_dict=True, **options)
+        if return_dict:
+            return logs
+        return self._flatten_metrics_in_order({k: value for k, value in logs.items() if not k.startswith("sam/")})
+
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Build the inner model, whose losses and metrics these are, before Keras builds this one."""
+        self.model._symbolic_build(iterator, data_batch)
+        self.built = True
+        super()._symbolic_build(iterator, data_batch)
+
+    def make_train_function(self, force: bool = False) -> Any:
         """`keras.Model.make_train_function`. Creates the step's variables, if those of the model exist."""
         if all(layer.built for layer in self._flatten_layers()):
             self._begin()
-        super().make_train_function(force)
+        return super().make_train_function(force)
 
     def _begin(self) -> None:
-        if self._step is None and not self.settings.is_base_step:
-            with tf.init_scope(), self.distribute_strategy.scope():
+        if self.settings.is_base_step or not self.trainable_variables:
+            return
+        with self._outside():
+            if self._step is None:
                 if not self.optimizer.built:
                     self.optimizer.build(self.trainable_variables)
-                self._step = Step(self.settings, self.model, self.optimizer)
+                self._step = Step(self.settings, self.model, self.optimizer, self.sam_memory)
+            self._step.add_slots()
 
-    def train_step(self, data: Any) -> dict[str, Any]:
-        """Take one step on (x, y, sample_weight). Loss and metrics are the first pass's."""
+    def _outside(self) -> Any:
+        return self._backend.outside(getattr(self, "distribute_strategy", None))
+
+    def train_step(self, *arguments: Any) -> Any:
+        """Take one step on (x, y, sample_weight). Loss and metrics are the first pass's.
+
+        Called with the data, on JAX with state and data, as the trainers of Keras' backends do.
+        """
         if self.settings.is_base_step or (self.built and not self.trainable_variables):
-            return super().train_step(data)
+            return self._backend.delegate(self, "train_step", *arguments)
+        return self._backend.train(self, self._train, *arguments)
+
+    def _train(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if self._step is None:
-            self(x, training=False)  # an unbuilt model has no variables before it is called
+            self.model(x, training=False)  # an unbuilt model has no variables before it is called
             self._begin()
+        model, in_parts = self.model, self.settings.num_batch_splits > 1
 
-        def forward(part: Any) -> tuple[tf.Tensor, Any]:
+        def forward(part: Any) -> tuple[Any, Any]:
             x, y, sample_weight = part
-            outputs = self(x, training=True) if self._call_has_training_arg else self(x)
-            if self.settings.num_batch_splits > 1 and any(
-                getattr(output, "_keras_mask", None) is not None for output in keras.tree.flatten(outputs)
-            ):
-                raise invalid_argument(
-                    "num_batch_splits", "1 with masked outputs, whose steps the parts share unequally", "more"
-                )
-            return self.compute_loss(x, y, outputs, sample_weight, training=True), outputs
+            outputs = model(x, training=True) if model._call_has_training_arg else model(x)
+            self._check_parts(y, outputs, sample_weight)
+            with PassScope() if in_parts else contextlib.nullcontext():  # losses by output are those of the whole batch
+                return model._compute_loss(x, y, outputs, sample_weight, training=True), outputs
 
-        loss, outputs = self._step(forward, (x, y, sample_weight))
-        for metric in self.metrics:
-            if metric.name == "loss":
-                metric.update_state(loss * replicas(), sample_weight=count_examples(x))
-        return self.compute_metrics(x, y, outputs, sample_weight)
+        outcome = self._step.run(forward, (x, y, sample_weight))
+        if in_parts and model._compile_loss is not None:
+            model._compute_loss(x, y, outcome.outputs, sample_weight, training=True)
+        replicas = self._backend.replicas()
+        examples = self._backend.count_examples(x)
+        model._loss_tracker.update_state(outcome.loss * replicas, sample_weight=examples)
+        logs = model.compute_metrics(x, y, outcome.outputs, sample_weight)
+        return {**logs, **self._update_own_metrics(outcome, examples, replicas)}
 
-    def save(self, *args: Any, **options: Any) -> None:
-        """Save the inner model."""
-        self.model.save(*args, **options)
+    def _update_own_metrics(self, outcome: Outcome, examples: Any, replicas: int) -> dict[str, Any]:
+        skipped, perturbed_loss, gap, gradient_norm = self._own_metrics
+        skipped.update_state(outcome.skipped / replicas)
+        weight = ops.cast(examples, "float32") * (1.0 - outcome.skipped)
+        for metric, value, factor in (
+            (perturbed_loss, outcome.perturbed_loss * replicas, outcome.perturbed),
+            (gap, (outcome.perturbed_loss - outcome.loss) * replicas, outcome.perturbed),
+            (gradient_norm, outcome.gradient_norm, 1.0),
+        ):
+            finite = ops.where(outcome.skipped > 0, ops.zeros_like(value), value)  # 0 times infinity is not a number
+            metric.update_state(ops.cast(finite, "float32"), sample_weight=weight * factor)
+        return {metric.name: metric.result() for metric in self._own_metrics}
+
+    def _check_parts(self, y: Any, outputs: Any, sample_weight: Any) -> None:
+        """Refuse what cannot be averaged over parts: masked outputs, and losses that are no means."""
+        if self.settings.num_batch_splits > 1 and any(
+            getattr(output, "_keras_mask", None) is not None for output in keras.tree.flatten(outputs)
+        ):
+            raise invalid_argument(
+                "num_batch_splits", "1 with masked outputs, whose steps the parts share unequally", "more"
+            )
+        if self._checked_loss or self._backend.replicas() > 1:
+            return
+        self._checked_loss = True
+        if self.settings.num_batch_splits > 1 or self.settings.accumulate > 1:
+            with self._backend.evaluated():
+                mean = is_mean(self.model._compile_loss, y, outputs, sample_weight)
+            if not mean:
+                raise invalid_argument("loss", "a mean over the examples, since parts are averaged", self.loss)
+
+    # What the inner model does
+
+    def test_step(self, *arguments: Any) -> Any:
+        """The inner model's."""
+        return self._backend.delegate(self, "test_step", *arguments)
+
+    def predict_step(self, *arguments: Any) -> Any:
+        """The inner model's."""
+        return self._backend.delegate(self, "predict_step", *arguments)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """The inner model's."""
+        return self.model.compute_loss(*arguments, **options)
+
+    def compute_metrics(self, *arguments: Any, **options: Any) -> Any:
+        """The inner model's."""
+        return self.model.compute_metrics(*arguments, **options)
 
     def export(self, *args: Any, **options: Any) -> None:
         """Export the inner model."""
         self.model.export(*args, **options)
 
-    def save_own_variables(self, store: Any) -> None:
-        """Store the method's state for `save_weights`."""
-        for index, variable in enumerate(self._step.variables if self._step else ()):
-            store[str(index)] = variable.numpy()
+    # Saving
 
-    def load_own_variables(self, store: Any) -> None:
-        """Load what `save_own_variables` stored, if training has begun. Values that are missing become 0."""
-        for index, variable in enumerate(self._step.variables if self._step else ()):
-            variable.assign(store[str(index)] if str(index) in store else tf.zeros_like(variable.value))
+    def get_config(self) -> dict[str, Any]:
+        """The inner model, and the settings that are not the defaults."""
+        model = keras.saving.serialize_keras_object(self.model)
+        model.pop("compile_config", None)  # it is this model's
+        config = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}
+        config = {name: value for name, value in config.items() if value is not None}
+        for name in _SAVED_FUNCTIONS:
+            if callable(config.get(name)):
+                config[name] = keras.saving.serialize_keras_object(config[name])
+        return {"model": model, "name": self.name, **config}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> SharpnessAwareMinimization:
+        """Make the model that `get_config` describes."""
+        config = dict(config)
+        for name in ("model", *_SAVED_FUNCTIONS):
+            if isinstance(config.get(name), dict):
+                config[name] = keras.saving.deserialize_keras_object(config[name], custom_objects=custom_objects)
+        return cls(**config)
+
+
+class _Watch(keras.callbacks.Callback):
+    """Says when an epoch trained nothing, and refuses a learning rate that GSAM's rho cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._steps = 0
+        self._check_rate()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._steps = batch + 1
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._check_rate()
+        skipped = round(float((logs or {}).get("sam/skipped", 0)))
+        if skipped and skipped >= self._steps:
+            warnings.warn(
+                f"All {skipped} steps of epoch {epoch + 1} were skipped because a gradient was not finite: nothing was "
+                "trained. Lower rho, or look for a loss that is not defined near the weights",
+                stacklevel=2,
+            )
+
+    def _check_rate(self) -> None:
+        settings = self.model.settings
+        if self.model._step is not None and settings.follows_rate and settings.rate_max is None:
+            self.model._step.check_rate()
 
 
 def _signature(with_self: bool) -> inspect.Signature:

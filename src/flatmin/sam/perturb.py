@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
+from keras import ops
 
+from .methods import norm
 from .settings import Settings
 
 
 def perturbation(
-    gradients: Sequence[tf.Tensor | None],
+    gradients: Sequence[Any],
     variables: Sequence[keras.Variable],
-    rho: float | tf.Tensor,
+    rho: Any,
     adaptive: bool = False,
     eta: float = Settings.eta,
-) -> list[tf.Tensor | None]:
+    perturb: Callable[[keras.Variable], bool | float] | None = None,
+) -> list[Any]:
     """The step of length rho along the gradient; the norm is taken over all weights together.
 
     e = rho g / ||g||_2 (Foret et al. 2021, arXiv:2010.01412, eq. 2). Adaptive: e = rho T^2 g / ||T g||_2 with
@@ -26,23 +28,32 @@ def perturbation(
 
     Args:
         gradients: unscaled, shaped as `variables`; None stays None.
+        rho: a number, or a function of the norm.
+        perturb: see `Settings`. What is left out gets None.
     """
+    own = [True if perturb is None else perturb(variable) for variable in variables]
+    chosen = [g is not None and (radius is not False) for g, radius in zip(gradients, own, strict=True)]
     scales = [
-        tf.abs(tf.convert_to_tensor(variable)) + eta if adaptive and _is_kernel(variable) else None
+        ops.abs(ops.convert_to_tensor(variable)) + eta if adaptive and is_kernel(variable) else None
         for variable in variables
     ]
-    dense = [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
     scaled = [
-        gradient if gradient is None or scale is None else gradient * scale
-        for gradient, scale in zip(dense, scales, strict=True)
+        None if not used else ops.convert_to_tensor(gradient) if scale is None else gradient * scale
+        for gradient, scale, used in zip(gradients, scales, chosen, strict=True)
     ]
-    norm = tf.linalg.global_norm([gradient for gradient in scaled if gradient is not None])
-    factor = tf.math.divide_no_nan(tf.cast(rho, norm.dtype), norm)
-    return [
-        gradient if gradient is None else gradient * factor if scale is None else gradient * scale * factor
-        for gradient, scale in zip(scaled, scales, strict=True)
-    ]
+    length = norm([gradient for gradient in scaled if gradient is not None])
+    shared = ops.divide_no_nan(ops.cast(rho(length) if callable(rho) else rho, length.dtype), length)
+    shifts = []
+    for gradient, scale, radius in zip(scaled, scales, own, strict=True):
+        if gradient is None:
+            shifts.append(None)
+            continue
+        factor = shared if radius is True else ops.divide_no_nan(ops.cast(radius, length.dtype), length)
+        along = gradient if scale is None else gradient * scale
+        shifts.append(along * ops.cast(factor, along.dtype))
+    return shifts
 
 
-def _is_kernel(variable: Any) -> bool:
+def is_kernel(variable: Any) -> bool:
+    """Whether adaptive SAM scales a weight: it has two dimensions or more, and is no bias of a normalisation."""
     return len(variable.shape) > 1 and getattr(variable, "name", "") not in ("bias", "gamma", "beta")

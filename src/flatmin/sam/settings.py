@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from .methods import METHODS, method_settings
+from .methods import METHODS, MethodSetting, method_settings
 
 # A number, or None for the default.
 Setting = Any
@@ -27,15 +27,26 @@ def _dataclass_with_method_settings(cls: type[_T]) -> type[_T]:
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
+_SHARED_NUMBERS = {
+    "rho": MethodSetting(default=0.05, varies=True, meaning=""),
+    "eta": MethodSetting(default=0.01, meaning=""),
+}
+
+
 @_dataclass_with_method_settings
 class Settings:
     """Settings of a step. None stands for the default, which is the paper's.
 
     Args:
-        rho: the distance to the perturbed weights, >= 0. With 0 the step is the base optimizer's, bit for bit.
+        rho: the distance to the perturbed weights, >= 0: a number, or a function of the step (a Keras learning rate
+            schedule, or one of your own on a tensor; the step is the optimizer's count of updates). With the number 0
+            the step is the base optimizer's, bit for bit.
         method: one of `METHODS`.
         adaptive: measure the distance relative to each weight (`perturbation`); rho is about ten times as large then.
         eta: added to |w| there, >= 0.
+        perturb: a function of a Keras variable that says whether it is perturbed (a bool), or its own rho (a number
+            in place of `rho`). What is left out keeps its value in the perturbed pass and does not count in the norm.
+            None: all weights are perturbed.
         every: the first step and every `every`-th step after it are perturbed, the others are not.
         num_batch_splits: m-sharpness (Foret 2021, section 4.1): each part of the batch has its own perturbation.
         accumulate: the number of calls whose gradients are averaged before the optimizer steps.
@@ -49,6 +60,7 @@ class Settings:
     method: str = "sam"
     adaptive: bool = False
     eta: Setting = 0.01
+    perturb: Any = None
     every: int = 1
     num_batch_splits: Setting = None
     accumulate: int = 1
@@ -66,12 +78,16 @@ class Settings:
             raise invalid_argument("method", f"one of {', '.join(METHODS)}", self.method)
         self._fill_in_defaults()
         own = METHODS[self.method].settings
-        ranges = {"rho": "a finite number >= 0", "eta": "a finite number >= 0"}
-        for name, expected in (ranges | {name: setting.expected for name, setting in own.items()}).items():
-            below = own[name].below if name in own else None
+        for name, setting in (_SHARED_NUMBERS | dict(own)).items():
             value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value < (math.inf if below is None else below)):
-                raise invalid_argument(name, expected, value)
+            if value is None and setting.default is None:
+                continue
+            if callable(value) and (setting.varies or value is self.rho):
+                continue
+            if not (_is_number(value) and 0 <= value < (math.inf if setting.below is None else setting.below)):
+                raise invalid_argument(name, setting.expected, value)
+        if not (self.perturb is None or callable(self.perturb)):
+            raise invalid_argument("perturb", "a function of a variable, or None", self.perturb)
         for name in ("adaptive", "sync_perturbation"):
             if not isinstance(getattr(self, name), bool):
                 raise invalid_argument(name, "True or False", getattr(self, name))
@@ -79,10 +95,8 @@ class Settings:
             value = getattr(self, name)
             if not (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1):
                 raise invalid_argument(name, "an integer >= 1", value)
-        low, high = self.rho_range
-        if low > high:
-            low_name, high_name = METHODS[self.method].rho_range or ("rho", "rho")
-            raise invalid_argument(low_name, f"at most {high_name}, {high}", low)
+        if self.follows_rate:
+            self._check_ranges()
         if self.sync_perturbation and self.num_batch_splits > 1:
             raise invalid_argument(
                 "sync_perturbation", "False with num_batch_splits, which gives each part its own", True
@@ -102,17 +116,36 @@ class Settings:
             if getattr(self, name) is None:
                 default = setting.default
                 object.__setattr__(self, name, getattr(self, default) if isinstance(default, str) else default)
+        if METHODS[self.method].rho_range and callable(self.rho):
+            for name in METHODS[self.method].rho_range or ():
+                if not callable(getattr(self, name)):
+                    raise invalid_argument(name, "None with a rho that is a function of the step", getattr(self, name))
+
+    def _check_ranges(self) -> None:
+        """The ends of GSAM's two ranges are in order."""
+        low, high = self.rho_range
+        names = METHODS[self.method].rho_range or ("rho", "rho")
+        if low > high:
+            raise invalid_argument(names[0], f"at most {names[1]}, {high}", low)
+        if self.rate_min is not None and self.rate_max is not None and not self.rate_min < self.rate_max:
+            raise invalid_argument("rate_min", f"less than rate_max, {self.rate_max}", self.rate_min)
 
     @property
-    def rho_range(self) -> tuple[float, float]:
-        """The lowest and the highest rho."""
+    def rho_range(self) -> tuple[Any, Any]:
+        """The lowest and the highest rho; twice the same function where rho is one."""
         low, high = METHODS[self.method].rho_range or ("rho", "rho")
         return getattr(self, low), getattr(self, high)
 
     @property
+    def follows_rate(self) -> bool:
+        """Whether rho follows the learning rate between two numbers."""
+        low, high = self.rho_range
+        return not callable(self.rho) and low != high
+
+    @property
     def never_perturbs(self) -> bool:
         """Whether no step has a perturbed pass."""
-        return self.rho_range[1] == 0
+        return not callable(self.rho) and self.rho_range[1] == 0
 
     @property
     def is_base_step(self) -> bool:

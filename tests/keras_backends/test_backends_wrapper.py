@@ -1,0 +1,296 @@
+"""The wrapper on the backend that runs: what it keeps, saves, calls and refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from small import BACKEND, INPUTS, LABELS, cross_entropy, distance, fit, network, regression, values
+
+from flatmin.sam import Settings, SharpnessAwareMinimization, Step
+
+STATEFUL: list[dict[str, Any]] = [
+    {},
+    {"method": "friendly"},
+    {"method": "looksam", "every": 3},
+    {"accumulate": 2},
+    {"method": "gsam", "rho_min": 0.0},
+]
+
+
+def resumed(settings: dict[str, Any], path: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The weights after four epochs in one go, and after two, a file, and two in new objects."""
+
+    def begin() -> keras.Model:
+        model = SharpnessAwareMinimization(regression(), 0.3, **settings)
+        model.compile(keras.optimizers.Adam(0.05), cross_entropy())
+        return model
+
+    def rate(epoch: int, _: float) -> float:
+        return 0.05 if epoch < 2 else 0.01
+
+    def train(model: keras.Model, start: int, end: int, *callbacks: Any) -> None:
+        every = [keras.callbacks.LearningRateScheduler(rate), *callbacks]
+        fit(model, epochs=end, initial_epoch=start, callbacks=every)
+
+    whole = begin()
+    train(whole, 0, 4)
+    train(begin(), 0, 2, keras.callbacks.ModelCheckpoint(path, save_weights_only=".weights" in path.name))
+    if ".weights" in path.name:
+        again = begin()
+        again.optimizer.build(again.trainable_variables)
+        again.load_weights(path)
+    else:
+        again = keras.models.load_model(path)
+    train(again, 2, 4)
+    return values(whole.trainable_variables), values(again.trainable_variables)
+
+
+@pytest.mark.parametrize("file", ["checkpoint.keras", "checkpoint.weights.h5"])
+@pytest.mark.parametrize("settings", STATEFUL, ids=str)
+def test_training_resumed_from_a_checkpoint_is_exact(tmp_path: Path, settings: dict[str, Any], file: str) -> None:
+    for one, other in zip(*resumed(settings, tmp_path / file), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_load_weights_of_another_method_is_refused(tmp_path: Path) -> None:
+    for method in ("friendly", "looksam"):
+        model = SharpnessAwareMinimization(regression(), method=method)
+        fit(model, keras.optimizers.SGD(0.1), epochs=1)
+        if method == "friendly":
+            model.save_weights(tmp_path / "file.weights.h5")
+    with pytest.raises(ValueError, match=r"average.*Expected.*orthogonal.*settings that the file was written with"):
+        model.load_weights(tmp_path / "file.weights.h5")
+
+
+def deep(*widths: int) -> keras.Model:
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input((6,)), *(keras.layers.Dense(width, "tanh") for width in widths)])
+
+
+@pytest.mark.parametrize("widths", [(6, 6, 6), (5, 4, 6)])
+def test_memory_stays_with_its_weight_when_a_layer_is_frozen(widths: tuple[int, ...]) -> None:
+    model = deep(*widths)
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    step = Step(Settings(rho=0.3, method="friendly"), model, optimizer)
+
+    def forward(batch: Any) -> tuple[Any, Any]:
+        outputs = model(batch, training=True)
+        return ops.mean(outputs**2), outputs
+
+    step(forward, ops.convert_to_tensor(INPUTS))
+    weights = list(model.trainable_variables)
+    before = values(step.memory.slots("average", weights))
+    model.layers[0].trainable = False
+    if BACKEND == "jax":  # whose optimizers take all variables or none
+        optimizer = keras.optimizers.SGD(0.1)
+        optimizer.build(model.trainable_variables)
+        step = Step(step.settings, model, optimizer, step.memory)
+    step(forward, ops.convert_to_tensor(INPUTS))
+    after = values(step.memory.slots("average", weights))
+    for index, (one, other) in enumerate(zip(before, after, strict=True)):
+        assert np.array_equal(one, other) == (index < 2)
+        assert one.shape == other.shape
+
+
+def test_layers_beside_the_model_draw_once_in_a_step() -> None:
+    noise = keras.layers.GaussianNoise(1.0, seed=7)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)])
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    step = Step(Settings(rho=0.1), model, optimizer)
+    seen: list[np.ndarray] = []
+
+    def forward(batch: Any) -> tuple[Any, Any]:
+        inputs = noise(batch, training=True)
+        if BACKEND != "jax":
+            seen.append(np.array(ops.convert_to_numpy(inputs)))
+        outputs = model(inputs, training=True)
+        return ops.mean(outputs**2) + 0.0 * ops.sum(inputs), outputs
+
+    states = [values(noise.seed_generator.state for _ in range(1))]
+    for _ in range(2):
+        step(forward, ops.convert_to_tensor(INPUTS))
+        states.append(values([noise.seed_generator.state]))
+    assert [int(state[0][1] - states[0][0][1]) for state in states] == [0, 1, 2]
+    if BACKEND != "jax":
+        np.testing.assert_array_equal(seen[0], seen[1])
+        assert not np.array_equal(seen[1], seen[2])
+
+
+class Own(keras.Model):
+    """A model with overrides of what `fit`, `evaluate` and `predict` call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = keras.layers.Dense(1, kernel_initializer="ones")
+
+    def call(self, inputs: Any) -> Any:
+        return self.dense(inputs)
+
+    def compute_loss(self, *args: Any, **options: Any) -> Any:
+        return 100.0 * super().compute_loss(*args, **options)
+
+    def compute_metrics(self, *args: Any, **options: Any) -> Any:
+        return {**super().compute_metrics(*args, **options), "own": 3.0}
+
+    def predict_step(self, *args: Any) -> Any:
+        outputs = super().predict_step(*args)
+        return (0 * outputs[0] + 7, outputs[1]) if isinstance(outputs, tuple) else 0 * outputs + 7
+
+
+def test_overrides_of_the_inner_model_are_called() -> None:
+    results = []
+    for wrap in (lambda model: model, lambda model: SharpnessAwareMinimization(model, 1e-12)):
+        model = wrap(Own())
+        model.compile(keras.optimizers.SGD(0.001), "mse")
+        history = model.fit(INPUTS, INPUTS[:, :1], epochs=2, shuffle=False, verbose=0).history
+        evaluated = model.evaluate(INPUTS, INPUTS[:, :1], verbose=0, return_dict=True)
+        predicted = model.predict(INPUTS[:1], verbose=0)
+        results.append([*history["loss"], *history["own"], *evaluated.values(), float(predicted[0, 0])])
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
+    assert results[0][-1] == 7
+
+
+def test_model_with_its_own_train_step_is_refused() -> None:
+    class Loop(Own):
+        def train_step(self, *args: Any) -> Any:
+            return super().train_step(*args)
+
+    with pytest.raises(ValueError, match=r"`model`.*train_step of its own.*Step"):
+        SharpnessAwareMinimization(Loop())
+    with pytest.raises(ValueError, match=r"`model`.*not wrapped yet"):
+        SharpnessAwareMinimization(SharpnessAwareMinimization(regression()))
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_losses_by_output_are_right_in_parts(splits: int) -> None:
+    inputs = keras.Input((6,))
+    outputs = {"one": keras.layers.Dense(3, name="one")(inputs), "two": keras.layers.Dense(1, name="two")(inputs)}
+    model = SharpnessAwareMinimization(keras.Model(inputs, outputs), num_batch_splits=splits)
+    model.compile(keras.optimizers.SGD(0.0), {"one": cross_entropy(), "two": "mse"})
+    data = (INPUTS, {"one": LABELS, "two": np.arange(36.0)[:, None]})
+    history = model.fit(*data, batch_size=12, shuffle=False, verbose=0).history
+    expected = model.evaluate(*data, batch_size=12, verbose=0, return_dict=True)
+    for key, value in expected.items():
+        assert history[key][0] == pytest.approx(value, rel=1e-5), key
+
+
+@pytest.mark.parametrize("settings", [{"num_batch_splits": 2}, {"accumulate": 2}], ids=str)
+def test_loss_that_is_no_mean_is_found_by_value(settings: dict[str, Any]) -> None:
+    model = SharpnessAwareMinimization(regression(), **settings)
+    model.compile("sgd", lambda y, outputs: ops.sum((outputs - ops.cast(y, "float32")) ** 2))
+    with pytest.raises(ValueError, match=r"`loss`.*a mean over the examples"):
+        model.train_on_batch(INPUTS, np.zeros((36, 3), np.float32))
+    model.compile("sgd", lambda y, outputs: ops.mean((outputs - ops.cast(y, "float32")) ** 2))
+    model.train_on_batch(INPUTS, np.zeros((36, 3), np.float32))
+
+
+def test_attributes_take_effect() -> None:
+    def run(change: Any = None, rho: float = 0.05, at: int = 0) -> list[np.ndarray]:
+        model = SharpnessAwareMinimization(network(), rho)
+        callback = keras.callbacks.LambdaCallback(on_epoch_begin=lambda e, _: change(model) if e == at else None)
+        fit(model, keras.optimizers.SGD(0.5), epochs=2, callbacks=[callback] if change else [])
+        return values(model.trainable_variables)
+
+    expected, base = run(rho=1.0), run()
+    assert distance(run(lambda model: setattr(model, "rho", 1.0)), expected) == 0
+    assert distance(run(lambda model: setattr(model, "settings", Settings(rho=1.0))), expected) == 0
+    late = run(lambda model: setattr(model, "rho", 1.0), at=1)
+    assert distance(late, base) > 1e-4
+    assert distance(late, expected) > 1e-4
+    assert distance(run(lambda model: setattr(model, "num_batch_splits", 4)), base) > 1e-4
+
+
+def test_wrapper_is_cloned_pickled_and_copied_with_its_settings() -> None:
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.2)
+    model = SharpnessAwareMinimization(regression(), schedule, method="wsam", gamma=0.3)
+    fit(model, keras.optimizers.Adam(0.01), epochs=1)
+    for make in (keras.models.clone_model, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))):
+        made = make(model)
+        assert (made.settings.method, made.settings.gamma) == ("wsam", 0.3)
+        assert made.settings.rho.get_config() == schedule.get_config()
+        if make is not keras.models.clone_model:
+            assert distance(values(made.variables), values(model.variables)) == 0
+            assert distance(values(made.optimizer.variables), values(model.optimizer.variables)) == 0
+
+
+def test_epoch_that_trains_nothing_says_so() -> None:
+    # The loss is finite at w = 1 and not at w + rho.
+    layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")
+    model = SharpnessAwareMinimization(keras.Sequential([keras.Input((1,)), layer]), 1.0)
+    model.compile(keras.optimizers.SGD(0.1), lambda _, outputs: outputs * ops.where(outputs > 1.5, float("inf"), 1.0))
+    with pytest.warns(UserWarning, match="All 2 steps of epoch 1 were skipped"):
+        history = model.fit(np.ones((4, 1)), np.ones((4, 1)), batch_size=2, verbose=0).history
+    assert history["sam/skipped"] == [2]
+    assert np.isfinite(history["sam/gradient_norm"]).all()
+
+
+def test_gsam_refuses_a_learning_rate_above_the_known_one() -> None:
+    rates = keras.callbacks.LearningRateScheduler(lambda epoch: [0.001, 0.1][epoch])
+    model = SharpnessAwareMinimization(regression(), method="gsam", rho_min=0.0)
+    with pytest.raises(ValueError, match=r"`rate_max`.*the highest learning rate, since it rose"):
+        fit(model, keras.optimizers.SGD(0.001), callbacks=[rates])
+    model = SharpnessAwareMinimization(regression(), method="gsam", rho_min=0.0, rate_max=0.1)
+    fit(model, keras.optimizers.SGD(0.001), callbacks=[rates])
+
+
+def test_multi_optimizer_trains_as_its_parts() -> None:
+    results = []
+    for optimizer in (
+        keras.optimizers.SGD(0.1),
+        keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), {".*bias": keras.optimizers.SGD(0.1)})
+        ),
+    ):
+        model = SharpnessAwareMinimization(regression(), 0.5)
+        fit(model, optimizer)
+        results.append(values(model.variables))
+    assert distance(*results) < 1e-6
+    model = SharpnessAwareMinimization(regression(), 0.5, method="gsam", rho_min=0.1)
+    with pytest.raises(ValueError, match=r"`optimizer`.*single learning rate"):
+        fit(model, optimizer)
+
+
+def test_weights_of_several_dtypes_train() -> None:
+    layers = [keras.layers.Dense(8, "tanh", dtype="bfloat16"), keras.layers.Dense(3, dtype="float32")]
+    model = SharpnessAwareMinimization(keras.Sequential([keras.Input((6,)), *layers]), 0.1, adaptive=True)
+    losses = fit(model, keras.optimizers.SGD(0.3), epochs=4)["loss"]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its assignment of a weight has another gradient on JAX")
+def test_spectral_normalisation_moves_its_vector_once() -> None:
+    results = []
+    for wrap in (lambda model: model, lambda model: SharpnessAwareMinimization(model, 1e-12)):
+        keras.utils.set_random_seed(1)
+        layer = keras.layers.SpectralNormalization(keras.layers.Dense(3))
+        model = keras.Sequential([keras.Input((6,)), layer])
+        fit(wrap(model), keras.optimizers.SGD(0.1))
+        results.append(values(model.variables))
+    assert distance(*results) < 1e-5
+
+
+def test_variables_overwritten_with_their_gradient_are_not_perturbed() -> None:
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(16, "tanh"), keras.layers.Dense(3)])
+    model.quantize("float8")
+    seen = []
+
+    def perturb(variable: keras.Variable) -> bool:
+        seen.append(variable.path)
+        return True
+
+    random = np.random.default_rng(0).normal(size=(32, 16)).astype("float32")
+    wrapped = SharpnessAwareMinimization(model, 0.05, perturb=perturb)
+    wrapped.compile(keras.optimizers.SGD(0.1), cross_entropy())
+    wrapped.fit(random, np.arange(32) % 3, verbose=0)
+    assert {path.rpartition("/")[2] for path in seen} == {"kernel", "bias"}
+    assert float(ops.convert_to_numpy(model.layers[0].kernel_scale.value)) < 0.01  # it began at 1
