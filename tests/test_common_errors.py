@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,23 @@ def test_run_on_bug_raises_it() -> None:
 def test_first_line_drops_the_node_name() -> None:
     text = "\n{{function_node __wrapped__IteratorGetNext}} truncated record at 0\n\t [[{{node X}}]] [Op:Y]"
     assert errors.first_line(text) == "truncated record at 0"
+
+
+def test_run_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    """A limit on a file's size stands for the disk. The archive fails again when Python collects it."""
+    code = f"""
+import resource
+import numpy as np
+from flatmin.common import errors, files
+
+def save():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    with files.atomic_write({str(tmp_path / "state.npz")!r}) as temporary, temporary.open("wb") as file:
+        np.savez(file, a=np.zeros(10000))
+
+errors.run(save)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    expected = f"error: {tmp_path}/state.npz: expected a usable file or folder, received: File too large\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+    assert list(tmp_path.iterdir()) == []

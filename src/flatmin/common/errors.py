@@ -29,6 +29,8 @@ def run(stage: Callable[..., None], *arguments: str) -> None:
             raise
         if os.environ.get("FLATMIN_DEBUG") == "1":
             traceback.print_exc()
+        else:
+            sys.unraisablehook = lambda _: None  # a file cut short by a full disk fails once more as it is collected
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(1)
 

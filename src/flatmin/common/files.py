@@ -22,6 +22,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path for a file or folder, which replaces `path` if the block ends without an error.
 
     Also removes temporary files left behind by killed processes.
+
+    Raises:
+        OSError: as of a full disk, with the name of a file also where the system gives none.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,6 +38,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         if path.is_dir() or temporary.is_dir():  # os.replace replaces a file atomically, but not a folder
             _remove(path)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         _remove(temporary)
 
