@@ -9,6 +9,9 @@ root=$(pwd -P)
 export GIT_CEILING_DIRECTORIES="$root/.studies"  # a broken clone is an error: git must not take this checkout for it
 clone=.studies/$name
 params=studies/$name/params.yaml
+if [ -n "$(printf %s "$root" | LC_ALL=C tr -d ' -~')" ]; then
+    fail "$root: expected a path in ASCII, since DVC can't configure a clone elsewhere; move the checkout"
+fi
 case "$name" in
     "" | *[!A-Za-z0-9._-]* | .*) fail "NAME: expected a folder of studies/, received '$name'" ;;
 esac

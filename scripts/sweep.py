@@ -208,6 +208,10 @@ def _interrupt(*_: Any) -> None:
 
 def sweep(path: Path, jobs: int, mix_versions: bool = False) -> None:
     """Run a grid's experiments; write the table next to its file (also when stopped), a picture and what val says."""
+    if not os.getcwd().isascii():
+        raise InputError(
+            f"{os.getcwd()}: expected a path in ASCII, since DVC can't configure a clone elsewhere; move the checkout"
+        )
     runs, picture = read_grid(path)
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
