@@ -1,6 +1,7 @@
 # Everything a user or developer runs. Only Python 3.11, git and make are needed.
 PYTHON ?= python3.11
 VENV := .venv
+ON_PATH := $(VENV)/lib/python3.11/site-packages/on_path.pth
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}"
 LINT := ruff check . && ruff format --check . && mypy
 PYTEST := python -m pytest --numprocesses 2 --dist worksteal
@@ -17,9 +18,20 @@ help:  ## list these targets
 repro: setup check-params  ## run the study in params.yaml: only what changed
 	$(RUN) python -m flatmin.prune
 	$(RUN) dvc repro
+	@$(TO_KEEP)
+
+# DVC's own hint names dvc.lock alone.
+TO_KEEP := changed=$$(git status --porcelain -- params.yaml dvc.lock metrics plots | cut -c 4- | cut -d / -f 1 | sort -u | \
+	tr '\n' ' '); [ -z "$$changed" ] || echo "to keep this result: git add $$changed&& git commit"
 
 # LOCK=gpu, given with any of these, installs the CUDA wheels too.
-setup: $(VENV)/$(or $(LOCK),cpu).done $(VENV)/bin/flatmin  ## make .venv from the locked requirements
+setup: $(VENV)/$(or $(LOCK),cpu).done $(VENV)/bin/flatmin $(ON_PATH)  ## make .venv from the locked requirements
+	@. ./$(VENV)/bin/activate && test -x "$$VIRTUAL_ENV/bin/python" || { echo "error: $(VENV): expected a checkout at its" \
+		"old place, where $$VIRTUAL_ENV was made, found none: remove $(VENV) and run make again" >&2; exit 1; }
+
+# What the environment's programs start finds its python, also where nobody activated it: `.venv/bin/dvc repro`.
+$(ON_PATH): | $(VENV)/$(or $(LOCK),cpu).done
+	echo 'import os, sys; os.environ["PATH"] = f"{sys.prefix}/bin:" + os.environ.get("PATH", "")' >$@
 
 check-params: setup  ## check params.yaml without running anything
 	@$(RUN) python -m flatmin.check
@@ -123,6 +135,7 @@ image:  ## build the image: Debian, Python and the locked wheels
 
 docker-repro: image  ## run the study in the image, on the GPUs where there are any
 	$(INSIDE) sh -c 'export PYTHONPATH=src; python -m flatmin.check && python -m flatmin.prune && exec dvc repro'
+	@$(TO_KEEP)
 
 docker-shell: image  ## open a shell in the image
 	$(INSIDE) bash
