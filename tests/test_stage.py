@@ -321,6 +321,16 @@ def test_experiment_refused_while_a_stage_runs_is_not_recorded_as_its_own(traine
 
 
 @pytest.mark.slow
+def test_experiment_queued_while_a_stage_runs_leaves_it_alone(trained: Repository) -> None:
+    process = toy.start_training(trained, rho=0.06)
+    assert "Queued experiment" in trained.run("dvc", "exp", "run", "--queue", "-S", "sam.rho=0.4")
+    toy.finish(trained, process)
+    assert process.returncode == 0
+    recorded = yaml.safe_load(toy.lock(trained))["stages"]["train"]["params"]["params.yaml"]
+    assert recorded["sam"]["rho"] == 0.06
+
+
+@pytest.mark.slow
 def test_source_edited_while_a_stage_runs_is_not_recorded_as_its_own(trained: Repository) -> None:
     before = toy.lock(trained)
     process = toy.start_training(trained, rho=0.06)
