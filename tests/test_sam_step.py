@@ -417,7 +417,7 @@ def test_gsam_with_unknown_learning_rate_range_is_an_error() -> None:
             return {}
 
     wrapped = SharpnessAwareMinimization(regression(), method="gsam", rho_min=0.01)
-    with pytest.raises(ValueError, match="`rate_max`.*the highest learning rate of Rising"):
+    with pytest.raises(ValueError, match=r"`rate_max`.*the highest learning rate of Rising"):
         fit(wrapped, keras.optimizers.SGD(Rising()))
 
 

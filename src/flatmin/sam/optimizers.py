@@ -50,11 +50,12 @@ def learning_rate_range(optimizer: keras.optimizers.Optimizer, settings: Setting
             known = (0.0, float(schedule.initial_learning_rate)) if isinstance(schedule, _DECAYS) else None
         case _:
             known = 0.0, float(keras.ops.convert_to_numpy(base_optimizer(optimizer).learning_rate))
-    if known is None and high is None:
-        name = type(schedule).__name__
-        raise invalid_argument("rate_max", f"the highest learning rate of {name}, since it does not say", None)
+    if high is None:
+        if known is None:
+            name = type(schedule).__name__
+            raise invalid_argument("rate_max", f"the highest learning rate of {name}, since it does not say", None)
+        high = known[1]
     low = (known[0] if known else 0.0) if low is None else low
-    high = known[1] if high is None and known else high
     if not low < high:
         raise invalid_argument("rate_max", f"more than the lowest learning rate, {low:g}", high)
     return float(low), float(high)

@@ -43,7 +43,7 @@ def perturbation(
     ]
     length = norm([gradient for gradient in scaled if gradient is not None])
     shared = ops.divide_no_nan(ops.cast(rho(length) if callable(rho) else rho, length.dtype), length)
-    shifts = []
+    shifts: list[Any] = []
     for gradient, scale, radius in zip(scaled, scales, own, strict=True):
         if gradient is None:
             shifts.append(None)

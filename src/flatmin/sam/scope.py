@@ -26,7 +26,7 @@ class PassScope(keras.StatelessScope):
     def __enter__(self) -> PassScope:
         super().__enter__()
         if self.original_scope is not None:
-            self.state_mapping = {**self.original_scope.state_mapping, **self.state_mapping}
+            self.state_mapping: dict[int, Any] = {**self.original_scope.state_mapping, **self.state_mapping}
             self.losses = list(self.original_scope.losses)
         self._place = self._backend.here()
         return self
