@@ -208,7 +208,9 @@ def test_verdict_says_what_the_interval_allows(
 
 def test_words_name_methods_and_count_points() -> None:
     assert words.unequal("") == ""
-    assert words.unequal("finetune and sam; control and sam") == "fine-tuned and SAM, control and SAM"
+    assert (
+        words.unequal("finetune and sam; control and sam of seed 7") == "fine-tuned and SAM, control and SAM of seed 7"
+    )
     assert [words.within(each) for each in (0.005, 0.01, 0.02)] == ["0.5 points", "1 point", "2 points"]
 
 

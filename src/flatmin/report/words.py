@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -152,9 +153,8 @@ def _released(study: Study) -> str:
 
 
 def unequal(pairs: str) -> str:
-    """Pairs of methods as evaluate writes them, by the names of the report: "finetune and sam; ..."."""
-    named = (" and ".join(NAMES[method] for method in pair.split(" and ")) for pair in pairs.split("; ") if pair)
-    return ", ".join(named)
+    """Pairs of methods as evaluate writes them, by the names of the report: "finetune and sam of seed 7; ..."."""
+    return re.sub("|".join(NAMES), lambda found: NAMES[found[0]], pairs).replace("; ", ", ")
 
 
 def plain(sentence: str) -> str:
