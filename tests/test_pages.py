@@ -51,6 +51,7 @@ COMMANDS = list(
 )
 
 
+@pytest.mark.slow
 def test_docs_leave_no_difference_in_git(tmp_path: Path) -> None:
     """Where this fails, `make docs` mends the pages. PNGs are left out: their bytes follow the machine's libraries."""
     repository = Repository(tmp_path)
