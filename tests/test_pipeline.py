@@ -164,7 +164,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_repro_runs_every_stage_and_prints_nothing_of_tensorflow(finished_study: Repository) -> None:
     output = (finished_study.folder.parent / "repro.log").read_text()
     assert stages_run(output) == [
-        *("prepare", "augment-preview", "extract-train@EfficientNetLite0", "select-best"),
+        *("prepare", "augment-preview", "extract-train@EfficientNetLite0", "select-best", "audit"),
         *("finetune@7", "sam-finetune@7", "control@7", "finalize", "evaluate", "report"),
     ]
     assert "prepare: train 60, val 54, test 180; 10 classes" in output.splitlines()
@@ -182,7 +182,8 @@ def test_metrics_hold_the_keys_that_other_programs_rely_on(finished_study: Repos
     trainings = {"extract/EfficientNetLite0": (2, 1), "finetune/7": (5, 1), "sam/7": (5, 2), "control/7": (10, 1)}
     for name, (epochs, gradients) in trainings.items():
         metrics = read(study, name)
-        assert set(metrics["val"]) == {"accuracy", "top5_accuracy", "loss"}
+        balanced = {"balanced_accuracy", "balanced_loss"}
+        assert set(metrics["val"]) == {"accuracy", "top5_accuracy", "loss"} | balanced
         assert metrics["epochs"] == epochs
         assert metrics["validations"] == (2 if name.startswith("extract") else 5)
         assert 1 <= metrics["best_epoch"] <= epochs
@@ -257,7 +258,7 @@ def test_second_repro_runs_nothing_and_git_tracks_metrics_but_no_models(study: R
     assert not [
         name
         for name in tracked
-        if name.startswith(("data/records", "models/", "predictions", "evaluation/", "report/"))
+        if name.startswith(("data/records", "models/", "predictions", "audit/", "evaluation/", "report/"))
     ]
     assert not list(study.cache.rglob("*.npz")), "resume state is left behind"
 
@@ -269,7 +270,8 @@ EDITS = {
     "report/page.py": {"report"},
     "selection/release.py": {"select-best", "finalize"},
     "data/sources": {"prepare"},
-    "models/build.py": TRAINING | {"evaluate"},
+    "audit": {"audit"},
+    "models/build.py": TRAINING | {"audit", "evaluate"},
     "sam": {"sam-finetune@7", "evaluate"},
     "training": TRAINING,
 }

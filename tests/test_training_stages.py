@@ -154,7 +154,7 @@ def test_stages_in_turn_write_what_they_trained(head: str, study: Path) -> None:
             "val",
             "validations",
         }
-        assert set(values["val"]) == {"accuracy", "top5_accuracy", "loss"}
+        assert set(values["val"]) == {"accuracy", "balanced_accuracy", "top5_accuracy", "loss", "balanced_loss"}
         assert values["epochs"] == values["validations"] == 2
         assert values["engine"] == "tensorflow"
         assert values["gradient_evaluations"] == TRAIN * 2 * passes[name]

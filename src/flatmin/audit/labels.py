@@ -12,7 +12,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 FOLDS = 5
 SEED = 0  # of the folds
-REGULARISATION = 0.01  # scikit-learn's C
+REGULARISATION = 0.03  # scikit-learn's C; of 0.01, 0.03 and 0.1 as good as the best on digits and CIFAR-100
 ITERATIONS = 100
 _ROUNDING = 1e-6  # of probabilities
 
