@@ -57,6 +57,7 @@ def test_train_step_plain_is_the_gradient_step_of_the_smoothed_loss_with_regular
         np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["plain", *METHODS])
 def test_train_step_with_class_weights_is_that_of_images_that_are_there_more_often(method: str) -> None:
     """An image of weight 2 counts as two: in both passes of each method, and in the loss that is reported."""

@@ -18,6 +18,7 @@ from flatmin.training.optimizer import updates
 from flatmin.training.resume import State
 from flatmin.training.schedule import Plan, best_epoch
 from flatmin.training.step import TrainStep
+from flatmin.training.validation import Validator
 
 METHODS = {
     "plain": (None, "float32"),
@@ -167,6 +168,28 @@ def test_trainer_of_several_epochs_leaves_the_best_ones_weights(tmp_path: Path) 
     assert validation_loss(points) == pytest.approx(history[best]["val_loss"], rel=1e-6)
     assert step.rule.gradient_evaluations == 6 * 13
     assert all(0 <= epoch["accuracy"] <= 1 for epoch in history)
+
+
+def test_trainer_by_balanced_accuracy_keeps_its_best_weights_and_stops_by_its_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the made scores the plain ones would keep the first epoch, and stop after the third."""
+    trainer, _, points = point_trainer(point_recipe(epochs=6, early_stopping={"patience": 2}))
+    trainer.metric = "balanced_accuracy"
+    rows = iter(
+        [(0.9, 0.1, 1, 5), (0.8, 0.2, 2, 4), (0.7, 0.5, 3, 3), (0.6, 0.4, 4, 3), (0.5, 0.3, 5, 3), (1, 1, 0, 0)]
+    )
+    keys = ("val_accuracy", "val_balanced_accuracy", "val_loss", "val_balanced_loss")
+    found: list[float] = []
+
+    def scores(_: Any) -> dict[str, float]:
+        found.append(validation_loss(points))
+        return dict(zip(keys, next(rows), strict=True))
+
+    monkeypatch.setattr(Validator, "scores", scores)
+    history = trainer.train(State(tmp_path))
+    assert len(history) == 5, "two epochs without a better balanced loss"
+    assert validation_loss(points) == pytest.approx(found[2], rel=1e-6)
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
