@@ -65,7 +65,7 @@ def test_load_weights_of_another_method_is_refused(tmp_path: Path) -> None:
         fit(model, keras.optimizers.SGD(0.1), epochs=1)
         if method == "friendly":
             model.save_weights(tmp_path / "file.weights.h5")
-    with pytest.raises(ValueError, match=r"average.*Expected.*orthogonal.*settings that the file was written with"):
+    with pytest.raises(ValueError, match=r"(?s)average.*Expected.*orthogonal.*settings that the file was written with"):
         model.load_weights(tmp_path / "file.weights.h5")
 
 
@@ -218,7 +218,7 @@ def test_wrapper_is_cloned_pickled_and_copied_with_its_settings() -> None:
         assert (made.settings.method, made.settings.gamma) == ("wsam", 0.3)
         assert made.settings.rho.get_config() == schedule.get_config()
         if make is not keras.models.clone_model:
-            assert distance(values(made.variables), values(model.variables)) == 0
+            assert distance(values(made.model.variables), values(model.model.variables)) == 0
             assert distance(values(made.optimizer.variables), values(model.optimizer.variables)) == 0
 
 
@@ -281,7 +281,8 @@ def test_spectral_normalisation_moves_its_vector_once() -> None:
 def test_variables_overwritten_with_their_gradient_are_not_perturbed() -> None:
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(16, "tanh"), keras.layers.Dense(3)])
-    model.quantize("float8")
+    for layer in model.layers:
+        layer.quantize("float8")
     seen = []
 
     def perturb(variable: keras.Variable) -> bool:
@@ -291,6 +292,6 @@ def test_variables_overwritten_with_their_gradient_are_not_perturbed() -> None:
     random = np.random.default_rng(0).normal(size=(32, 16)).astype("float32")
     wrapped = SharpnessAwareMinimization(model, 0.05, perturb=perturb)
     wrapped.compile(keras.optimizers.SGD(0.1), cross_entropy())
-    wrapped.fit(random, np.arange(32) % 3, verbose=0)
+    wrapped.fit(random, np.arange(32) % 3, batch_size=8, verbose=0)
     assert {path.rpartition("/")[2] for path in seen} == {"kernel", "bias"}
     assert float(ops.convert_to_numpy(model.layers[0].kernel_scale.value)) < 0.01  # it began at 1

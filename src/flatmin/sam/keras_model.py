@@ -322,6 +322,11 @@ class SharpnessAwareMinimization(keras.Model):
 
     # Saving
 
+    def load_weights(self, *arguments: Any, **options: Any) -> None:
+        """`keras.Model.load_weights`. Refuses the state of another method, which would be forgotten."""
+        super().load_weights(*arguments, **options)
+        self.sam_memory.check_loaded()
+
     def get_config(self) -> dict[str, Any]:
         """The inner model, and the settings that are not the defaults."""
         model = keras.saving.serialize_keras_object(self.model)

@@ -19,6 +19,7 @@ class _Table:
         self.slots: dict[str, dict[int, keras.Variable]] = {}
         self.loaded: dict[str, np.ndarray] = {}  # of a file, for variables that do not exist yet
         self.initial: dict[str, float] = {}
+        self.refused: ValueError | None = None
 
 
 class Memory(keras.layers.Layer):
@@ -123,9 +124,26 @@ class Memory(keras.layers.Layer):
     def load_own_variables(self, store: Any) -> None:
         """Load everything; a file that was written before training holds nothing, and everything is 0 then.
 
-        Raises:
-            ValueError: the file holds the state of another method, which would be forgotten.
+        Keras takes an error for a file of another layout, looks again, and may find nothing there. So `check_loaded`
+        says what is wrong.
         """
+        if self._table.refused is None:
+            try:
+                self._load(store)
+            except ValueError as error:
+                self._table.refused = error
+
+    def check_loaded(self) -> None:
+        """Raise what a file was refused for.
+
+        Raises:
+            ValueError: the file holds the state of another method, which would be forgotten, or of another model.
+        """
+        refused, self._table.refused = self._table.refused, None
+        if refused is not None:
+            raise refused
+
+    def _load(self, store: Any) -> None:
         self._clear()
         self._table.loaded = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118 - not a dict
         entries = self._entries()
