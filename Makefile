@@ -8,7 +8,7 @@ PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: help repro setup check-params check test format golden accept docs docs-site study sweep study-sweep
 .PHONY: negative test-looks lock
-.PHONY: export-setup export-test test-jax test-torch
+.PHONY: export-setup export-test exports test-jax test-torch
 .PHONY: image docker-repro docker-shell image-test browser-test bench
 .DELETE_ON_ERROR:
 
@@ -96,6 +96,9 @@ test-looks: setup  ## count the sets of models that were ever scored on test
 	@$(RUN) python scripts/test_looks.py
 
 export-setup: $(VENV)/export.done  ## add what `flatmin export --format onnx` needs
+
+exports: setup $(VENV)/export.done  ## export the default study's model in every format: bench/exports.json
+	$(RUN) python bench/exports.py
 
 export-test: setup $(VENV)/dev.done $(VENV)/export.done  ## test ONNX export, which needs packages of its own
 	$(RUN) python -m pytest tests/test_use_onnx.py

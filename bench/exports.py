@@ -1,6 +1,6 @@
 """Export the released model of the study that was run here in every format: the proofs, bench/exports.json.
 
-`make docs` shows them in docs/export.md.
+`make exports` runs it, `make docs` shows them in docs/export.md.
 """
 
 from __future__ import annotations

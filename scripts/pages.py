@@ -27,6 +27,7 @@ from flatmin.report import words
 from flatmin.report.page import accuracy_chart, difference_chart
 from flatmin.report.study import Inputs, Study
 from flatmin.sam import methods_table
+from flatmin.use import formats, parity
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -143,6 +144,33 @@ def _help(command: str) -> str:
     return printed.getvalue()
 
 
+def exports() -> str:
+    """The proofs of bench/exports.json, a row for each format."""
+    found = files.read_json(ROOT / "bench/exports.json")
+    (machine,) = {proof["machine"] for proof in found["formats"].values()}
+    rows = []
+    for name in formats.FORMATS:
+        proof = found["formats"][name]
+        gain = proof["difference"]
+        interval = f"{100 * gain['low']:+.2f} to {100 * gain['high']:+.2f}"
+        rows.append(
+            [
+                f"`{name}`",
+                f"{proof['differ']} of {proof['images']}",
+                f"{proof['log_probability_difference']:.1g}",
+                parity.with_interval(proof["exported"]),
+                f"{100 * gain['accuracy']:+.2f} ({interval}), p {gain['p_value']:.2g}",
+                f"{proof['bytes'] / 1e6:.1f}",
+                f"{proof['milliseconds']:.0f}",
+            ]
+        )
+    trained = parity.with_interval(found["formats"]["keras"]["trained"])
+    columns = ["format", "answers that differ", "largest difference of log-probabilities", "accuracy (95 % interval)"]
+    columns += ["difference in points (95 % interval), McNemar", "MB", "ms a picture"]
+    text = f"{found['model']['backbone']} at {found['model']['image_size']} pixels, as trained {trained}; {machine}:"
+    return f"{text}\n\n{table(columns, rows)}"
+
+
 def check() -> str:
     """What `flatmin check` says of the default study."""
     command = [sys.executable, "-m", "flatmin.cli", "check", "params.yaml"]
@@ -158,6 +186,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/sam.md": {"methods": methods_table},
     "docs/backbone.md": {"backbones": backbones},
     "docs/params.md": {"params": params_tables},
+    "docs/export.md": {"exports": exports},
     "docs/commands.md": {"make": make_targets, "flatmin": helps},
 }
 

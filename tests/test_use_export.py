@@ -13,10 +13,12 @@ import pytest
 import yaml
 from exports import COUNTS, SIZE, STORED, TEMPERATURE, TEST_SCORES, check_round_trip, run_card, write_study
 from PIL import Image, ImageOps
+from repository import ROOT
 from trainings import NAMES
 
 from flatmin.common import files
 from flatmin.common.errors import InputError
+from flatmin.common.params_errors import read_yaml
 from flatmin.images import Fit, Stored
 from flatmin.models import classifier
 from flatmin.models.classifier import Classifier
@@ -205,6 +207,15 @@ def test_records_of_another_fit_are_refused(study: Path) -> None:
         InputError, match=r"^data/records: expected val as the model was trained, fit crop, stored side 24"
     ):
         export.export(MODEL, "litert", study / "out")
+
+
+def test_committed_proofs_are_of_the_released_model_and_within_their_limits() -> None:
+    """After a run of the default study with other results, `make exports` writes them anew."""
+    found = files.read_json(ROOT / "bench/exports.json")
+    outs = read_yaml(ROOT / "dvc.lock")["stages"]["finalize"]["outs"]
+    assert found["model"]["md5"] in [out["md5"] for out in outs]
+    assert set(found["formats"]) == set(formats.FORMATS)
+    assert all(proof["differ_share"] <= proof["limit"] for proof in found["formats"].values())
 
 
 def test_compare_counts_answers_and_floors_small_probabilities() -> None:

@@ -54,7 +54,7 @@ def table(parity: dict[str, Any]) -> list[str]:
     return [
         f"| on {parity['images']:,} val pictures | trained | {parity['format']} |",
         "|---|---|---|",
-        f"| accuracy (95 % interval) | {_with_interval(parity['trained'])} | {_with_interval(parity['exported'])} |",
+        f"| accuracy (95 % interval) | {with_interval(parity['trained'])} | {with_interval(parity['exported'])} |",
         f"| difference in points (95 % interval) | | {100 * gain['accuracy']:+.2f} "
         f"({100 * gain['low']:+.2f} to {100 * gain['high']:+.2f}), McNemar p {gain['p_value']:.2g} |",
         f"| answers that differ | | {parity['differ']} ({100 * parity['differ_share']:.2f} %) |",
@@ -64,5 +64,6 @@ def table(parity: dict[str, Any]) -> list[str]:
     ]
 
 
-def _with_interval(score: dict[str, float]) -> str:
+def with_interval(score: dict[str, float]) -> str:
+    """An accuracy with its interval."""
     return f"{score['accuracy']:.4f} ({score['low']:.4f} to {score['high']:.4f})"
