@@ -15,10 +15,12 @@ import pytest
 import yaml
 from fixtures import picture_folder, tiny_params
 from pictures import cats_and_dogs, encode, picture, write_picture
+from repository import ROOT
 
 from flatmin.common import files, params
 from flatmin.common.errors import InputError
 from flatmin.common.params import Data
+from flatmin.common.params_errors import read_yaml
 from flatmin.data import writer
 from flatmin.data.images import read_picture
 from flatmin.data.sources.base import Example
@@ -241,6 +243,10 @@ def parse(**changes: Any) -> params.Params:
     return params.parse(tiny_params(**changes))
 
 
+def test_estimate_knows_every_stage() -> None:
+    assert set(estimate.FIXED) == {"dvc", *read_yaml(ROOT / "dvc.yaml")["stages"]}
+
+
 def test_estimate_is_the_sum_of_its_parts() -> None:
     """By hand, for one second an image of each kind, and no fixed time."""
     timings = estimate.Timings(0.0, 2.0 * workers.cores(), 1.0, 1.0, 3.0, 1.0, 1.0, 0, 10, 1000)
@@ -257,6 +263,7 @@ def test_estimate_is_the_sum_of_its_parts() -> None:
     seconds = estimate.estimate(settings, found, sample, timings).seconds
     assert seconds["prepare"] == 130 * 0.5
     assert seconds["extract-train"] == pytest.approx((2 * 100 + 10) * 3 + 3 * 100 * estimate.HEAD)
+    assert seconds["audit"] == 130
     assert seconds["finetune"] == pytest.approx((2 * 3 * 100 + 10) * 3 + 2 * 4 * (100 + 10))
     assert seconds["sam-finetune"] == pytest.approx(2 * 4 * (300 + 10))
     assert seconds["control"] == pytest.approx(2 * 4 * (200 + 10))

@@ -38,10 +38,11 @@ PICTURES, STEPS = 64, 10
 # tracing a step take REFERENCE seconds. The first ones are constants of lines fitted to small studies.
 REFERENCE = 12.0
 FIXED = {"dvc": 2.5, "prepare": 7.0, "augment-preview": 8.0, "extract-train": 13.5, "select-best": 0.5}
-FIXED |= {"finetune": 14.0, "sam-finetune": 16.5, "control": 15.0, "finalize": 0.7, "evaluate": 13.0, "report": 5.0}
+FIXED |= {"audit": 11.0, "finetune": 14.0, "sam-finetune": 16.5, "control": 15.0, "finalize": 0.7, "evaluate": 13.0}
+FIXED |= {"report": 3.0}
 HEAD = 1.5e-4  # seconds of extract's step for an image, pooled already
-PRODUCT = 3.0  # what a product with the Hessian takes, in gradients of the loss
-LINES = 15.0  # what the other measures of a minimum take, in gradients of the loss
+PRODUCT = 4.0  # what a product with the Hessian takes, in gradients of the loss
+LINES = 20.0  # what the other measures of a minimum take, in gradients of the loss
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,7 @@ def estimate(settings: Params, found: Survey, sample: Sample, timings: Timings) 
         "prepare": everything * sample.seconds,
         "extract-train": len(settings.backbones) * (views["e"] * train + val) * of_view
         + len(settings.backbones) * extract.epochs * train * HEAD,
+        "audit": everything * timings.scoring * scale,
         "finetune": val * of_view
         + seeds * (views["f"] * train * of_view + finetune.epochs * (train * step + validation)),
         "sam-finetune": seeds * epochs * (train * sam_step + validation),
