@@ -25,7 +25,6 @@ import yaml
 
 from flatmin.common import console, errors, files, params
 from flatmin.common.errors import InputError
-from flatmin.data import sources
 from flatmin.report.study import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +40,8 @@ TRAININGS = {"extract": {"epochs": 6, "views": 2}, "finetune": {"epochs": 3, "vi
 
 def write_cifar(folder: Path) -> list[tuple[str, str]]:
     """Write the pictures as class folders; return path and class of each."""
+    from flatmin.data import sources
+
     splits = params.Splits(train="train", val="validation", test="test")
     name = "visual_domain_decathlon/cifar100"
     source = sources.open_source(params.Data(source="tfds", name=name, splits=splits))
@@ -105,12 +106,13 @@ def write_params(name: str, checkout: Path, pictures: Path) -> Path:
     return path
 
 
-def say(path: Path) -> tuple[int, dict[str, float], float]:
-    """The number of pictures, and what is said that the study takes: seconds of each stage, and bytes."""
-    started = time.perf_counter()
-    with console.importing_tensorflow():
-        from flatmin.use import new, survey
-    imported = time.perf_counter() - started
+def say(path: Path, imported: float) -> tuple[int, dict[str, float], float]:
+    """The number of pictures, and what is said that the study takes: seconds of each stage, and bytes.
+
+    imported: the seconds that importing TensorFlow took.
+    """
+    from flatmin.use import new, survey
+
     settings = params.load(path)
     found = survey.survey(settings.data)
     said = new.expected(settings, found, imported)
@@ -140,11 +142,11 @@ def disk(*folders: Path) -> int:
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
-def tried(name: str, checkout: Path, folder: Path) -> dict[str, Any]:
+def tried(name: str, checkout: Path, folder: Path, imported: float) -> dict[str, Any]:
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(checkout)], check=True)
     path = write_params(name, checkout, folder / "pictures")
     load = os.getloadavg()[0]
-    pictures, said, size = say(path)
+    pictures, said, size = say(path, imported)
     for old in ("metrics", "plots"):
         shutil.rmtree(checkout / old)
     (checkout / "dvc.lock").unlink()
@@ -167,8 +169,12 @@ def tried(name: str, checkout: Path, folder: Path) -> dict[str, Any]:
 def main(name: str = "") -> None:
     if name not in SETS:
         raise InputError(f"expected one of {', '.join(SETS)}, received {name!r}")
+    started = time.perf_counter()
+    with console.importing_tensorflow():
+        import flatmin.use.new  # noqa: F401
+    imported = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
-        found = tried(name, Path(folder, "checkout"), Path(folder))
+        found = tried(name, Path(folder, "checkout"), Path(folder), imported)
     results = files.read_json(RESULTS) if RESULTS.exists() else {}
     files.write_json(RESULTS, results | {name: found})
 
