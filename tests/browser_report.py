@@ -40,6 +40,11 @@ OVERLAPPING = """
 return [...document.querySelectorAll("tr")].flatMap(row => [...row.querySelectorAll("img")].filter((each, index, all) =>
     index && each.getBoundingClientRect().left < all[index - 1].getBoundingClientRect().right)).map(each => each.alt);
 """
+# The first cells of rows, which stay where they are while a table is scrolled, and leave no room for the others.
+COVERING = """
+return [...document.querySelectorAll(".scroll tbody th")].map(each => each.getBoundingClientRect().width)
+    .filter(width => width > innerWidth / 2);
+"""
 VIOLATIONS = """
 const done = arguments[0];
 axe.run().then(found => done(found.violations.map(each => `${each.id}: ${each.nodes[0].html}`)));
@@ -93,6 +98,7 @@ def test_report_is_readable_in_a_browser(browser: Chrome, report: tuple[str, Pat
     assert [url for url in requested if not url.startswith("data:")] == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script(OVERLAPPING) == []
+    assert browser.execute_script(COVERING) == []
     screenshot(browser, SCREENSHOTS / f"{name}-{width}-{scheme}.png", width)
     browser.execute_script(AXE.read_text(encoding="utf-8"))
     assert browser.execute_async_script(VIOLATIONS) == []
