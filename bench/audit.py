@@ -178,6 +178,7 @@ def planted(name: str) -> dict[str, Any]:
         "out_of_fold_accuracy": float((probabilities.argmax(axis=1) == true[chosen]).mean()),
         "processor_seconds": took,
         "rules": {rule: _hits(suspected, wrong) for rule, suspected in found.items()},
+        "first": _hits(found["Flatmin"][: len(wrong)], wrong)["precision"],
     }
 
 

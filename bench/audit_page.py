@@ -20,7 +20,8 @@ COUNTED = (
     ("near_duplicates", "train_val", "val images with one in train"),
     ("near_duplicates", "test", "test images with another of test"),
     ("near_duplicates", "train", "train images with another of train"),
-    ("contradictions", "train_test", "test images with one in train that has another label"),
+    ("contradictions", "train_val", "val images with one in train that has another label"),
+    ("contradictions", "train", "train images with another of train that has another label"),
     ("suspects", "train", "label suspects of train"),
     ("suspects", "val", "label suspects of val"),
 )
@@ -33,7 +34,11 @@ def found(results: dict[str, Any]) -> str:
     roles = ("train", "val", "test")
     images = [", ".join(f"{run['images'][role]:,}" for role in roles) for run in runs.values()]
     took = [f"{run['seconds']:.0f}, {run['processor_seconds']:.0f}" for run in runs.values()]
-    rows = [["images of train, val, test", *images], *rows, ["seconds, and those of one core", *took]]
+    rows = [
+        ["images of train, val, test", *images],
+        *rows,
+        ["seconds beside the forward pass, of these of a processor", *took],
+    ]
     return table(["", *(NAMES[name] for name in runs)], rows)
 
 
@@ -57,7 +62,12 @@ def planted(results: dict[str, Any]) -> str:
         for run in [results["planted"][name]]
         for rule, of in run["rules"].items()
     ]
-    return table(["data", "images", "by", "suspects", "precision", "recall"], rows)
+    first = " and ".join(
+        f"{results['planted'][name]['first']:.2f} ({NAMES[name]}, {results['planted'][name]['wrong']:,})"
+        for name in NAMES
+    )
+    told = f"Precision of the first suspects, as many as labels were changed: {first}.\n"
+    return table(["data", "images", "by", "suspects", "precision", "recall"], rows) + "\n" + told
 
 
 def imbalance(results: dict[str, Any]) -> str:

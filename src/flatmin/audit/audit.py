@@ -200,7 +200,9 @@ def _chosen(matches: Matches, places: Places) -> Iterator[Match]:
         if pair not in seen:
             seen.add(pair)
             kinds.setdefault((int(places.role[match.place]), int(places.role[match.like])), []).append(match)
-    turns = itertools.zip_longest(*(kinds[kind] for kind in sorted(kinds, key=lambda kind: (kind[0] == kind[1], kind))))
+    test = places.roles.index("test")
+    order = sorted(kinds, key=lambda kind: (kind[0] == kind[1], kind[0] != test, kind))
+    turns = itertools.zip_longest(*(kinds[kind] for kind in order))
     return itertools.islice((match for turn in turns for match in turn if match), SHOWN)
 
 
