@@ -78,7 +78,13 @@ def audited(name: str) -> dict[str, Any]:
     audit.audit(runtime=Runtime(), settings=SETTINGS, **options)
     took = {"seconds": time.monotonic() - started, "processor_seconds": time.process_time() - worked}
     images = {role: records.count(role) for role in records.roles}
-    return {"images": images, **took, "found": files.read_json(folder / "audit.json")}
+    return {"images": images, **took, "leaked": leaked(folder), "found": files.read_json(folder / "audit.json")}
+
+
+def leaked(folder: Path) -> int:
+    """The number of test images with a near duplicate in train or val."""
+    rows = files.read_csv(folder / "audit/pairs.csv")
+    return len({row["position"] for row in rows if row["role"] == "test" and row["like_role"] in ("train", "val")})
 
 
 # Made copies

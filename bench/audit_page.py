@@ -32,6 +32,7 @@ def found(results: dict[str, Any]) -> str:
     runs = {name: results[name] for name in NAMES}
     rows = [[title, *(f"{run['found'][kind][key]:,}" for run in runs.values())] for kind, key, title in COUNTED]
     roles = ("train", "val", "test")
+    rows.insert(2, ["test images with one in either", *(f"{run['leaked']:,}" for run in runs.values())])
     images = [", ".join(f"{run['images'][role]:,}" for role in roles) for run in runs.values()]
     took = [f"{run['seconds']:.0f}, {run['processor_seconds']:.0f}" for run in runs.values()]
     rows = [
