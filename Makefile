@@ -105,7 +105,9 @@ export-test: setup $(VENV)/dev.done $(VENV)/export.done  ## test ONNX export, wh
 	$(RUN) python -m pytest tests/test_use_onnx.py
 
 # flatmin.sam and flatmin.sharpness on Keras' other backends. torch is the CUDA build, some 6 GB; it runs on a CPU.
-BACKEND_TESTS = KERAS_BACKEND=$* PYTHONPATH=src:tests build/$*/bin/python -m pytest --confcutdir $(BACKENDS) $(BACKENDS)
+# Keras 3.15's variables on JAX, with NumPy 2, are warned of.
+BACKEND_TESTS = KERAS_BACKEND=$* PYTHONPATH=src:tests build/$*/bin/python -m pytest --confcutdir $(BACKENDS) $(BACKENDS) \
+	-W "ignore:__array__ implementation:DeprecationWarning"
 BACKENDS := tests/keras_backends
 test-jax:  ## test flatmin.sam and flatmin.sharpness on JAX, in an environment of its own
 test-torch:  ## test flatmin.sam and flatmin.sharpness on PyTorch, in an environment of its own

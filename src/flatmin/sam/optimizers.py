@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 
 from .settings import Settings, invalid_argument
-
-_DECAYS = (
-    keras.optimizers.schedules.CosineDecayRestarts,
-    keras.optimizers.schedules.ExponentialDecay,
-    keras.optimizers.schedules.InverseTimeDecay,
-)
 
 
 def base_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
@@ -35,27 +31,33 @@ def learning_rate_range(optimizer: keras.optimizers.Optimizer, settings: Setting
     """
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise invalid_argument("optimizer", "one with a single learning rate, which rho can follow", optimizer)
-    low, high = (None, None) if settings is None else (settings.rate_min, settings.rate_max)
+    low: Any = settings.rate_min if settings else None
+    high: Any = settings.rate_max if settings else None
     schedule = base_optimizer(optimizer)._learning_rate
-    known: tuple[float, float] | None = None
-    match schedule:
-        case keras.optimizers.schedules.CosineDecay():
-            peak = schedule.initial_learning_rate if schedule.warmup_target is None else schedule.warmup_target
-            known = peak * schedule.alpha, float(peak)
-        case keras.optimizers.schedules.PolynomialDecay():
-            known = float(schedule.end_learning_rate), float(schedule.initial_learning_rate)
-        case keras.optimizers.schedules.PiecewiseConstantDecay():
-            known = float(min(schedule.values)), float(max(schedule.values))
-        case keras.optimizers.schedules.LearningRateSchedule():
-            known = (0.0, float(schedule.initial_learning_rate)) if isinstance(schedule, _DECAYS) else None
-        case _:
-            known = 0.0, float(keras.ops.convert_to_numpy(base_optimizer(optimizer).learning_rate))
-    if high is None:
-        if known is None:
-            name = type(schedule).__name__
-            raise invalid_argument("rate_max", f"the highest learning rate of {name}, since it does not say", None)
-        high = known[1]
+    known = _known_range(schedule)
+    if known is None and high is None:
+        name = type(schedule).__name__
+        raise invalid_argument("rate_max", f"the highest learning rate of {name}, since it does not say", None)
     low = (known[0] if known else 0.0) if low is None else low
+    high = known[1] if high is None and known else high
     if not low < high:
         raise invalid_argument("rate_max", f"more than the lowest learning rate, {low:g}", high)
     return float(low), float(high)
+
+
+def _known_range(rate: Any) -> tuple[float, float] | None:
+    """The lowest and the highest value of a learning rate, as far as it says them."""
+    schedules = keras.optimizers.schedules
+    match rate:
+        case schedules.CosineDecay():
+            peak = rate.initial_learning_rate if rate.warmup_target is None else rate.warmup_target
+            return peak * rate.alpha, float(peak)
+        case schedules.PolynomialDecay():
+            return float(rate.end_learning_rate), float(rate.initial_learning_rate)
+        case schedules.PiecewiseConstantDecay():
+            return float(min(rate.values)), float(max(rate.values))
+        case schedules.CosineDecayRestarts() | schedules.ExponentialDecay() | schedules.InverseTimeDecay():
+            return 0.0, float(rate.initial_learning_rate)
+        case schedules.LearningRateSchedule():
+            return None
+    return 0.0, float(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(rate)))

@@ -19,6 +19,7 @@ class PassScope(keras.StatelessScope):
     """
 
     def __init__(self, mapping: Sequence[tuple[keras.Variable, Any]] = ()) -> None:
+        self.state_mapping: dict[int, Any]
         super().__init__(mapping, collect_losses=True)
         self._backend = backends.load()
         self._changed: dict[int, keras.Variable] = {}
@@ -26,7 +27,7 @@ class PassScope(keras.StatelessScope):
     def __enter__(self) -> PassScope:
         super().__enter__()
         if self.original_scope is not None:
-            self.state_mapping: dict[int, Any] = {**self.original_scope.state_mapping, **self.state_mapping}
+            self.state_mapping = {**self.original_scope.state_mapping, **self.state_mapping}
             self.losses = list(self.original_scope.losses)
         self._place = self._backend.here()
         return self

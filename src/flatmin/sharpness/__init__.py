@@ -5,7 +5,16 @@ which are laid out as one vector. No variable is changed. The package imports `f
 """
 
 from .hessian import largest_eigenpairs, trace
-from .measures import EIGENVALUES, Sharpness, filter_normalised, line, measure, rise
+from .measures import (
+    EIGENVALUES,
+    Sharpness,
+    adaptive_sharpness,
+    filter_normalised,
+    line,
+    measure,
+    relative_flatness,
+    rise,
+)
 from .surface import Batch, Derivatives, Surface, flattened
 
 __all__ = [
@@ -14,11 +23,13 @@ __all__ = [
     "Derivatives",
     "Sharpness",
     "Surface",
+    "adaptive_sharpness",
     "filter_normalised",
     "flattened",
     "largest_eigenpairs",
     "line",
     "measure",
+    "relative_flatness",
     "rise",
     "trace",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -64,10 +64,13 @@ def trace(product: Callable[[np.ndarray], np.ndarray], size: int, probes: int, s
         product: float32 [size] -> the matrix times that vector.
         probes: number of random vectors.
     """
-    random = np.random.default_rng(seed)
-    estimates = []
-    for _ in range(probes):
-        signs = random.choice(np.array([-1, 1], np.float32), size)
-        estimates.append(float(signs @ product(signs)))
+    estimates = [float(signs @ product(signs)) for signs in random_signs(size, probes, seed)]
     error = float(np.std(estimates, ddof=1)) / probes**0.5 if probes > 1 else 0.0
     return float(np.mean(estimates)), error
+
+
+def random_signs(size: int, probes: int, seed: int) -> Iterator[np.ndarray]:
+    """Draw the vectors of `trace`, float32 [size], one by one."""
+    random = np.random.default_rng(seed)
+    for _ in range(probes):
+        yield random.choice(np.array([-1, 1], np.float32), size)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import keras
 import numpy as np
+from keras import ops
 
 from flatmin import sam
 
-from .hessian import largest_eigenpairs, trace
+from .hessian import largest_eigenpairs, random_signs, trace
 from .surface import Surface, flattened
 
 EIGENVALUES = 5
@@ -22,16 +23,21 @@ class Sharpness:
 
     Attributes:
         metrics: see `measure`.
-        trace_error: the standard error of the trace.
+        trace_error: the standard error of the trace, from the random vectors.
         eigenvector: of the largest eigenvalue, float32 [n].
+        errors: the standard errors of the metrics over the images (`Surface.standard_error`). Those of eigenvalues and
+            trace take the vectors as given, which is right to first order. NaN where there is one batch.
     """
 
     metrics: dict[str, float]
     trace_error: float
     eigenvector: np.ndarray
+    errors: dict[str, float] = field(default_factory=dict)
 
 
-def measure(surface: Surface, *, rho: float, adaptive_rho: float, steps: int, probes: int, seed: int) -> Sharpness:
+def measure(
+    surface: Surface, *, rho: float, adaptive_rho: float, steps: int, probes: int, seed: int, errors: bool = False
+) -> Sharpness:
     """Measure how sharp a minimum is.
 
     Metrics: `gradient_rise` and `adaptive_rise`, the loss rises within rho and adaptive_rho, in units of the loss;
@@ -44,6 +50,7 @@ def measure(surface: Surface, *, rho: float, adaptive_rho: float, steps: int, pr
         steps: number of Lanczos steps (`largest_eigenpairs`).
         probes: number of random vectors for the trace (`trace`).
         seed: equal seeds draw equal vectors, so that two models are compared on the same ones.
+        errors: also compute the standard errors over the images, which takes half as long again.
     """
     product, size = surface.hessian_vector_product, len(surface.weights)
     values, vectors = largest_eigenpairs(product, size, min(EIGENVALUES, size), steps, seed)
@@ -54,7 +61,22 @@ def measure(surface: Surface, *, rho: float, adaptive_rho: float, steps: int, pr
         **{f"eigenvalue_{index + 1}": float(value) for index, value in enumerate(values)},
         "trace": estimate,
     }
-    return Sharpness(metrics, error, vectors[0])
+    over_images = _errors(surface, rho, adaptive_rho, vectors, probes, seed) if errors else {}
+    return Sharpness(metrics, error, vectors[0], over_images)
+
+
+def _errors(
+    surface: Surface, rho: float, adaptive_rho: float, vectors: np.ndarray, probes: int, seed: int
+) -> dict[str, float]:
+    base = surface.losses_by_batch(surface.weights)
+    by_batch = {
+        name: surface.losses_by_batch(surface.weights + _along_gradient(surface, radius, adaptive)) - base
+        for name, radius, adaptive in (("gradient_rise", rho, False), ("adaptive_rise", adaptive_rho, True))
+    }
+    by_batch |= {f"eigenvalue_{i + 1}": surface.curvature_by_batch(vector) for i, vector in enumerate(vectors)}
+    signs = random_signs(len(surface.weights), probes, seed)
+    by_batch["trace"] = np.mean([surface.curvature_by_batch(vector) for vector in signs], axis=0)
+    return {name: surface.standard_error(values) for name, values in by_batch.items()}
 
 
 def rise(surface: Surface, rho: float, adaptive: bool = False) -> float:
@@ -62,9 +84,50 @@ def rise(surface: Surface, rho: float, adaptive: bool = False) -> float:
 
     Adaptive: the length is relative to the size of each weight (ASAM, arXiv:2102.11600, eq. 3).
     """
+    shift = _along_gradient(surface, rho, adaptive)
+    return surface.loss(surface.weights + shift) - surface.loss(surface.weights)
+
+
+def _along_gradient(surface: Surface, rho: float, adaptive: bool) -> np.ndarray:
     gradients = surface.split(surface.gradient(surface.weights).astype(np.float32))
-    shifts = sam.perturbation(gradients, surface.split(surface.weights), rho, adaptive)
-    return surface.loss(surface.weights + flattened(shifts).numpy()) - surface.loss(surface.weights)
+    return flattened(sam.perturbation(gradients, surface.split(surface.weights), rho, adaptive))
+
+
+def adaptive_sharpness(surface: Surface, rho: float) -> float:
+    """L(w + e) - L(w) with e = rho T^2 g / ||T g||, T = |w| for every weight (Kwon et al. 2021, arXiv:2102.11600).
+
+    The highest loss, to first order, where no weight changes by more than its own size allows. It is the same for two
+    networks of one function that differ in the scales of their layers, which `rise` and eigenvalues are not.
+    """
+    gradient, scale = surface.gradient(surface.weights), np.abs(surface.weights.astype(np.float64))
+    norm = float(np.linalg.norm(scale * gradient))
+    shift = rho * scale**2 * gradient / norm if norm else np.zeros_like(gradient)
+    return surface.loss((surface.weights + shift).astype(np.float32)) - surface.loss(surface.weights)
+
+
+def relative_flatness(surface: Surface, probes: int, seed: int) -> tuple[float, float]:
+    """Estimate relative flatness, summed over the kernels, and the estimate's standard error (0 for one probe).
+
+    For a kernel with columns w_s, one for each neuron: the sum over s, s' of <w_s, w_s'> Tr H_ss', H_ss' the block of
+    the Hessian of w_s and w_s' (Petzka et al. 2021, arXiv:2001.00939, definition 3). It does not change when a layer is
+    scaled and the next one scaled back. Estimated by products with a x (b W) for vectors a, b of random signs.
+    """
+    random = np.random.default_rng(seed)
+    parts = [np.asarray(ops.convert_to_numpy(part)) for part in surface.split(surface.weights)]
+    kernels = [i for i, variable in enumerate(surface.variables) if sam.is_kernel(variable)]
+    estimates = []
+    for _ in range(probes):
+        total = 0.0
+        for index in kernels:
+            matrix = parts[index].reshape(-1, parts[index].shape[-1])
+            a, b = random.choice(np.array([-1, 1], np.float32), (2, len(matrix)))
+            vectors = [np.zeros(part.size, np.float32) for part in parts]
+            vectors[index] = np.outer(a, b @ matrix).reshape(-1)
+            vector = np.concatenate(vectors)
+            total += float(vector @ surface.hessian_vector_product(vector))
+        estimates.append(total)
+    error = float(np.std(estimates, ddof=1)) / probes**0.5 if probes > 1 else 0.0
+    return float(np.mean(estimates)), error
 
 
 def filter_normalised(variables: Sequence[keras.Variable], seed: int) -> np.ndarray:
@@ -76,7 +139,7 @@ def filter_normalised(variables: Sequence[keras.Variable], seed: int) -> np.ndar
     random = np.random.default_rng(seed)
     parts = []
     for variable in variables:
-        weights = np.asarray(variable, np.float32)
+        weights = ops.convert_to_numpy(ops.cast(variable.value, "float32"))
         direction = random.normal(size=weights.shape).astype(np.float32)
         # Keras' last axis counts the filters; where that is 1, as in depthwise kernels, the one before it does.
         axes = tuple(range(weights.ndim - (2 if weights.ndim > 2 and weights.shape[-1] == 1 else 1)))

@@ -7,7 +7,9 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
+
+from . import backends
 
 Batch = tuple[Any, Any]
 
@@ -18,7 +20,7 @@ class Derivatives:
     They take the values of all variables as arguments, so models of one architecture share them.
     """
 
-    def __init__(self, model: keras.Model, losses: Callable[[Any, tf.Tensor], tf.Tensor], example: Batch) -> None:
+    def __init__(self, model: keras.Model, losses: Callable[[Any, Any], Any], example: Batch) -> None:
         """
         Args:
             losses: (labels, outputs) -> float32 [batch].
@@ -27,45 +29,23 @@ class Derivatives:
         model(example[0], training=False)
         self._model = model
         self._losses = losses
-        self._shapes = [tuple(variable.shape) for variable in model.trainable_variables]
-        vector = tf.TensorSpec((sum(map(_size, self._shapes)),), tf.float32)
-        frozen = [tf.TensorSpec(variable.shape, variable.dtype) for variable in model.non_trainable_variables]
-        batch = tf.nest.map_structure(lambda part: tf.TensorSpec((None, *part.shape[1:]), part.dtype), example)
-        one, two = [vector, frozen, batch], [vector, vector, frozen, batch]
-        self.loss = tf.function(self._loss, input_signature=one, autograph=False)
-        self.gradient = tf.function(self._gradient, input_signature=one, autograph=False)
-        self.product = tf.function(self._product, input_signature=two, autograph=False)
+        self._variables = model.trainable_variables
+        size = sum(_size(variable.shape) for variable in self._variables)
+        functions = backends.functions(self._sum, size, model.non_trainable_variables, example)
+        self.loss, self.gradient, self.product = functions
 
-    def split(self, vector: Any) -> list[tf.Tensor]:
+    def split(self, vector: Any) -> list[Any]:
         """Split [n] into tensors that are shaped as the trained variables."""
-        parts = tf.split(tf.convert_to_tensor(vector), [_size(shape) for shape in self._shapes])
-        return [tf.reshape(part, shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        ends = np.cumsum([_size(variable.shape) for variable in self._variables])[:-1].tolist()
+        whole = ops.convert_to_tensor(vector)
+        parts = ops.split(whole, ends) if ends else [whole]
+        return [ops.reshape(part, v.shape) for part, v in zip(parts, self._variables, strict=True)]
 
-    def _loss(self, weights: tf.Tensor, frozen: list[tf.Tensor], batch: Batch) -> tf.Tensor:
-        return self._sum(self.split(weights), frozen, batch)
-
-    def _sum(self, values: list[tf.Tensor], frozen: list[tf.Tensor], batch: Batch) -> tf.Tensor:
+    def _sum(self, weights: Any, frozen: list[Any], batch: Batch) -> Any:
         inputs, labels = batch
+        values = [ops.cast(each, v.dtype) for each, v in zip(self.split(weights), self._variables, strict=True)]
         outputs, _ = self._model.stateless_call(values, frozen, inputs, training=False)
-        return tf.reduce_sum(self._losses(labels, outputs))
-
-    def _gradient(self, weights: tf.Tensor, frozen: list[tf.Tensor], batch: Batch) -> tf.Tensor:
-        values = self.split(weights)
-        return flattened(self._gradients(values, frozen, batch))
-
-    def _gradients(self, values: list[tf.Tensor], frozen: list[tf.Tensor], batch: Batch) -> list[tf.Tensor]:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(values)
-            loss = self._sum(values, frozen, batch)
-        return tape.gradient(loss, values, unconnected_gradients="zero")
-
-    def _product(self, weights: tf.Tensor, vector: tf.Tensor, frozen: list[tf.Tensor], batch: Batch) -> tf.Tensor:
-        # Reverse over reverse: the gradient of <g, vector> is the Hessian times the vector (Pearlmutter 1994).
-        values = self.split(weights)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(values)
-            gradients = self._gradients(values, frozen, batch)
-        return flattened(tape.gradient(gradients, values, self.split(vector), unconnected_gradients="zero"))
+        return ops.sum(ops.cast(self._losses(labels, outputs), "float32"))
 
 
 class Surface:
@@ -75,13 +55,15 @@ class Surface:
         """
         Args:
             model: its variables are read now. Its architecture is the one that `derivatives` was made for.
-            batches: (inputs, labels), each with at least one example.
+            batches: (inputs, labels), each with at least one example. Standard errors come from the differences between
+                batches, so they need two or more; small ones give the better estimate.
         """
         self.split = derivatives.split
-        self.weights: np.ndarray = flattened([variable.value for variable in model.trainable_variables]).numpy()
-        self._frozen = [tf.convert_to_tensor(variable) for variable in model.non_trainable_variables]
+        self.weights: np.ndarray = flattened([variable.value for variable in model.trainable_variables])
+        self.variables = model.trainable_variables
+        self._frozen = [ops.convert_to_tensor(variable) for variable in model.non_trainable_variables]
         self._batches = batches
-        self._count = sum(len(labels) for _, labels in batches)
+        self._sizes = np.array([len(labels) for _, labels in batches])
         self._derivatives = derivatives
 
     def loss(self, weights: np.ndarray) -> float:
@@ -96,15 +78,36 @@ class Surface:
         """The mean loss's Hessian at the model's weights, times `vector`: float64 [n]."""
         return self._mean(self._derivatives.product, self.weights, vector)
 
-    def _mean(self, batch_sum: Callable[..., tf.Tensor], *vectors: np.ndarray) -> np.ndarray:
-        tensors = [tf.constant(vector, tf.float32) for vector in vectors]
-        total = sum(batch_sum(*tensors, self._frozen, batch).numpy().astype(np.float64) for batch in self._batches)
-        return np.asarray(total) / self._count
+    def losses_by_batch(self, weights: np.ndarray) -> np.ndarray:
+        """The mean loss of each batch at `weights`, float64 [batches]."""
+        return np.array([float(each) for each in self._sums(self._derivatives.loss, weights)]) / self._sizes
+
+    def curvature_by_batch(self, vector: np.ndarray) -> np.ndarray:
+        """Vector . H vector with the Hessian of each batch's mean loss, float64 [batches]."""
+        products = self._sums(self._derivatives.product, self.weights, vector)
+        return np.array([float(product @ vector) for product in products]) / self._sizes
+
+    def standard_error(self, by_batch: np.ndarray) -> float:
+        """The standard error over images of the mean of values that are means of batches; NaN for one batch."""
+        count, share = len(by_batch), self._sizes / self._sizes.sum()
+        if count < 2:
+            return float("nan")
+        deviation = share * (by_batch - share @ by_batch)
+        return float(np.sqrt(count / (count - 1) * (deviation @ deviation)))
+
+    def _mean(self, batch_sum: Callable[..., Any], *vectors: np.ndarray) -> np.ndarray:
+        return np.asarray(sum(self._sums(batch_sum, *vectors))) / self._sizes.sum()
+
+    def _sums(self, batch_sum: Callable[..., Any], *vectors: np.ndarray) -> list[np.ndarray]:
+        tensors = [ops.convert_to_tensor(vector, "float32") for vector in vectors]
+        results = [batch_sum(*tensors, self._frozen, batch) for batch in self._batches]
+        return [ops.convert_to_numpy(result).astype(np.float64) for result in results]
 
 
-def flattened(tensors: Sequence[Any]) -> tf.Tensor:
+def flattened(tensors: Sequence[Any]) -> np.ndarray:
     """The tensors in their order as one float32 [n]."""
-    return tf.concat([tf.reshape(tf.cast(tensor, tf.float32), [-1]) for tensor in tensors], axis=0)
+    parts = [ops.convert_to_numpy(ops.cast(tensor, "float32")).reshape(-1) for tensor in tensors]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def _size(shape: Sequence[int]) -> int:
