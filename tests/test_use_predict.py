@@ -36,6 +36,7 @@ from flatmin.inputs import workers
 from flatmin.inputs.pixels import Task
 from flatmin.inputs.records import Records
 from flatmin.models import classifier, registry
+from flatmin.models.classifier import Classifier
 from flatmin.use import explain, pictures, predict
 
 TEMPERATURE = 1.7
@@ -161,8 +162,20 @@ def test_predictions_of_test_pictures_are_those_of_evaluate(
     assert found == {f"pictures/{name}": ("cat", "dog")[label] for name, label in expected.items()}
 
 
-def test_probabilities_are_calibrated_softmax(workspace: Path) -> None:
-    model = predict.load(workspace / "models/final")
+@pytest.fixture(scope="module")
+def released(workspace: Path) -> Classifier:
+    return predict.load(workspace / "models/final")
+
+
+@pytest.fixture
+def model(workspace: Path, released: Classifier, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the workspace's classifier, which is loaded once for all tests that take this."""
+    monkeypatch.setattr(predict, "load", lambda folder: released)
+    return workspace / "models/final"
+
+
+def test_probabilities_are_calibrated_softmax(released: Classifier) -> None:
+    model = released
     pixels = np.stack([model.description.input_of(of_class(label, label)) for label in (0, 1)])
     logits = model.network(pixels.astype(np.float32)).numpy() / TEMPERATURE
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -182,9 +195,9 @@ def run(capsys: pytest.CaptureFixture[str], *names: str | Path, **changes: Any) 
 
 
 def test_predict_top_lists_classes_from_the_most_probable_on(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines, _, error = run(capsys, workspace / "one.png", model=workspace / "models/final", top=2, form="jsonl")
+    lines, _, error = run(capsys, workspace / "one.png", model=model, top=2, form="jsonl")
     (found,) = map(json.loads, lines)
     assert not error
     assert found["image"] == str(workspace / "one.png")
@@ -193,16 +206,16 @@ def test_predict_top_lists_classes_from_the_most_probable_on(
     assert first >= second
     assert first + second == pytest.approx(1, abs=1e-5)
     assert (found["class"], found["probability"]) == (found["top"][0]["class"], first)
-    (_, row), _, _ = run(capsys, workspace / "one.png", model=workspace / "models/final", top=2)
+    (_, row), _, _ = run(capsys, workspace / "one.png", model=model, top=2)
     cells = [found["class"], str(first)]
     assert row.split(",")[1:] == [*cells, *cells, found["top"][1]["class"], str(second)]
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "jsonl"])
 def test_predict_abstains_below_the_given_probability_only(
-    workspace: Path, capsys: pytest.CaptureFixture[str], form: str
+    workspace: Path, model: Path, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
-    names, model = (workspace / "one.png", workspace / "two.jpg"), workspace / "models/final"
+    names = workspace / "one.png", workspace / "two.jpg"
     lines, _, _ = run(capsys, *names, model=model, form="jsonl")
     probabilities = [json.loads(line)["probability"] for line in lines]
     assert probabilities[0] != probabilities[1]
@@ -230,13 +243,12 @@ def test_predict_broken_pictures_are_named_and_skipped_and_exit_with_1(workspace
 
 
 def test_predict_paths_from_standard_input_keep_their_order_and_odd_names(
-    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = [b"a b.png", "ä,\u2028.png".encode(), b"\xff.png"]
     for index, name in enumerate(odd):
         (tmp_path / os.fsdecode(name)).write_bytes(encode(of_class(index % 2, index)))
     given = b"\n".join([*odd, b"", str(workspace / "one.png").encode()])
-    model = workspace / "models/final"
     done = flatmin("predict", "-", "--model", model, "--format", "csv", cwd=tmp_path, given=given)
     assert (done.returncode, done.stderr) == (0, "")
     found = [row[0] for row in csv.reader(done.stdout.split("\n")) if row]
@@ -364,9 +376,9 @@ def test_explain_colours_the_half_that_speaks_for_the_class(half: Path, class_na
 
 
 def test_explain_names_the_class_and_its_probability(
-    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, model = tmp_path / "dog.png", workspace / "models/final"
+    out = tmp_path / "dog.png"
     explain.explain(str(workspace / "one.png"), model, "dog", out)
     told = capsys.readouterr().out
     (line,), _, _ = run(capsys, workspace / "one.png", model=model, form="jsonl", top=2)
