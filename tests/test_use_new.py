@@ -134,6 +134,9 @@ def test_column_of_groups_that_cross_splits_is_named(tmp_path: Path, splits: str
     assert [line.startswith("column 'patient' has 10 values in 60 rows") for line in found if "column" in line] == (
         [True] if told else []
     )
+    data = data_of(tmp_path / "table.csv").model_copy(update={"group": "patient"})
+    if splits != "mixed":  # which prepare refuses
+        assert not [line for line in survey.survey(data).odd if "column" in line]
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def _groups(data: Data) -> list[str]:
     table = Path(data.name).expanduser()
     if data.source != "table" or table.suffix.lower() != ".csv":
         return []
-    used = {value or key for key, value in data.columns}
+    used = {data.group, *(value or key for key, value in data.columns)}
     with table.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     odd = []
@@ -146,7 +146,7 @@ def _groups(data: Data) -> list[str]:
             odd.append(
                 f"column {column!r} has {len(values)} values in {len(rows)} rows, and the same ones in several splits:"
                 " if pictures of one value resemble each other (a person, a place, a day), test scores are too good;"
-                " a column of splits can give each value one"
+                f" `group: {column}` in the section data keeps the pictures of each value in one role"
             )
     return odd
 
