@@ -241,7 +241,8 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
         ("data.splits.train", "", "data.splits.train: expected non-empty text, received ''"),
         ("data.splits.valid", "val", "data.splits.valid: expected no such key, received 'val'"),
         ("data.splits", "train", "data.splits: expected a mapping, received 'train'"),
-        ("data.splits", {"train": "train"}, "data.splits.test: expected a value without folds, received null"),
+        ("data.splits", {"train": "train"}, "data.splits.test: expected a value, found none"),
+        ("data.splits.test", None, "data.splits.test: expected a value without folds, received null"),
         ("data.fold", 1, "data.fold: expected null without folds, received 1"),
         *(
             (

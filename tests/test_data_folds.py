@@ -20,7 +20,7 @@ def prepare(folder: Path, fold: int, count: int = 4, **data: Any) -> tuple[Recor
     values = {
         "source": "folder",
         "name": str(folder / "images"),
-        "splits": {"train": "train"},
+        "splits": {"train": "train", "test": None},
         "val_fraction": 0.25,
         "image_size": "original",
         "folds": count,
@@ -51,7 +51,7 @@ def test_folds_are_disjoint_stratified_and_together_all(tmp_path: Path) -> None:
 
 def test_folds_of_part_of_a_split_leave_the_rest_to_other_roles(tmp_path: Path) -> None:
     picture_folder(tmp_path / "images", classes=2, per_class=20)
-    splits = {"train": "train[:50%]", "val": "train[50%:75%]", "predict": "train[75%:]"}
+    splits = {"train": "train[:50%]", "val": "train[50%:75%]", "predict": "train[75%:]", "test": None}
     records, _ = prepare(tmp_path, 1, splits=splits, val_fraction=None)
     assert [records.count(role) for role in ("train", "val", "test", "predict")] == [15, 10, 5, 10]
 

@@ -122,8 +122,8 @@ class Splits(Section):
 
     train: Text = Field(description="Examples to train on.")
     test: Text | None = Field(
-        None,
-        description="Examples on which evaluate scores the models; nothing is decided by them. Null only with `folds`.",
+        description="Examples on which evaluate scores the models; nothing is decided by them. Null with `folds`, and"
+        " only then."
     )
     val: Text | None = Field(
         None,
