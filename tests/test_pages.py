@@ -176,7 +176,7 @@ import keras, numpy as np
 network = keras.Sequential([keras.Input((8,)), keras.layers.Dense(2, "softmax")])
 images, labels = np.ones((16, 8), "float32"), np.zeros(16, "int32")
 """
-EXAMPLES = [YOURS + code for code in blocks("README.md", "python")] + blocks("docs/sam.md", "python")
+EXAMPLES = [YOURS + code for code in blocks("README.md", "python")]
 
 
 @pytest.mark.slow

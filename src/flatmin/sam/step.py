@@ -262,7 +262,7 @@ class Step:
     ) -> tuple[Any, Tensors]:
         """The loss and the unscaled gradient at the perturbed weights."""
         values = [
-            ops.convert_to_tensor(variable) if shift is None else variable + shift
+            ops.cast(variable.value, variable.dtype) if shift is None else variable + shift
             for variable, shift in zip(weights, shifts, strict=True)
         ]
         done, gradients = self._pass(forward, batch, weights, values, state)

@@ -68,7 +68,7 @@ def _no_value(run: Callable[[], Any]) -> None:
 
 def _merges() -> bool:
     """Whether replicas reduce by merging their threads, which a branch or loop of one replica cannot do."""
-    return replicas() > 1 and not tf.__internal__.distribute.strategy_supports_no_merge_call()
+    return not tf.__internal__.distribute.strategy_supports_no_merge_call()
 
 
 def _on_each(strategy: Any, functions: Any) -> Any:
