@@ -32,20 +32,21 @@ def cond(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) 
     if not _merges():
         return tf.cond(predicate, then, otherwise)
     key = object()  # the replica that asks; `merge_call` gives every replica the results of all
-    structure: list[Any] = []
 
-    def merged(strategy: Any, key: Any, predicate: Any, *functions: Any) -> dict[int, list[Any]]:
+    def merged(strategy: Any, key: Any, predicate: Any, *functions: Any) -> dict[int, Any]:
+        structure: list[Any] = []
+
         def run(function: Any) -> list[list[Any]]:
             structure[:] = [_on_each(strategy, function)]
             local = [_local(strategy, each) for each in tf.nest.flatten(structure[0])]
             return [list(tensors) for tensors in zip(*local, strict=True)]
 
         results = tf.cond(_first(strategy, predicate), lambda: run(functions[0]), lambda: run(functions[1]))
-        return {id(each): result for each, result in zip(_local(strategy, key), results, strict=True)}
+        packed = [tf.nest.pack_sequence_as(structure[0], result) for result in results]
+        return {id(each): result for each, result in zip(_local(strategy, key), packed, strict=True)}
 
     merge = tf.distribute.get_replica_context().merge_call
-    flat = merge(merged, args=(key, predicate, then, otherwise))[id(key)]
-    return tf.nest.pack_sequence_as(structure[0], flat)
+    return merge(merged, args=(key, predicate, then, otherwise))[id(key)]
 
 
 def branch(predicate: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
