@@ -35,7 +35,8 @@ def is_mean(loss: Any, y: Any, outputs: Any, sample_weight: Any) -> bool:
             )
             for pair in zip(examples, (y, outputs, sample_weight), strict=True)
         ]
-        with keras.StatelessScope():
+        kept = [variable for metric in getattr(loss, "metrics", ()) for variable in metric.variables]
+        with keras.StatelessScope([(variable, ops.zeros(variable.shape, variable.dtype)) for variable in kept]):
             return float(ops.convert_to_numpy(ops.cast(loss(*parts), "float32")))
 
     examples = [keras.tree.map_structure(made_up, each) for each in (y, outputs)]
