@@ -51,7 +51,9 @@ def expected(settings: dict[str, Any], rates: list[float]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("train", [train_by_wrapper, train_by_step])
-@pytest.mark.parametrize(("settings", "of_reference"), CASES, ids=[str(case[1]) for case in CASES])
+@pytest.mark.parametrize(
+    ("settings", "of_reference"), CASES, ids=[f"{number}-{'-'.join(case[1])}" for number, case in enumerate(CASES)]
+)
 def test_ten_steps_equal_numpy_reference(train: Any, settings: dict[str, Any], of_reference: dict[str, Any]) -> None:
     received = train(0.5, **({"rho": 0.5} | settings))
     assert distance(received, expected(of_reference, [0.5] * 10)) < 5e-6
