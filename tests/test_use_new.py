@@ -135,8 +135,15 @@ def test_column_of_groups_that_cross_splits_is_named(tmp_path: Path, splits: str
         [True] if told else []
     )
     data = data_of(tmp_path / "table.csv").model_copy(update={"group": "patient"})
-    if splits != "mixed":  # which prepare refuses
-        assert not [line for line in survey.survey(data).odd if "column" in line]
+    if splits == "mixed":
+        with pytest.raises(InputError, match=r"^data.group: expected each group in one role, received 'p0' in "):
+            survey.survey(data)
+        return
+    grouped = survey.survey(data)
+    assert not [line for line in grouped.odd if "column" in line]
+    writer.write(data, tmp_path / "records")
+    roles = files.read_json(tmp_path / "records/dataset.json")["roles"]
+    assert {role: each["count"] for role, each in roles.items()} == {role: grouped.total(role) for role in roles}
 
 
 @pytest.mark.parametrize(

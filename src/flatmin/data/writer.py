@@ -39,6 +39,16 @@ MAX_TOLD = 10  # classes that are printed
 RECORD_HEADER, RECORD_FOOTER = 12, 4  # bytes before and after the serialized example in a TFRecord file
 
 
+def open_source(data: Data) -> Source:
+    """Open the source whose slices follow groups and folds, where there are any."""
+    source = sources.open_source(data)
+    if data.group:
+        source = groups.Grouped(source, data.seed)
+    if data.folds is not None and data.fold is not None:
+        source = folds.Folded(source, data.folds, data.fold, data.seed, bool(data.group))
+    return source
+
+
 def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[str, Any]:
     """Read the source image by image and write its records to `folder`, which appears complete or not at all.
 
@@ -56,11 +66,7 @@ def write(data: Data, folder: Path | str, largest: int | None = None) -> dict[st
     """
     stored = Stored.by_setting(data.image_size, largest)
     console.log(f"prepare: {stored.describe()}")
-    source = sources.open_source(data)
-    if data.group:
-        source = groups.Grouped(source, data.seed)
-    if data.folds is not None and data.fold is not None:
-        source = folds.Folded(source, data.folds, data.fold, data.seed, bool(data.group))
+    source = open_source(data)
     class_names, expressions = source.class_names, source.expressions
     sizes = splits.count_examples(source, expressions)
     listed = Path(folder).with_name("broken.txt")

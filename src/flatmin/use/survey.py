@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from flatmin.common.params import ROLES, Data
-from flatmin.data import sources, splits
+from flatmin.data import groups, splits, writer
 from flatmin.data.sources.base import UNKNOWN, Source
 
 _FEW = 10  # train pictures of a class, below which it is told
@@ -72,6 +72,8 @@ def survey(data: Data) -> Survey:
     sizes = splits.count_examples(source, source.expressions)
     readable = data.model_copy(update={"skip_broken": 0})  # else all pictures would be read
     codes = splits.assign_roles(source, readable, source.class_names, [], Path())
+    if data.group:
+        groups.refuse_shared(splits.groups_of_roles(source, codes))
     labels = {role: source.labels(expression) for role, expression in source.expressions.items()}
     if codes is not None:
         train = labels["train"]
@@ -95,7 +97,7 @@ def survey(data: Data) -> Survey:
 def _open(data: Data) -> tuple[Source, list[str]]:
     """Open a source; what it tells becomes sentences."""
     with redirect_stdout(io.StringIO()) as told:
-        source = sources.open_source(data)
+        source = writer.open_source(data)
     return source, [line.removeprefix("prepare: ") for line in told.getvalue().splitlines()]
 
 
