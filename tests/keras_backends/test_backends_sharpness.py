@@ -108,7 +108,7 @@ def test_relative_flatness_of_a_linear_layer_equals_its_definition() -> None:
     model = keras.Sequential([keras.Input((4,)), layer])
     x, c = np.array([[1.0, -2.0, 0.5, 1.5]], np.float32), np.array([1.0, 2.0, 3.0], np.float32)
     batch = (ops.convert_to_tensor(x), ops.zeros(1, "int32"))
-    derivatives = Derivatives(model, lambda _, outputs: ops.sum(c * outputs**2, axis=1), batch)
+    derivatives = Derivatives(model, lambda _, outputs: ops.sum(ops.convert_to_tensor(c) * outputs**2, axis=1), batch)
     surface = Surface(derivatives, model, [batch])
     kernel = np.array(ops.convert_to_numpy(layer.kernel.value))
     expected = 2 * (x**2).sum() * (c * (kernel**2).sum(axis=0)).sum()

@@ -62,7 +62,7 @@ class Step:
             steps.
 
     Example:
-        >>> import keras, numpy as np
+        >>> import keras
         >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, kernel_initializer="ones")])
         >>> optimizer = keras.optimizers.SGD(0.1)
         >>> optimizer.build(model.trainable_variables)
@@ -70,7 +70,7 @@ class Step:
         >>> def forward(batch):
         ...     outputs = model(batch[0], training=True)
         ...     return keras.ops.mean((outputs - batch[1]) ** 2), outputs
-        >>> loss, outputs = step(forward, (np.ones((4, 3), "float32"), np.zeros((4, 1), "float32")))
+        >>> loss, outputs = step(forward, (keras.ops.ones((4, 3)), keras.ops.zeros((4, 1))))
         >>> float(loss), step.gradient_evaluations
         (9.0, 8)
     """

@@ -74,7 +74,9 @@ def _torch(call: Callable[..., Any], size: int, frozen: Sequence[keras.Variable]
 
     def product(weights: Any, vector: Any, frozen: Any, batch: Any) -> Any:
         weights = weights.detach().requires_grad_()
-        inner = gradient(weights, frozen, batch, create_graph=True)
+        # The quicker kernels of attention have no second derivative.
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            inner = gradient(weights, frozen, batch, create_graph=True)
         if not inner.requires_grad:  # the loss is linear
             return torch.zeros_like(weights)
         result = torch.autograd.grad(inner, weights, vector, allow_unused=True)[0]
