@@ -120,6 +120,19 @@ def test_compute_of_views_that_are_there_starts_no_worker(
 
 
 @pytest.mark.slow
+def test_plain_of_roles_that_the_cache_has_in_part_keeps_their_order(
+    study: tuple[Records, Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, model = study
+    monkeypatch.setenv("FLATMIN_CACHE", str(tmp_path))
+    for roles in (["val"], ["train", "val", "test"]):
+        with store.plain(records, model, runtime=TENSORFLOW, roles=roles) as activations:
+            assert [(role, each.count) for role, each in activations.items()] == [
+                (role, records.count(role)) for role in roles
+            ]
+
+
+@pytest.mark.slow
 def test_keys_of_a_roles_views_depend_on_that_role_alone(study: tuple[Records, Classifier], tmp_path: Path) -> None:
     records, model = study
     shutil.copytree(records.folder, tmp_path / "records")

@@ -73,11 +73,12 @@ def _activations(records: Records, model: str, runtime: Runtime, places: Places)
         loaded = classifier.load(model)
         with store.plain(records, loaded, runtime=runtime, roles=records.roles) as activations:
             every = -(-len(places.role) // FITTED)
-            sample = [each.read(np.arange(0, each.count, every))[0] for each in activations.values()]
+            ordered = [activations[role] for role in records.roles]
+            sample = [each.read(np.arange(0, each.count, every))[0] for each in ordered]
             whitening = Whitening.fit(np.concatenate(sample))
             parts = [
                 whitening(each.read(np.arange(start, min(start + TOGETHER, each.count)))[0])
-                for each in activations.values()
+                for each in ordered
                 for start in range(0, each.count, TOGETHER)
             ]
     return np.concatenate(parts)

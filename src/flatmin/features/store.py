@@ -165,7 +165,10 @@ class _Extractor:
         return {view: cache.key(self.depends_on | images(view), rooms=cache.ACTIVATION_ROOMS) for view in views}
 
     def open(self, keys: Mapping[View, str], stack: ExitStack) -> dict[View, Activations]:
-        """Open the views of these keys, and compute what the cache lacks. They are closed with the stack."""
+        """Open the views of these keys, in their order, and compute what the cache lacks.
+
+        They are closed with the stack.
+        """
         views = sum(isinstance(view, int) for view in keys)
         missing = [view for view, key in keys.items() if not cache.exists("views", key)]
 
@@ -177,7 +180,8 @@ class _Extractor:
         activations = {view: open_view(view) for view in keys if view not in missing}
         if missing:
             cache.make_room("views", self.bytes(missing))
-        return activations | {view: open_view(view) for view in missing}
+        activations |= {view: open_view(view) for view in missing}
+        return {view: activations[view] for view in keys}
 
     def bytes(self, views: Iterable[View]) -> int:
         """The size of these views on disk, at most."""
