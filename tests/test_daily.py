@@ -33,7 +33,11 @@ def checkout(finished: Repository, tmp_path: Path) -> Repository:
     for name, text in (("bin/dvc", f"#!{environment}/bin/python\n{dvc}"), ("cpu.done", ""), ("bin/flatmin", "")):
         (environment / name).write_text(text)
         (environment / name).chmod(0o755)
-    checkout.variables["PATH"] = "/usr/local/bin:/usr/bin:/bin"
+    checkout.variables |= {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "MAKELEVEL": "",  # make may run these tests
+        "MAKEFLAGS": "",
+    }
     return checkout
 
 

@@ -186,11 +186,11 @@ def test_run_name_other_code_is_the_same() -> None:
     ("targets", "section", "changed"),
     [
         (["sam-finetune"], {"evaluate": {"ece_bins": 3}}, False),
-        (["sam-finetune"], {"select": {"tolerance": 0.5}}, True),
+        (["sam-finetune"], {"select": {"metric": "accuracy", "tolerance": 0.5}}, True),
         (["sam-finetune"], {"backbones": ["EfficientNetLite0", "MobileNet025"]}, True),
         (["finetune"], {"sam": {"rho": 0.3, "method": "gsam"}}, False),
         (["finetune"], {"data": TINY["data"] | {"train_per_class": 5}}, True),
-        (["extract-train"], {"select": {"tolerance": 0.5}}, False),
+        (["extract-train"], {"select": {"metric": "accuracy", "tolerance": 0.5}}, False),
         (["extract-train"], {"backbones": ["MobileNet025"]}, True),
         (["select-best"], {"seeds": [8]}, False),
         (["finetune"], {"seeds": [8]}, True),
@@ -707,7 +707,7 @@ def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
     }
     study = repository.folder / "studies/other"
     study.mkdir()
-    (study / "params.yaml").write_text(yaml.safe_dump({**TINY, "select": {"tolerance": 0.25}}))
+    (study / "params.yaml").write_text(yaml.safe_dump({**TINY, "select": {"metric": "accuracy", "tolerance": 0.25}}))
     (study / "sweep.yaml").write_text(yaml.safe_dump(changed))
     repository.commit("another study")
     repository.run("dvc", "cache", "dir", "--local", str(tmp_path / "dvc"))
@@ -728,7 +728,11 @@ def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
     assert "unknown" not in {row[column] for column in runs_table.ORIGIN}
     ref = repository.run("git", "-C", ".studies/other", "for-each-ref", "--format=%(refname)", "refs/exps").strip()
     params = repository.run("git", "-C", ".studies/other", "show", f"{ref}:params.yaml")
-    assert yaml.safe_load(params) == {**TINY, "extract": TINY["extract"] | {"seed": 9}, "select": {"tolerance": 0.25}}
+    assert yaml.safe_load(params) == {
+        **TINY,
+        "extract": TINY["extract"] | {"seed": 9},
+        "select": {"metric": "accuracy", "tolerance": 0.25},
+    }
     # Another grid of the study, in its folder of grids; DVC's cache has the run.
     del changed["picture"]
     (study / "grids").mkdir()

@@ -42,13 +42,14 @@ def audit(*, runtime: Runtime, settings: Audit, records: str, model: str, metric
         metrics: a JSON file. outputs: a folder.
     """
     dataset = Records(records)
+    classes = len(dataset.class_names)
     places = Places.read(dataset)
     vectors = _activations(dataset, model, runtime, places)
     pairs = similarity.alike(similarity.unit(vectors), _hashes(dataset), settings.cosine, settings.hash_bits)
     alike, contradicting = duplicates.find(pairs, places)
     checked = places.of(CHECKED)
     groups = _groups(dataset)
-    probabilities = labels.out_of_fold(vectors[checked], places.labels[checked], len(dataset.class_names), groups)
+    probabilities = labels.out_of_fold(vectors[checked], places.labels[checked], classes, groups)
     suspects = labels.suspects(probabilities, places.labels[checked])
     found = {
         "near_duplicates": _counts(alike, places.roles),
