@@ -92,3 +92,18 @@ def test_more_folds_than_groups_or_images_of_a_class_are_refused(tmp_path: Path)
     groups, labels = np.array(["a", "b", "b", "a", "a"]), np.array([0, 1, 0, 0, 1])
     with pytest.raises(InputError, match=r"^data.folds: expected at most 2, the number of groups, received 3$"):
         folds.in_fold(labels, groups, 3, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"splits": {"train": "train", "val": "train[:10%]", "test": None}, "val_fraction": None},
+        {"splits": {"train": "train[:60%]", "predict": "train[50%:]", "test": None}},
+        {"splits": {"train": "train[:60%]+train[50%:]", "test": None}},
+    ],
+)
+def test_folds_of_images_that_another_role_or_slice_has_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    picture_folder(tmp_path / "images", classes=2, per_class=20)
+    with pytest.raises(InputError, match=r"^data.splits.*: expected each example only once, received train\["):
+        prepare(tmp_path, 0, **changes)
+    assert not (tmp_path / "records-0").exists()

@@ -11,6 +11,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from flatmin.common.errors import InputError
 from flatmin.common.params import ROLES
 from flatmin.data.sources.base import Example, Slice, Source
+from flatmin.data.splits import count_examples
 
 FOLD, OTHERS = "the fold", "the other folds"  # of train's split: two expressions more
 
@@ -31,8 +32,9 @@ class Folded(Source):
             grouped: Whether the source has groups.
 
         Raises:
-            InputError: There are too few images or groups.
+            InputError: There are too few images or groups, or an example is in two splits, or twice in one.
         """
+        count_examples(source, source.expressions)  # here, since places among folds are no longer those of the split
         self.class_names, self.version, self.splits = source.class_names, source.version, source.splits
         self.ignored, self.empty = source.ignored, source.empty
         self._source, self._pool = source, source.expressions["train"]
