@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -83,3 +85,15 @@ def test_alike_gives_each_pair_once_across_blocks(monkeypatch: pytest.MonkeyPatc
         assert len(found) == len(set(found))
         assert set(found) == expected
     assert 10 < len(expected) < 600
+
+
+def test_alike_of_equal_pictures_gives_all_pairs_in_bounded_memory() -> None:
+    """All activations of both sides of all pairs at once would take 140 MB here, and grow with BLOCK squared."""
+    count = 256
+    vectors = similarity.unit(np.ones((count, similarity.COMPONENTS), np.float32))
+    tracemalloc.start()
+    found = sum(len(pairs.first) for pairs in similarity.alike(vectors, np.ones((count, BITS), np.float32), 0.9, 0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == count * (count - 1) // 2
+    assert peak < 50e6

@@ -12,6 +12,7 @@ SIDE = 32  # pixels of the picture that is hashed
 _FREQUENCIES = 8  # of the cosine transform that are kept, in each direction
 BITS = _FREQUENCIES**2 - 1  # all but the mean brightness
 BLOCK = 2048  # pictures on each side of a block of products
+TOGETHER = 8192  # pairs of a block whose activations are compared at a time: equal pictures all are pairs
 COMPONENTS = 256  # of the activations, at most
 PER_BIT = 0.03  # of cosine, that each bit in which hashes differ asks for more
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
@@ -102,13 +103,15 @@ def alike(vectors: np.ndarray, signs: np.ndarray, cosine: float, bits: int) -> I
         for other in range(start, len(signs), BLOCK):
             columns = signs[other : other + BLOCK].T
             near = np.maximum(signs[rows] @ columns, mirrored[rows] @ columns)
-            first, second = np.nonzero(near >= agreeing)
-            differ = ((BITS - near[first, second]) / 2).astype(np.int16)
-            first, second = first + start, second + other
-            found = np.einsum("nd,nd->n", vectors[first], vectors[second])
-            kept = (first < second) & (found >= cosine + PER_BIT * differ)
-            if kept.any():
-                yield Pairs(first[kept], second[kept], found[kept], differ[kept])
+            firsts, seconds = np.nonzero(near >= agreeing)
+            for pair in range(0, len(firsts), TOGETHER):
+                first, second = firsts[pair : pair + TOGETHER], seconds[pair : pair + TOGETHER]
+                differ = ((BITS - near[first, second]) / 2).astype(np.int16)
+                first, second = first + start, second + other
+                found = np.einsum("nd,nd->n", vectors[first], vectors[second])
+                kept = (first < second) & (found >= cosine + PER_BIT * differ)
+                if kept.any():
+                    yield Pairs(first[kept], second[kept], found[kept], differ[kept])
 
 
 def different_bits(first: np.ndarray, second: np.ndarray) -> np.ndarray:
