@@ -49,6 +49,35 @@ def test_out_of_fold_class_of_one_image_gets_probability_zero_there() -> None:
     assert found[7].sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("given", "groups"),
+    [([0, 1, 0], None), ([0, 1, 0, 1, 0, 0, 0, 0], list("aaaabbbb"))],
+)
+def test_out_of_fold_where_a_fold_leaves_one_class_gives_that_class(given: list[int], groups: list[str] | None) -> None:
+    vectors = np.random.default_rng(0).normal(size=(len(given), 2)).astype(np.float32)
+    found = label_check.out_of_fold(vectors, np.array(given), 2, None if groups is None else np.array(groups))
+    assert found.sum(axis=1) == pytest.approx(1)
+    assert (found[:, 1] == 0).any()
+
+
+@pytest.mark.parametrize("images", [1, 10])
+def test_suspects_of_a_class_that_is_in_one_fold_alone_are_none_and_no_image_is_suspected_of_it(images: int) -> None:
+    """No classifier that saw the class judged its images, so nothing says how probable it is of its own."""
+    vectors, given, _ = clouds()
+    groups = np.arange(len(given))
+    expected = label_check.suspects(label_check.out_of_fold(vectors, given, CLASSES), given)
+    assert len(expected.position) > 5
+    random = np.random.default_rng(1)
+    vectors = np.concatenate([vectors, random.normal(size=(images, 8)).astype(np.float32)])
+    given, groups = np.append(given, [CLASSES] * images), np.append(groups, [len(groups)] * images)
+    probabilities = label_check.out_of_fold(vectors, given, CLASSES + 1, groups)
+    assert (probabilities[-images:, CLASSES] == 0).all()
+    found = label_check.suspects(probabilities, given)
+    assert found.position.max() < len(given) - images
+    assert (found.guess < CLASSES).all()
+    assert len(found.position) == pytest.approx(len(expected.position), abs=5)
+
+
 def test_suspects_are_those_of_the_definition() -> None:
     """Thresholds are the means of the labels' own probabilities; a class without images has none."""
     probabilities = np.array(
@@ -58,13 +87,13 @@ def test_suspects_are_those_of_the_definition() -> None:
             [0.3, 0.7, 0.0],
             [0.1, 0.9, 0.0],
             [0.66, 0.34, 0.0],  # at least class 0's threshold
-            [0.0, 0.2, 0.8],  # of a class without a threshold
+            [0.04, 0.16, 0.8],  # of a class without a threshold
             [0.9, 0.1, 0.0],
         ]
     )
     labels = np.array([0, 0, 1, 1, 1, 0, 0])
-    thresholds = [np.mean([0.9, 0.4, 0.0, 0.9]), np.mean([0.7, 0.9, 0.34])]
-    assert thresholds == pytest.approx([0.55, 0.6467], abs=1e-4)
+    thresholds = [np.mean([0.9, 0.4, 0.04, 0.9]), np.mean([0.7, 0.9, 0.34])]
+    assert thresholds == pytest.approx([0.56, 0.6467], abs=1e-4)
     found = label_check.suspects(probabilities, labels)
     assert found.position.tolist() == [4]
     assert found.guess.tolist() == [0]
