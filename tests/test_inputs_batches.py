@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,30 @@ def test_augmented_that_shuffles_the_whole_draws_each_batch_from_all_over(same_s
     firsts = [stored.index(numbers(read_epoch(same_size, NONE, epoch=epoch))[0]) for epoch in range(40)]
     assert len(set(firsts)) > 20
     assert abs(np.mean(firsts) - COUNT / 2) < 20
+
+
+def test_augmented_balanced_epoch_of_one_rare_image_does_not_hold_all_its_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the epoch is that image, 400 times; so many copies would take 11 MB, and grow with train."""
+    for number in range(1000):
+        path = tmp_path / "source" / ("dog" if number else "cat") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number % 250, 0, 0)).save(path)
+    splits = {"train": "train[:80%]", "val": "train[80%:90%]", "test": "train[90%:]"}
+    values = {"source": "folder", "name": str(tmp_path / "source"), "splits": splits, "image_size": "original"}
+    writer.write(Data.model_validate(values), tmp_path / "records")
+    records, size = Records(tmp_path / "records"), 96
+    monkeypatch.setattr(batches, "SHUFFLE_BYTES", 0)
+    cats = 0
+    with Augmenter(NONE, 0, workers=1) as augmenter:
+        tracemalloc.start()
+        for _, labels in batches.augmented(records, augmenter, size, 8, 0, 0, "balanced"):
+            cats += int((labels == 0).sum())
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert cats == records.count("train") // 2
+    assert peak < 10e6
 
 
 @pytest.mark.parametrize("every", [1, 3, 500])

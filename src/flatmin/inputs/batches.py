@@ -85,9 +85,9 @@ def augmented(
         drawn = draw(records.labels("train"), sampling, np.random.default_rng(derived_seed(seed, epoch, 1)))
         times = np.bincount(drawn, minlength=records.count("train"))
         chunks = (
-            (np.repeat(images, often, axis=0), np.repeat(labels, often))
+            (np.broadcast_to(image, (often, *image.shape)), np.full(often, label))  # not copied before it is drawn
             for (images, labels), number in zip(chunks, numbers.tolist(), strict=True)
-            for often in [times[number * AUGMENT_CHUNK :][: len(labels)]]
+            for image, label, often in zip(images, labels, times[number * AUGMENT_CHUNK :][: len(labels)], strict=True)
         )
     shuffled = _shuffled(chunks, max(AUGMENT_CHUNK, SHUFFLE_BYTES // (3 * size**2)), random)
     while batch := list(itertools.islice(shuffled, batch_size)):
