@@ -188,3 +188,22 @@ def test_in_order_of_any_first_part_has_the_classes_in_proportion() -> None:
     for share in (0.1, 0.3, 0.8):
         part = labels[order[: int(share * 4000)]]
         assert np.bincount(part) / len(part) == pytest.approx(np.bincount(labels) / 4000, abs=0.03)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("percent", "nearest"), [(10, 10), (20, 20), (50, 60), (80, 100)])
+def test_slice_and_val_beside_large_groups_are_as_near_as_groups_allow(
+    tmp_path: Path, seed: int, percent: int, nearest: int
+) -> None:
+    """Groups of 50, 50, 10, 5 and 5 images; in some of their orders there is no cut between 20 and 70."""
+    names = np.repeat(["p0", "p1", "p2", "p3", "p4"], [50, 50, 10, 5, 5])
+    labels = np.arange(120) % 2
+    assert groups.carve(names, labels, percent / 100, seed).sum() == nearest
+    for index, name in enumerate(names):
+        path = tmp_path / "images" / ("cat", "dog")[labels[index]] / f"{name}_{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    splits = {"train": f"train[{percent}%:]", "test": f"train[:{percent}%]"}
+    data = {"source": "folder", "name": str(tmp_path / "images"), "group": r"p\d", "seed": seed}
+    source = writer.open_source(Data.model_validate({**data, "splits": splits, "val_fraction": 0.1}))
+    assert len(source.labels(splits["test"])) == nearest

@@ -13,6 +13,7 @@ from flatmin.common.errors import InputError
 from flatmin.data.sources.base import Example, Slice, Source
 
 PARTS = 10  # into which groups are divided, each with the classes in proportion
+ORDERS = 100  # of these parts, of which the one is taken whose cuts are nearest to what was asked
 APART = ("train", "val", "test")  # roles that share no group; what predict shares spoils no figure
 
 
@@ -43,7 +44,7 @@ class Grouped(Source):
     def _order_of(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Each example's place in the order of groups, int64 [n], and the places where a group ends."""
         groups = self._source.groups(split)
-        order = in_order(groups, self._source.labels(split), self._seed)
+        order = in_order(groups, self._source.labels(split), self._seed, self._wanted(split))
         place = np.empty(len(order), np.int64)
         place[order] = np.arange(len(order))
         return place, ends(groups[order])
@@ -51,9 +52,13 @@ class Grouped(Source):
     def _snap(self, split: str) -> dict[int, int]:
         """By the place where a slice of a split would begin or end, the place where it does."""
         size = self.splits[split].num_examples
+        return {0: 0, size: size} | snap(self._wanted(split), self._order(split)[1], split)
+
+    def _wanted(self, split: str) -> list[int]:
+        """The places where slices of a split would begin or end, but its own beginning and end."""
         slices = [each for text in self.expressions.values() for each in self._source.locate(text)]
-        wanted = {place for each in slices if each.split == split for place in each[1:]} - {0, size}
-        return {0: 0, size: size} | snap(sorted(wanted), self._order(split)[1], split)
+        places = {place for each in slices if each.split == split for place in each[1:]}
+        return sorted(places - {0, self.splits[split].num_examples})
 
     def locate(self, expression: str, key: str = "data.splits") -> list[Slice]:
         """Return the slices that a split expression stands for, in the order of groups where that is followed."""
@@ -85,12 +90,13 @@ class Grouped(Source):
                 yield f"{split}[{start}:{stop}]", np.ones(stop - start, bool)
 
 
-def in_order(groups: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+def in_order(groups: np.ndarray, labels: np.ndarray, seed: int, wanted: Sequence[int] = ()) -> np.ndarray:
     """Order examples group by group, so that any first part has the classes nearly in proportion.
 
     Args:
         groups: text [n]. labels: int [n].
         seed: draws the order.
+        wanted: places where the examples are to be cut, sorted; large groups are where they are least in the way.
 
     Returns:
         int64 [n]: the examples' indices in their new order.
@@ -103,7 +109,26 @@ def in_order(groups: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         parts = [left_out for _, left_out in splitter.split(labels, labels, groups)]
-    return np.concatenate([part[np.argsort(groups[part], kind="stable")] for part in parts])
+    parts = [part[np.argsort(groups[part], kind="stable")] for part in parts]
+    return np.concatenate([parts[index] for index in _nearest([groups[part] for part in parts], wanted, seed)])
+
+
+def _nearest(parts: Sequence[np.ndarray], wanted: Sequence[int], seed: int) -> list[int]:
+    """The order of parts (the groups of each, text [n], in order) whose cuts are nearest to the wanted ones.
+
+    It is the best of ORDERS that are drawn, the parts' own first; of equals the first.
+    """
+    sizes = [np.diff([0, *ends(part), len(part)]) for part in parts]
+    random = np.random.default_rng([seed, 3])
+
+    def distance(order: Sequence[int]) -> int:
+        possible = np.cumsum(np.concatenate([sizes[index] for index in order]))[:-1]
+        if len(wanted) > len(possible):
+            return 0  # no order has enough
+        return sum(abs(place - cut) for place, cut in snap(wanted, possible, "").items())
+
+    drawn = [random.permutation(len(parts)).tolist() for _ in range(ORDERS - 1)]
+    return min([list(range(len(parts))), *drawn], key=distance)
 
 
 def ends(groups: np.ndarray) -> np.ndarray:
@@ -137,8 +162,8 @@ def carve(groups: np.ndarray, labels: np.ndarray, fraction: float, seed: int) ->
     Raises:
         InputError: There is one group alone.
     """
-    order = in_order(groups, labels, seed)
-    wanted = max(1, round(fraction * len(order)))
+    wanted = max(1, round(fraction * len(groups)))
+    order = in_order(groups, labels, seed, [wanted])
     chosen = np.zeros(len(order), bool)
     chosen[order[: snap([wanted], ends(groups[order]), "train's split")[wanted]]] = True
     return chosen
