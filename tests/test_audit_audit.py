@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -20,6 +21,7 @@ from trainings import run_stage
 
 from flatmin.common import params
 from flatmin.data import writer
+from flatmin.inputs.records import Records
 from flatmin.models import classifier
 
 SIDE = 96
@@ -169,3 +171,23 @@ def test_dvc_yaml_only_evaluate_and_report_depend_on_audit() -> None:
     assert users <= {"evaluate", "report"}
     assert {name for name, stage in stages.items() if "data/records/test" in stage["deps"]} == {"audit", "evaluate"}
     assert not any(dep.startswith("models/") and dep != "models/select" for dep in stages["audit"]["deps"])
+
+
+@pytest.mark.slow
+def test_audit_with_pictures_to_predict_finds_the_same_among_the_others(
+    audited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLATMIN_CACHE", str(audited / "cache"))
+    for part in ("images", "models", "metrics", "audit"):
+        shutil.copytree(audited / part, tmp_path / part)
+    for index, (_, picture) in enumerate(tiles()[::2]):
+        (tmp_path / "images/predict").mkdir(exist_ok=True)
+        ImageOps.invert(picture).save(tmp_path / f"images/predict/{index}.png")
+    before, suspects = rows(tmp_path / "audit/pairs.csv"), (tmp_path / "audit/suspects.csv").read_bytes()
+    settings = params.parse(tiny_params() | {"data": {"source": "folder", "name": "images", "image_size": "original"}})
+    with chdir(tmp_path):
+        writer.write(settings.data, "data/records")
+        assert Records("data/records").count("predict") == len(tiles()[::2])
+        run_stage("audit", settings)
+    assert [row for row in rows(tmp_path / "audit/pairs.csv") if row["role"] != "predict"] == before
+    assert (tmp_path / "audit/suspects.csv").read_bytes() == suspects

@@ -44,7 +44,7 @@ def audit(*, runtime: Runtime, settings: Audit, records: str, model: str, metric
     dataset = Records(records)
     classes = len(dataset.class_names)
     places = Places.read(dataset)
-    vectors = _activations(dataset, model, runtime, places)
+    vectors = _activations(dataset, model, runtime)
     pairs = similarity.alike(similarity.unit(vectors), _hashes(dataset), settings.cosine, settings.hash_bits)
     alike, contradicting = duplicates.find(pairs, places)
     checked = places.of(CHECKED)
@@ -67,19 +67,20 @@ def audit(*, runtime: Runtime, settings: Audit, records: str, model: str, metric
     _tell(found)
 
 
-def _activations(records: Records, model: str, runtime: Runtime, places: Places) -> np.ndarray:
+def _activations(records: Records, model: str, runtime: Runtime) -> np.ndarray:
     """Whitened activations of all pictures as they are: float32 [n, components]."""
     devices.configure(runtime, SEED)
     with devices.dtype_policy(runtime.precision):
         loaded = classifier.load(model)
         with store.plain(records, loaded, runtime=runtime, roles=records.roles) as activations:
-            every = -(-len(places.role) // FITTED)
-            ordered = [activations[role] for role in records.roles]
-            sample = [each.read(np.arange(0, each.count, every))[0] for each in ordered]
+            # Not to predict's, so that more pictures to predict change nothing that is found among the others.
+            fitted = [activations[role] for role in records.roles if role != "predict"]
+            every = -(-sum(each.count for each in fitted) // FITTED)
+            sample = [each.read(np.arange(0, each.count, every))[0] for each in fitted]
             whitening = Whitening.fit(np.concatenate(sample))
             parts = [
                 whitening(each.read(np.arange(start, min(start + TOGETHER, each.count)))[0])
-                for each in ordered
+                for each in (activations[role] for role in records.roles)
                 for start in range(0, each.count, TOGETHER)
             ]
     return np.concatenate(parts)
