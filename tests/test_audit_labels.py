@@ -78,6 +78,14 @@ def test_suspects_of_a_class_that_is_in_one_fold_alone_are_none_and_no_image_is_
     assert len(found.position) == pytest.approx(len(expected.position), abs=5)
 
 
+def test_out_of_fold_of_nearly_as_many_classes_as_images_warns_of_nothing() -> None:
+    """pytest makes an error of any warning."""
+    vectors = np.random.default_rng(0).normal(size=(42, 3)).astype(np.float32)
+    found = label_check.out_of_fold(vectors, np.append(np.arange(40), [0, 1]), 40)
+    assert found.dtype == np.float32
+    assert found.sum(axis=1) == pytest.approx(1)
+
+
 def test_suspects_are_those_of_the_definition() -> None:
     """Thresholds are the means of the labels' own probabilities; a class without images has none."""
     probabilities = np.array(

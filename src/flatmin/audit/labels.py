@@ -18,7 +18,7 @@ _ROUNDING = 1e-6  # of probabilities
 
 
 def out_of_fold(vectors: np.ndarray, labels: np.ndarray, classes: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """Probabilities of each image by a linear classifier that was fitted without it: float64 [n, classes].
+    """Probabilities of each image by a linear classifier that was fitted without it: float32 [n, classes].
 
     They are 0 of the classes that this classifier has not seen, since all their images are in the same fold, and of no
     others.
@@ -29,10 +29,11 @@ def out_of_fold(vectors: np.ndarray, labels: np.ndarray, classes: int, groups: n
     """
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     folds = min(FOLDS, int(np.bincount(labels).max()), FOLDS if groups is None else len(np.unique(groups)))
-    found = np.zeros((len(labels), classes))
+    found = np.zeros((len(labels), classes), np.float32)
     with warnings.catch_warnings():
-        # Classes of fewer images than folds are told of by themselves.
+        # Classes of few images are told of by themselves.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%", UserWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)  # near the minimum is near enough
         for fitted, left_out in splitter(folds, shuffle=True, random_state=SEED).split(vectors, labels, groups):
             seen = np.unique(labels[fitted])
@@ -71,7 +72,7 @@ def suspects(probabilities: np.ndarray, labels: np.ndarray) -> Suspects:
         probabilities: float [n, classes], out of fold. labels: int [n].
     """
     places = np.arange(len(labels))
-    own = probabilities[places, labels]
+    own, highest = (each.astype(np.float64) for each in (probabilities[places, labels], probabilities.max(axis=1)))
     judged = own > 0
     sizes = np.bincount(labels[judged], minlength=probabilities.shape[1])
     sums = np.bincount(labels, own, minlength=probabilities.shape[1])
@@ -80,7 +81,7 @@ def suspects(probabilities: np.ndarray, labels: np.ndarray) -> Suspects:
     likeliest = probabilities.argmax(axis=1)
     guess = np.where(confident.sum(axis=1) > 1, likeliest, confident.argmax(axis=1))
     margin = probabilities[places, guess] - own
-    off_diagonal = judged & confident.any(axis=1) & (guess != labels) & (own < probabilities.max(axis=1) - _ROUNDING)
+    off_diagonal = judged & confident.any(axis=1) & (guess != labels) & (own < highest - _ROUNDING)
     order = np.flatnonzero(off_diagonal)
     order = order[np.argsort(-margin[order], kind="stable")]
     return Suspects(order, guess[order], margin[order])
