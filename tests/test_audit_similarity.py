@@ -57,10 +57,13 @@ def test_whitening_of_fewer_pictures_than_channels_has_no_more_components_than_t
     assert np.isfinite(white).all()
 
 
-def test_whitening_of_equal_pictures_is_finite_and_unit_leaves_zeros() -> None:
+def test_equal_pictures_are_alike_also_where_there_are_no_others() -> None:
+    """Whitening leaves nothing of what all have."""
     activations = np.ones((6, 3))
-    white = similarity.unit(Whitening.fit(activations)(activations))
+    white = Whitening.fit(activations)(activations)
     assert (white == 0).all()
+    signs = np.ones((6, BITS), np.float32)
+    assert sum(len(pairs.first) for pairs in similarity.alike(similarity.unit(white), signs, 1.0, 0)) == 15
 
 
 def test_alike_gives_each_pair_once_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

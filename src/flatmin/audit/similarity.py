@@ -68,9 +68,13 @@ class Whitening(NamedTuple):
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Float32 [n, d], each divided by its length; a vector of zeros stays."""
+    """Float32 [n, d], each divided by its length. Zeros, of pictures as all are on average, become the first axis.
+
+    So equal pictures are alike also where there are no others.
+    """
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    first = np.eye(1, vectors.shape[1], dtype=vectors.dtype).repeat(len(vectors), axis=0)
+    return np.divide(vectors, length, out=first, where=length > 0)
 
 
 class Pairs(NamedTuple):
