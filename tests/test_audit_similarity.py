@@ -100,3 +100,11 @@ def test_alike_of_equal_pictures_gives_all_pairs_in_bounded_memory() -> None:
     tracemalloc.stop()
     assert found == count * (count - 1) // 2
     assert peak < 50e6
+
+
+def test_alike_at_cosine_one_gives_equal_pictures() -> None:
+    """Their cosine is 1 but for rounding."""
+    vectors = similarity.unit(np.random.default_rng(0).normal(size=(100, 256)).astype(np.float32)).repeat(2, axis=0)
+    found = list(similarity.alike(vectors, np.ones((200, BITS), np.float32), 1.0, 0))
+    pairs = {pair for each in found for pair in zip(each.first.tolist(), each.second.tolist(), strict=True)}
+    assert pairs == {(first, first + 1) for first in range(0, 200, 2)}

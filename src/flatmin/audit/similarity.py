@@ -15,6 +15,7 @@ BLOCK = 2048  # pictures on each side of a block of products
 TOGETHER = 8192  # pairs of a block whose activations are compared at a time: equal pictures all are pairs
 COMPONENTS = 256  # of the activations, at most
 PER_BIT = 0.03  # of cosine, that each bit in which hashes differ asks for more
+_ROUNDING = 1e-6  # of the cosine of equal activations
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 # Signs of a mirrored picture's cosine transform: odd horizontal frequencies change theirs.
 _MIRRORED = np.tile((-1.0) ** np.arange(_FREQUENCIES), _FREQUENCIES)[1:].astype(np.float32)
@@ -113,7 +114,7 @@ def alike(vectors: np.ndarray, signs: np.ndarray, cosine: float, bits: int) -> I
                 differ = ((BITS - near[first, second]) / 2).astype(np.int16)
                 first, second = first + start, second + other
                 found = np.einsum("nd,nd->n", vectors[first], vectors[second])
-                kept = (first < second) & (found >= cosine + PER_BIT * differ)
+                kept = (first < second) & (found >= cosine + PER_BIT * differ - _ROUNDING)
                 if kept.any():
                     yield Pairs(first[kept], second[kept], found[kept], differ[kept])
 
