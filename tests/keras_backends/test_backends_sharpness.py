@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from small import INPUTS, LABELS
+from small import INPUTS, LABELS, cross_entropy, fit, network, regression
 
 from flatmin import sharpness
 from flatmin.sharpness import Derivatives, Surface
@@ -130,3 +130,31 @@ def test_standard_errors_over_images_cover_the_spread_of_samples() -> None:
         stated = np.mean([each.errors[name] for each in measured])
         assert 0.4 < stated / spread < 2.5, name
     assert np.isnan(sharpness.measure(surface_of(model, samples[0], 36), errors=True, **options).errors["trace"])
+
+
+def test_losses_that_are_not_one_for_each_example_are_refused() -> None:
+    model, batch = regression(), (ops.convert_to_tensor(INPUTS), ops.convert_to_tensor(LABELS))
+    surface = Surface(Derivatives(model, cross_entropy(), batch), model, [batch])
+    with pytest.raises(ValueError, match=r"`losses`.*one loss for each example.*shape \(\)"):
+        surface.loss(surface.weights)
+
+
+def test_loss_of_a_model_with_several_labels_is_the_mean_over_examples() -> None:
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, [L.Dense(3)(inputs), L.Dense(1)(inputs)])
+
+    def both(labels: Any, outputs: Any) -> Any:
+        return losses(labels[0], outputs[0]) + ops.mean((labels[1] - outputs[1]) ** 2, axis=-1)
+
+    batch = (ops.convert_to_tensor(INPUTS), (ops.convert_to_tensor(LABELS), ops.convert_to_tensor(INPUTS[:, :1])))
+    surface = Surface(Derivatives(model, both, batch), model, [batch])
+    expected = float(ops.convert_to_numpy(ops.mean(both(batch[1], model(batch[0])))))
+    assert surface.loss(surface.weights) == pytest.approx(expected, rel=1e-5)
+
+
+def test_surface_stays_where_it_was_made_when_the_model_trains_on() -> None:
+    model = network()
+    surface = surface_of(model, INPUTS)
+    before = surface.loss(surface.weights)
+    fit(model, keras.optimizers.SGD(0.1))
+    assert surface.loss(surface.weights) == before

@@ -23,8 +23,8 @@ class Derivatives:
     def __init__(self, model: keras.Model, losses: Callable[[Any, Any], Any], example: Batch) -> None:
         """
         Args:
-            losses: (labels, outputs) -> float32 [batch].
-            example: (inputs, labels) of any batch size; inputs are one tensor or several.
+            losses: (labels, outputs) -> float32 [batch]. Another shape is refused when the first loss is computed.
+            example: (inputs, labels) of any batch size; each is one tensor or several.
         """
         model(example[0], training=False)
         self._model = model
@@ -45,7 +45,13 @@ class Derivatives:
         inputs, labels = batch
         values = [ops.cast(each, v.dtype) for each, v in zip(self.split(weights), self._variables, strict=True)]
         outputs, _ = self._model.stateless_call(values, frozen, inputs, training=False)
-        return ops.sum(ops.cast(self._losses(labels, outputs), "float32"))
+        losses = self._losses(labels, outputs)
+        if len(losses.shape) != 1:
+            raise ValueError(
+                "Invalid value received for argument `losses`. Expected a function that returns one loss for each "
+                f"example, shape (batch,). Received: shape {tuple(losses.shape)}"
+            )
+        return ops.sum(ops.cast(losses, "float32"))
 
 
 class Surface:
@@ -61,9 +67,9 @@ class Surface:
         self.split = derivatives.split
         self.weights: np.ndarray = flattened([variable.value for variable in model.trainable_variables])
         self.variables = model.trainable_variables
-        self._frozen = [ops.convert_to_tensor(variable) for variable in model.non_trainable_variables]
+        self._frozen = [ops.copy(variable.value) for variable in model.non_trainable_variables]
         self._batches = batches
-        self._sizes = np.array([len(labels) for _, labels in batches])
+        self._sizes = np.array([len(keras.tree.flatten(labels)[0]) for _, labels in batches])
         self._derivatives = derivatives
 
     def loss(self, weights: np.ndarray) -> float:
