@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,82 @@ def test_variables_overwritten_with_their_gradient_are_not_perturbed() -> None:
     wrapped.fit(random, np.arange(32) % 3, batch_size=8, verbose=0)
     assert {path.rpartition("/")[2] for path in seen} == {"kernel", "bias"}
     assert float(ops.convert_to_numpy(model.layers[0].kernel_scale.value)) < 0.01  # it began at 1
+
+
+def test_decoupled_wsam_refuses_accumulation_within_a_loss_scale() -> None:
+    inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    model = SharpnessAwareMinimization(regression(), method="wsam-decoupled")
+    with pytest.raises(ValueError, match=r"`optimizer`.*no gradient_accumulation_steps"):
+        fit(model, keras.optimizers.LossScaleOptimizer(inner))
+
+
+def test_perturb_may_answer_with_booleans_of_numpy() -> None:
+    results = []
+    for answer in (bool, np.bool_):
+        model = regression()
+        wrapped = SharpnessAwareMinimization(model, 0.3, perturb=lambda v, a=answer: a(v.name == "kernel"))
+        fit(wrapped, keras.optimizers.SGD(0.1))
+        results.append(values(model.variables))
+    assert distance(*results) == 0
+
+
+@pytest.mark.parametrize("answer", [None, -1.0, float("nan"), "kernel"])
+def test_perturb_that_answers_anything_else_is_refused(answer: Any) -> None:
+    model = SharpnessAwareMinimization(regression(), perturb=lambda _: answer)
+    with pytest.raises(ValueError, match=r"`perturb`.*True, False or a number >= 0, for .*kernel"):
+        fit(model, keras.optimizers.SGD(0.1))
+
+
+def test_state_is_a_copy_that_brings_a_step_back() -> None:
+    model, optimizer = regression(), keras.optimizers.Adam(0.1)
+    optimizer.build(model.trainable_variables)
+    step = Step(Settings(rho=0.3, method="friendly"), model, optimizer)
+    data = ops.convert_to_tensor(INPUTS)
+
+    def forward(batch: Any) -> tuple[Any, Any]:
+        outputs = model(batch, training=True)
+        return ops.mean(outputs**2), outputs
+
+    before, state = values(model.variables), step.state
+    step(forward, data)
+    moved = values(model.variables)
+    assert distance(moved, before) > 0.01
+    step.state = state
+    assert distance(values(model.variables), before) == 0
+    if BACKEND == "tensorflow":
+        with pytest.raises(RuntimeError, match="Call the step in tf.function"):
+            step.stateless_call(state, forward, data)
+        return
+    _, _, after = step.stateless_call(state, forward, data)
+    assert distance(values(model.variables), before) == 0
+    step.state = after
+    assert distance(values(model.variables), moved) < 1e-6
+
+
+def test_gsam_obeys_a_range_of_rates_that_is_given_later(tmp_path: Path) -> None:
+    def begin(rate_max: float) -> keras.Model:
+        model = SharpnessAwareMinimization(regression(), method="gsam", rho_min=0.0, rho_max=0.5, rate_max=rate_max)
+        model.compile(keras.optimizers.SGD(0.05), cross_entropy())
+        model.make_train_function()
+        return model
+
+    def step(model: keras.Model) -> list[np.ndarray]:
+        model.train_on_batch(INPUTS, LABELS)
+        return values(model.model.variables)
+
+    expected = step(begin(0.1))
+    begin(0.05).save_weights(tmp_path / "other.weights.h5")
+    changed, loaded = begin(0.05), begin(0.1)
+    changed.settings = replace(changed.settings, rate_max=0.1)
+    loaded.optimizer.build(loaded.trainable_variables)
+    loaded.load_weights(tmp_path / "other.weights.h5")
+    for model in (changed, loaded):
+        assert distance(step(model), expected) < 1e-7
+    assert distance(step(begin(0.05)), expected) > 1e-5
+
+
+@pytest.mark.parametrize("settings", [{"num_batch_splits": 2}, {"accumulate": 2}], ids=str)
+def test_loss_that_ignores_a_class_is_refused_where_parts_are_averaged(settings: dict[str, Any]) -> None:
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=2)
+    with pytest.raises(ValueError, match=r"`loss`.*without ignore_class"):
+        SharpnessAwareMinimization(regression(), **settings).compile("sgd", {"one": loss})

@@ -175,6 +175,9 @@ class SharpnessAwareMinimization(keras.Model):
                 raise invalid_argument(
                     "loss", "losses whose reduction is 'sum_over_batch_size', since parts are averaged", each
                 )
+            if getattr(each, "ignore_class", None) is not None:
+                expected = "losses without ignore_class, of which parts have unequal shares: use sample_weight"
+                raise invalid_argument("loss", expected, each)
 
     def get_compile_config(self) -> Any:
         """What the inner model was compiled with."""

@@ -29,7 +29,7 @@ def learning_rate_range(optimizer: keras.optimizers.Optimizer, settings: Setting
     Raises:
         ValueError: the highest rate of a schedule is not known, or the optimizer has several rates.
     """
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+    if isinstance(base_optimizer(optimizer), keras.optimizers.MultiOptimizer):
         raise invalid_argument("optimizer", "one with a single learning rate, which rho can follow", optimizer)
     low: Any = settings.rate_min if settings else None
     high: Any = settings.rate_max if settings else None

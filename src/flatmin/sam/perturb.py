@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from .methods import norm
-from .settings import Settings
+from .settings import Settings, invalid_argument
 
 
 def perturbation(
@@ -31,7 +34,7 @@ def perturbation(
         rho: a number, or a function of the norm.
         perturb: see `Settings`. What is left out gets None.
     """
-    own = [True if perturb is None else perturb(variable) for variable in variables]
+    own = [True if perturb is None else _checked(perturb(variable), variable) for variable in variables]
     chosen = [g is not None and (radius is not False) for g, radius in zip(gradients, own, strict=True)]
     scales = [
         ops.abs(ops.convert_to_tensor(variable)) + eta if adaptive and is_kernel(variable) else None
@@ -52,6 +55,21 @@ def perturbation(
         along = gradient if scale is None else gradient * scale
         shifts.append(along * ops.cast(factor, along.dtype))
     return shifts
+
+
+def _checked(answer: Any, variable: keras.Variable) -> bool | float:
+    """What `perturb` said of a variable, as Python's own type.
+
+    Raises:
+        ValueError: it is neither a bool nor a finite number >= 0.
+    """
+    if isinstance(answer, bool | np.bool_):
+        return bool(answer)
+    if not (isinstance(answer, Real) and 0 <= answer < math.inf):
+        raise invalid_argument(
+            "perturb", f"a function that returns True, False or a number >= 0, for {variable.path} too", answer
+        )
+    return float(answer)
 
 
 def is_kernel(variable: Any) -> bool:

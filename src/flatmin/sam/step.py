@@ -12,7 +12,7 @@ from keras import ops
 from . import backends
 from .memory import Memory
 from .methods import METHODS, Gradients, Tensors, at_step, norm, scheduled_rho
-from .optimizers import learning_rate_range, scales_loss
+from .optimizers import base_optimizer, learning_rate_range, scales_loss
 from .perturb import perturbation
 from .scope import PassScope
 from .settings import Settings, invalid_argument
@@ -89,8 +89,9 @@ class Step:
         self._backend = backends.load()
         self._method = METHODS[settings.method]
         self._kinds = ("first",) if settings.never_perturbs else self._method.gradients
+        base = base_optimizer(optimizer)
         if self._method.added and (
-            optimizer.gradient_accumulation_steps or isinstance(optimizer, keras.optimizers.MultiOptimizer)
+            base.gradient_accumulation_steps or isinstance(base, keras.optimizers.MultiOptimizer)
         ):
             expected = "an optimizer with one learning rate and no gradient_accumulation_steps (use `accumulate`)"
             raise invalid_argument("optimizer", f"{expected} with method={settings.method!r}", optimizer)
@@ -100,7 +101,9 @@ class Step:
             self._examples = self.memory.scalar("examples", "float32")
         if settings.follows_rate:
             rates = zip(("rate_low", "rate_high"), learning_rate_range(optimizer, settings), strict=True)
-            self._rates = [self.memory.scalar(name, "float32", rate) for name, rate in rates]
+            kept = [self.memory.scalar(name, "float32", rate) for name, rate in rates]
+            given = (settings.rate_min, settings.rate_max)  # these count, whatever was kept or is loaded
+            self._rates = [rate if own is None else own for own, rate in zip(given, kept, strict=True)]
         self._skipped = self.memory.scalar("skipped", self._backend.COUNTS)
         self._evaluations = self.memory.scalar("gradient_evaluations", self._backend.COUNTS)
 
@@ -407,8 +410,8 @@ class Step:
 
     @property
     def state(self) -> tuple[list[Any], ...]:
-        """The values of the variables of model, optimizer and memory: what `stateless_call` reads and returns."""
-        return tuple([variable.value for variable in group] for group in self._groups())
+        """Copies of the variables of model, optimizer and memory: what `stateless_call` reads and returns."""
+        return tuple([ops.copy(variable.value) for variable in group] for group in self._groups())
 
     @state.setter
     def state(self, state: tuple[list[Any], ...]) -> None:
@@ -430,10 +433,15 @@ class Step:
 
         Raises:
             ValueError: `forward` changes a variable of another model, which would stay as it is.
+            RuntimeError: on TensorFlow, whose optimizers change variables.
         """
+        if keras.config.backend() == "tensorflow":
+            raise RuntimeError("stateless_call: TensorFlow's optimizers change variables. Call the step in tf.function")
         groups = self._groups()
-        mapping = [
-            pair for group, values in zip(groups, state, strict=True) for pair in zip(group, values, strict=True)
+        mapping = [  # copies, because PyTorch's optimizers write into what they get
+            (variable, ops.copy(value))
+            for group, values in zip(groups, state, strict=True)
+            for variable, value in zip(group, values, strict=True)
         ]
         with PassScope(mapping) as scope:
             loss, outputs = self(forward, batch, count)
