@@ -65,7 +65,7 @@ def _checked(answer: Any, variable: keras.Variable) -> bool | float:
     """
     if isinstance(answer, bool | np.bool_):
         return bool(answer)
-    if not (isinstance(answer, Real) and 0 <= answer < math.inf):
+    if not (isinstance(answer, Real) and 0 <= float(answer) < math.inf):
         raise invalid_argument(
             "perturb", f"a function that returns True, False or a number >= 0, for {variable.path} too", answer
         )
