@@ -4,6 +4,7 @@ gradients(call, variables, values) -> (what `call` returns beside the loss, a gr
 cond(predicate, then, otherwise)   -> what the one that is taken returns; neither changes a variable
 branch(predicate, then, otherwise) -> None; each changes variables
 over_parts(run, batch, splits)     -> what `run` gives for the parts of a batch, summed and joined
+without_recomputation()            -> a context that refuses what would recompute a pass at other weights
 apply(optimizer, gradients, variables), count_examples(batch), replicas(), all_sum(tensor), outside(), ...
 """
 

@@ -27,6 +27,11 @@ def gradients(call: Callable[[Any], Any], variables: list[keras.Variable], value
     return rest, computed
 
 
+def without_recomputation() -> Any:
+    """Nothing: JAX recomputes from the values that it was given."""
+    return contextlib.nullcontext()
+
+
 def cond(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
     """What the branch that is taken returns. Neither changes a variable."""
     return jax.lax.cond(predicate, then, otherwise)

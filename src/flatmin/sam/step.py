@@ -226,7 +226,8 @@ class Step:
         changed: list[keras.Variable] = []
 
         def call(values: Any) -> tuple[Any, Any]:
-            with PassScope([*state, *([] if values is None else zip(variables, values, strict=True))]) as scope:
+            given = [*state, *([] if values is None else zip(variables, values, strict=True))]
+            with PassScope(given) as scope, self._backend.without_recomputation():
                 loss, outputs = forward(batch)
                 scaled = self.optimizer.scale_loss(loss)
             changed[:] = [variable for variable, _ in scope.updates()]

@@ -27,6 +27,11 @@ def gradients(call: Callable[[Any], Any], variables: list[keras.Variable], value
     return rest, [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in computed]
 
 
+def without_recomputation() -> Any:
+    """Nothing: a gradient that is recomputed is None at the perturbed weights, which the step refuses."""
+    return contextlib.nullcontext()
+
+
 def cond(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
     """What the branch that is taken returns. Neither changes a variable; both may reduce over replicas."""
     if not _merges():

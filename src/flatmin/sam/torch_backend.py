@@ -30,6 +30,14 @@ def gradients(call: Callable[[Any], Any], variables: list[keras.Variable], value
     return keras.tree.map_structure(_detached, rest), list(computed)
 
 
+def without_recomputation() -> Any:
+    """A context in which checkpointing is refused: it would recompute at the variables, with their own weights."""
+    return torch.autograd.graph.disable_saved_tensors_hooks(
+        "A sharpness-aware step on PyTorch cannot recompute activations: the second pass would read weights that are not "
+        "perturbed. Expected a model without keras.RematScope, keras.remat and torch.utils.checkpoint"
+    )
+
+
 def _detached(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
