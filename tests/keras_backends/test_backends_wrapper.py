@@ -339,7 +339,7 @@ def test_state_is_a_copy_that_brings_a_step_back() -> None:
     step.state = state
     assert distance(values(model.variables), before) == 0
     if BACKEND == "tensorflow":
-        with pytest.raises(RuntimeError, match="Call the step in tf.function"):
+        with pytest.raises(RuntimeError, match=r"Call the step in tf\.function"):
             step.stateless_call(state, forward, data)
         return
     _, _, after = step.stateless_call(state, forward, data)
@@ -386,7 +386,8 @@ def test_rematerialised_layer_trains_as_without_it_or_is_refused() -> None:
         model = keras.Sequential([keras.Input((6,)), *layers])
         if mode is not None and BACKEND != "jax":
             message = "cannot recompute" if BACKEND == "torch" else "none at the perturbed weights"
-            with pytest.raises((ValueError, RuntimeError), match=message):  # in graphs Keras' own fit fails on TensorFlow
+            # Not in a graph, where Keras' own fit fails on TensorFlow.
+            with pytest.raises((ValueError, RuntimeError), match=message):
                 fit(SharpnessAwareMinimization(model, 0.5), keras.optimizers.SGD(0.1), compile={"run_eagerly": True})
             return
         fit(SharpnessAwareMinimization(model, 0.5), keras.optimizers.SGD(0.1))

@@ -33,8 +33,8 @@ def gradients(call: Callable[[Any], Any], variables: list[keras.Variable], value
 def without_recomputation() -> Any:
     """A context in which checkpointing is refused: it would recompute at the variables, with their own weights."""
     return torch.autograd.graph.disable_saved_tensors_hooks(
-        "A sharpness-aware step on PyTorch cannot recompute activations: the second pass would read weights that are not "
-        "perturbed. Expected a model without keras.RematScope, keras.remat and torch.utils.checkpoint"
+        "A sharpness-aware step on PyTorch cannot recompute activations: the second pass would read unperturbed "
+        "weights. Expected a model without keras.RematScope, keras.remat and torch.utils.checkpoint"
     )
 
 
