@@ -56,7 +56,7 @@ golden: setup $(VENV)/dev.done  ## write the golden test's numbers again
 accept: setup $(VENV)/dev.done  ## record in dvc.lock that a change of code changed no number, without a rerun
 	$(RUN) python scripts/accept.py
 
-docs: setup  ## fill the generated blocks of all pages: numbers, params, commands
+docs: setup  ## fill in the generated parts of all pages: numbers, params, commands
 	$(RUN) python scripts/pages.py
 	$(RUN) python bench/page.py
 	$(RUN) python bench/audit_page.py
@@ -101,7 +101,7 @@ export-setup: $(VENV)/export.done  ## add what `flatmin export --format onnx` ne
 exports: setup $(VENV)/export.done  ## export the default study's model in every format: bench/exports.json
 	$(RUN) python bench/exports.py
 
-export-test: setup $(VENV)/dev.done $(VENV)/export.done  ## test ONNX export, which needs packages of its own
+export-test: setup $(VENV)/dev.done $(VENV)/export.done  ## test ONNX export, with the packages it needs
 	$(RUN) python -m pytest tests/test_use_onnx.py
 
 # flatmin.sam and flatmin.sharpness on Keras' other backends. torch is the CUDA build, some 6 GB; it runs on a CPU.
@@ -109,8 +109,8 @@ export-test: setup $(VENV)/dev.done $(VENV)/export.done  ## test ONNX export, wh
 BACKEND_TESTS = KERAS_BACKEND=$* PYTHONPATH=src:tests build/$*/bin/python -m pytest --confcutdir $(BACKENDS) $(BACKENDS) \
 	-W "ignore:__array__ implementation:DeprecationWarning"
 BACKENDS := tests/keras_backends
-test-jax:  ## test flatmin.sam and flatmin.sharpness on JAX, in an environment of its own
-test-torch:  ## test flatmin.sam and flatmin.sharpness on PyTorch, in an environment of its own
+test-jax:  ## test flatmin.sam and flatmin.sharpness on JAX, in a separate environment
+test-torch:  ## test flatmin.sam and flatmin.sharpness on PyTorch, in a separate environment
 test-jax test-torch: test-%: build/%/done
 	$(BACKEND_TESTS)
 

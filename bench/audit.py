@@ -68,7 +68,7 @@ def prepared(name: str) -> tuple[Records, str]:
 
 
 def audited(name: str) -> dict[str, Any]:
-    """Run audit as the stage does; its metrics, and the seconds that it takes beside the forward pass."""
+    """Run audit as the stage does; its metrics, and the seconds it takes without the forward pass."""
     records, model = prepared(name)
     audit._activations(records, model, Runtime(), Places.read(records))  # cached from now on
     folder = FOLDER / name

@@ -28,7 +28,7 @@ COUNTED = (
 
 
 def found(results: dict[str, Any]) -> str:
-    """What audit found in each data set, and what it took beside the forward pass."""
+    """What audit found in each data set, and how long it took without the forward pass."""
     runs = {name: results[name] for name in NAMES}
     rows = [[title, *(f"{run['found'][kind][key]:,}" for run in runs.values())] for kind, key, title in COUNTED]
     roles = ("train", "val", "test")
@@ -38,7 +38,7 @@ def found(results: dict[str, Any]) -> str:
     rows = [
         ["images of train, val, test", *images],
         *rows,
-        ["seconds beside the forward pass, of these of a processor", *took],
+        ["seconds without the forward pass: elapsed, processor time", *took],
     ]
     return table(["", *(NAMES[name] for name in runs)], rows)
 

@@ -105,7 +105,7 @@ def _memory(process: int) -> int:
 
 
 def size(*folders: Path) -> int:
-    """The total size of all files in these folders and below, in bytes."""
+    """The size of all files in these folders, in bytes."""
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
