@@ -187,7 +187,13 @@ def _square(fit: Fit, size: int) -> list[str]:
     """The lines that fit a picture to the network's input."""
     bilinear = f"({size}, {size}), Image.Resampling.BILINEAR"
     if fit == "pad":
-        return [f"picture = ImageOps.pad(picture, {bilinear}, ({PAD}, {PAD}, {PAD}))"]
+        return [  # as ImageOps.pad, but for pictures that would get thinner than a pixel
+            f"width, height = (max(1, round(side / max(picture.size) * {size})) for side in picture.size)",
+            f'square = Image.new("RGB", ({size}, {size}), ({PAD}, {PAD}, {PAD}))',
+            f"place = round(({size} - width) / 2), round(({size} - height) / 2)",
+            "square.paste(picture.resize((width, height), Image.Resampling.BILINEAR), place)",
+            "picture = square",
+        ]
     if fit == "crop":
         return [
             "side = min(picture.size)",
