@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fixtures import STUDY, tiny_params
+from fixtures import tiny_params
 from repository import ROOT, Repository, stages_run
 
 from flatmin.common import params
@@ -45,12 +45,7 @@ def test_daily_commands_and_a_grid_run(study: Repository) -> None:
     (study.folder / ".venv").symlink_to(ROOT / ".venv")
     assert "valid" in study.run("make", "check-params")
     assert stages_run(study.run("make", "repro")) == []
-    study.write_params(tiny_params(**STUDY | {"evaluate": {"ece_bins": 10}}))
-    assert stages_run(study.run("make", "repro")) == ["evaluate", "report"]
-    study.run("git", "checkout", "--force", "--quiet", ".")
-    study.run("dvc", "checkout", "--quiet")
-    ran = stages_run(study.run("dvc", "exp", "run", "-S", "sam.rho=0.1"))
-    assert ran == ["sam-finetune@7", "finalize", "evaluate", "report"]
+    assert stages_run(study.run("dvc", "exp", "run", "-S", "sam.rho=0.1", "finalize")) == ["sam-finetune@7", "finalize"]
     assert "sam" in study.run("dvc", "metrics", "diff")
     for command in ("dvc exp show", "dvc dag"):
         assert study.run(*command.split()).strip()

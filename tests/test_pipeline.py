@@ -458,36 +458,3 @@ def test_repro_study_of_a_folder_learns_and_knows_the_folder_by_its_name(tmp_pat
         assert stages_run(repository.run("dvc", "repro", "--force", "prepare")) == ["prepare"]
         assert [read(repository, "prepare")["roles"][role]["count"] for role in ("test", "predict")] == [25, 4]
         assert stages_run(repository.run("dvc", "repro", "--dry", "select-best")) == expected
-
-
-@pytest.mark.slow
-def test_study_script_leaves_the_root_clean_and_predicts(tmp_path: Path) -> None:
-    data = TINY["data"] | {"splits": TINY["data"]["splits"] | {"predict": "train[50%:52%]"}}
-    trained, predicted, named = 60, 36, "digits/"
-    if "TFDS_DATA_DIR" in os.environ:  # then there is a data set with images whose labels nobody knows
-        splits = {"train": "train[:2000]", "test": "validation[:100]", "predict": "test[:40]"}
-        data = {"source": "tfds", "name": "visual_domain_decathlon/cifar100", "splits": splits}
-        data |= {"val_per_class": 1, "train_per_class": 3}
-        trained, predicted, named = 300, 40, "cifar100/test/"
-    repository = Repository(tmp_path, TINY)
-    other = repository.folder / "studies/other"
-    other.mkdir()
-    (other / "params.yaml").write_text(yaml.safe_dump(TINY | {"seeds": [8], "data": data}))
-    repository.commit("another study")
-    repository.run("sh", "scripts/study.sh", "other")
-    changed = repository.run("git", "status", "--porcelain").split()
-    kept = ("dvc.lock", "metrics/", "plots/", "test_predictions.csv")
-    assert changed[1::2] == [f"studies/other/{name}" for name in kept]
-    prepared = json.loads((other / "metrics/prepare.json").read_text())
-    assert prepared["roles"]["train"]["count"] == trained
-    assert json.loads((other / "metrics/evaluate.json").read_text())["sam"]
-    found = rows(repository.folder / ".studies/other/predictions/predict.csv")
-    assert len(found) == predicted
-    assert all(row["label"] == "-1" and row["name"].startswith(named) for row in found)
-    assert all(int(row["final"]) in range(prepared["classes"]) for row in found)
-    given = rows(other / "test_predictions.csv")
-    assert given == [{key: row[key] for key in ("name", "final")} for row in found]
-    assert stages_run(repository.run("sh", "scripts/study.sh", "other")) == []
-    for wrong in ("", "nothing", "../other"):
-        output = repository.run("sh", "scripts/study.sh", wrong, expect=1)
-        assert output.startswith("error: NAME: expected")
