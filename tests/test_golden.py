@@ -45,25 +45,23 @@ def test_golden_numbers_are_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "variables"),
+    "variables",
     [
-        (1, {"TF_ENABLE_ONEDNN_OPTS": "0", "GOLDEN_ENGINE": "tensorflow"}),
-        (1, {"ONEDNN_MAX_CPU_ISA": "SSE41", "GOLDEN_ENGINE": "litert"}),
-        (0, {"ONEDNN_MAX_CPU_ISA": "AVX2", "GOLDEN_ENGINE": "tensorflow"}),
+        {"TF_ENABLE_ONEDNN_OPTS": "0", "GOLDEN_ENGINE": "tensorflow"},
+        {"ONEDNN_MAX_CPU_ISA": "SSE41", "GOLDEN_ENGINE": "litert"},
     ],
-    ids=["without-onednn-one-core-tensorflow", "sse41-one-core-litert", "avx2-tensorflow"],
+    ids=["without-onednn-tensorflow", "sse41-litert"],
 )
-def test_golden_tolerance_with_another_processor_holds(cores: int, variables: dict[str, str]) -> None:
-    received = json.loads(run_golden("--print", cores=cores, **variables).splitlines()[-1])
+def test_golden_tolerance_with_another_processor_holds(variables: dict[str, str]) -> None:
+    received = json.loads(run_golden("--print", cores=1, **variables).splitlines()[-1])
     assert [line for _, _, line in golden.differences(received, golden.read())] == []
 
 
-@pytest.mark.parametrize(("isa", "name"), [("SSE41", "SSE4.1"), ("AVX2", "AVX2")])
-def test_golden_variable_for_the_instruction_set_takes_effect(isa: str, name: str) -> None:
+def test_golden_variable_for_the_instruction_set_takes_effect() -> None:
     code = "import tensorflow as tf; tf.nn.conv2d(tf.ones((1, 8, 8, 8)), tf.ones((3, 3, 8, 8)), 1, 'SAME').numpy()"
-    variables = {"ONEDNN_MAX_CPU_ISA": isa, "ONEDNN_VERBOSE": "1", "TF_ENABLE_ONEDNN_OPTS": "1"}
+    variables = {"ONEDNN_MAX_CPU_ISA": "SSE41", "ONEDNN_VERBOSE": "1", "TF_ENABLE_ONEDNN_OPTS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True)
-    assert re.search(rf"cpu,isa:Intel {re.escape(name)}\b", done.stdout), done.stdout[:500] + done.stderr[-500:]
+    assert re.search(r"cpu,isa:Intel SSE4\.1\b", done.stdout), done.stdout[:500] + done.stderr[-500:]
 
 
 def _only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
