@@ -22,14 +22,15 @@ TABLE = Path("studies/digits/negative.csv")
 METHODS = ("extract", "finetune", "control", "sam")  # in evaluate's metrics
 PAGE = """# Negative controls of the default study
 
-Written by `make negative`. Test accuracy where something is wrong on purpose, and without a network. The networks are
-the default study's with one backbone and a third of the epochs: negative.yaml.
+**If the study leaked labels, the first row would be above chance.** The numbers are test accuracies where something is
+wrong on purpose, or without a network. The networks are the default study's, with one backbone and a third of the epochs
+(negative.yaml). `make negative` writes this page.
 
 {table}
-- Labels permuted among the training images, and among those of val, which decides epochs; test's are true. {count}
-  permutations, each of other images, one training seed; the mean and its 95 % interval over them (Student's t). Chance
-  is {chance:g}; one in twenty such intervals misses it by chance.
-- Random weights: the backbone starts from none of ImageNet's, one training seed.
+- Labels permuted: among the training images and among those of val, while test keeps its true ones. The mean of {count}
+  permutations, each of other images and with one training seed, and its 95 % interval (Student's t). Chance is
+  {chance:g}. One in twenty such intervals misses it by chance.
+- Random weights: the backbone starts from random weights, not from ImageNet's, with one training seed.
 - Nearest neighbour: the label of the closest training image by its stored pixels (Euclidean), on the study's images.
 """
 
