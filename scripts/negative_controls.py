@@ -23,8 +23,8 @@ METHODS = ("extract", "finetune", "control", "sam")  # in evaluate's metrics
 PAGE = """# Negative controls of the default study
 
 **If the study leaked labels, the first row would be above chance.** The numbers are test accuracies where something is
-wrong on purpose, or without a network. The networks are the default study's, with one backbone and a third of the epochs
-(negative.yaml). `make negative` writes this page.
+wrong on purpose, or without a network. The networks are the default study's, with one backbone and a third of the
+epochs (negative.yaml). `make negative` writes this page.
 
 {table}
 - Labels permuted: among the training images and among those of val, while test keeps its true ones. The mean of {count}
