@@ -75,7 +75,7 @@ def output() -> str:
 
 def params_tables() -> str:
     """Every key of the schema, a table for each section."""
-    parts = [_section("Of the whole study", params.Params, leave_out=_sections(params.Params))]
+    parts = [_section("The whole study", params.Params, leave_out=_sections(params.Params))]
     for name, section in _sections(params.Params).items():
         if name == "extract":
             parts.append(_section("extract and finetune", params.Training))

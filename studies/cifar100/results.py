@@ -198,17 +198,18 @@ def spread(values: Sequence[float], decimals: int) -> str:
 
 
 def summary(grouped: Controls) -> str:
-    """A row for each setting of the present grids: accuracies, and what SAM gains."""
-    gains = ((SAM, TWICE), (SAM, PLAIN), (CHEAPER, PLAIN))
+    """A row for each setting of the present grids: what SAM gains, and accuracies. The notes have every method."""
+    gains, shown = ((SAM, TWICE), (SAM, PLAIN)), (PLAIN, TWICE, SAM)
     rows = []
     for setting, methods in grouped.items():
         if setting.grid not in EARLIER:
-            seeds = {method: methods.get(method, {}) for method in METHODS}
+            seeds = {method: methods.get(method, {}) for method in shown}
             values = ([run[ACCURACY] for run in each.values()] for each in seeds.values())
             accuracies = [spread(each, 4) if each else "" for each in values]
-            start = (setting.data, setting.epochs, f"{setting.rho:g}", max(map(len, seeds.values())))
-            rows.append((*start, *accuracies, *(difference(seeds[one], seeds[other]) for one, other in gains)))
-    columns = ("data", "epochs", "rho", "seeds", *METHODS, *(f"{one} - {other}" for one, other in gains))
+            differences = (difference(seeds[one], seeds[other]) for one, other in gains)
+            settings = (max(map(len, seeds.values())), setting.epochs, f"{setting.rho:g}")
+            rows.append((setting.data, *differences, *accuracies, *settings))
+    columns = ("data", *(f"{one} - {other}" for one, other in gains), *shown, "seeds", "epochs", "rho")
     return table(columns, rows)
 
 
