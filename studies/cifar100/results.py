@@ -207,9 +207,9 @@ def summary(grouped: Controls) -> str:
             values = ([run[ACCURACY] for run in each.values()] for each in seeds.values())
             accuracies = [spread(each, 4) if each else "" for each in values]
             differences = (difference(seeds[one], seeds[other]) for one, other in gains)
-            settings = (max(map(len, seeds.values())), setting.epochs, f"{setting.rho:g}")
-            rows.append((setting.data, *differences, *accuracies, *settings))
-    columns = ("data", *(f"{one} - {other}" for one, other in gains), *shown, "seeds", "epochs", "rho")
+            settings = f"{setting.epochs}, {setting.rho:g}, {max(map(len, seeds.values()))}"
+            rows.append((setting.data, *differences, *accuracies, settings))
+    columns = ("data", *(f"{one} - {other}" for one, other in gains), *shown, "epochs, rho, seeds")
     return table(columns, rows)
 
 
