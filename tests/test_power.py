@@ -69,12 +69,11 @@ def test_smallest_difference_of_too_few_images_is_none() -> None:
 
 
 def test_describe_names_each_role_with_its_difference() -> None:
-    conditions = "(McNemar's exact test, 80 % power, 5 % of images discordant): less can be chance"
+    conditions = "(McNemar's exact test, 80 % power, 5 % of images discordant)"
     assert power.describe({"test": 1078, "val": 360}) == (
-        f"1,078 test images show differences from 1.96 points on, 360 val images show differences from "
-        f"3.37 points on {conditions}"
+        "smallest difference that can be shown: 1.96 points with 1,078 test images, 3.37 points with 360 val images "
+        f"{conditions}"
     )
-    assert power.describe({"test": 20, "val": 360}) == (
-        "20 test images show no differences at this discordance, "
-        f"360 val images show differences from 3.37 points on {conditions}"
+    assert power.describe({"test": 20}) == (
+        f"smallest difference that can be shown: none with 20 test images {conditions}"
     )

@@ -194,7 +194,7 @@ def test_report_of_a_thousand_classes_and_100000_images_is_below_10_megabytes(tm
     [
         (-0.009, -0.016, -0.002, "is 0.9 points worse than {} (95 % interval -1.6 to -0.2 points"),
         (0.012, 0.001, 0.02, "is 1.2 points better than {} (95 % interval +0.1 to +2.0 points"),
-        (0.012, -0.001, 0.02, "is 1.2 points better than {}, which can be chance (95 % interval -0.1 to +2.0 points"),
+        (0.012, -0.001, 0.02, "is 1.2 points better than {}, which may be chance (95 % interval -0.1 to +2.0 points"),
         (0.0, -0.01, 0.01, "is as accurate as {} (95 % interval -1.0 to +1.0 points"),
     ],
 )

@@ -216,7 +216,7 @@ def test_check_prints_counts_oddities_and_power_and_writes_nothing(
         ["all", "18", "4", "6"],
     ]
     assert lines[6] == "note: fewer than 10 train pictures of cat, dog"
-    assert lines[7].startswith("6 test images show no differences")
+    assert lines[7].startswith("smallest difference that can be shown: none with 6 test images")
     assert sorted(tmp_path.rglob("*")) == before
 
 

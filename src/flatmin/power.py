@@ -57,11 +57,7 @@ def describe(counts: Mapping[str, int]) -> str:
     shown: list[str] = []
     for role, images in counts.items():
         smallest = smallest_difference(images)
-        size = (
-            "no differences at this discordance"
-            if smallest is None
-            else f"differences from {100 * smallest:.2f} points on"
-        )
-        shown.append(f"{images:,} {role} images show {size}")
+        size = "none" if smallest is None else f"{100 * smallest:.2f} points"
+        shown.append(f"{size} with {images:,} {role} images")
     conditions = f"McNemar's exact test, {POWER:.0%} power, {DISCORDANCE:.0%} of images discordant".replace("%", " %")
-    return f"{', '.join(shown)} ({conditions}): less can be chance"
+    return f"smallest difference that can be shown: {', '.join(shown)} ({conditions})"

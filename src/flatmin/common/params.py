@@ -140,7 +140,7 @@ class Splits(Section):
 class Columns(Section):
     """Where a table or a TFDS data set holds what. Null: a table's column of the key's own name; TFDS's choice."""
 
-    image: Text | None = Field(None, description="The pictures: a table's paths, relative to the table.")
+    image: Text | None = Field(None, description="The images: a table's paths, relative to the table.")
     label: Text | None = Field(None, description="The class names. Empty in a table: the class is not known.")
     split: Text | None = Field(
         None,
@@ -172,9 +172,9 @@ class Data(Section):
     columns: Columns = Columns()
     group: Text | None = Field(
         None,
-        description="What keeps together images of one person, place or camera, of which no two roles get a part: a"
-        " table's column, a feature of TFDS, or for a folder a regular expression that finds the group in the path (its"
-        " first bracket, or all of it). Slices in percent and `val_fraction` then follow groups. Null: unknown.",
+        description="Keeps images of one person, place or camera in one role. A table's column, a feature of TFDS, or"
+        " for a folder a regular expression that finds the group in the path (its first bracket, or all of it). Slices"
+        " in percent and `val_fraction` then take whole groups. Null: unknown.",
     )
     links: Links = Field(
         "within",
@@ -183,11 +183,11 @@ class Data(Section):
     )
     folds: Annotated[int, Field(ge=2)] | None = Field(
         None,
-        description="Number of folds of a cross-validation, of which train's split is divided into as many parts, with"
-        " classes in proportion, and by whole groups with `group`. Test is one of them, `fold`; `splits.test` is null.",
+        description="Number of folds of a cross-validation. Train's split is divided into as many parts, with classes"
+        " in proportion, and by whole groups with `group`. One of them, `fold`, is test, and `splits.test` is null.",
     )
     fold: CountOrZero | None = Field(
-        None, description="The fold that is test, from 0 on; train is the others, out of which val is taken."
+        None, description="The fold that is test, from 0 on. The others are train, out of which val is taken."
     )
     val_fraction: Fraction | None = Field(
         None,
@@ -205,17 +205,17 @@ class Data(Section):
         _by_type("auto, original or an integer"),
     ] = Field(
         "auto",
-        description="Pixels to which the shorter side of a picture is brought before it is stored, 8 to 4096; the"
-        " proportions stay. `auto`: the largest `image_size` of extract and finetune over the backbones, but no picture"
-        " is enlarged. `original`: stored in their own size.",
+        description="Length in pixels, 8 to 4096, of an image's shorter side as it is stored. The proportions stay."
+        " `auto`: the largest `image_size` of extract and finetune over the backbones, but no image is enlarged."
+        " `original`: stored in their own size.",
     )
     fit: Fit = Field(
         "squash",
-        description="How a picture becomes the network's square: `squash` changes the proportions, `crop` takes the"
+        description="How an image becomes the network's square: `squash` changes the proportions, `crop` takes the"
         " largest square in the middle, `pad` adds grey borders.",
     )
     max_pixels: Annotated[int, Field(ge=1, le=LARGEST)] = Field(
-        MAX_PIXELS, description="Pixels of the largest picture that is read; a larger one counts as broken."
+        MAX_PIXELS, description="Pixels of the largest image that is read. A larger one counts as broken."
     )
     skip_broken: CountOrZero = Field(0, description="Maximum number of unreadable images to skip; more are an error.")
     label_noise: Rate = Field(
@@ -362,13 +362,13 @@ class Training(Section):
     label_smoothing: Rate = Field(0.0, description="Label smoothing, in [0, 1).")
     class_weights: Balance = Field(
         "none",
-        description="`balanced`: the loss of an image is divided by the size of its class, times what makes the mean"
-        " weight 1 over train. `none`: every image weighs the same.",
+        description="`balanced`: each image's loss is divided by the size of its class, scaled to a mean weight of 1"
+        " over train. `none`: every image weighs the same.",
     )
     sampling: Balance = Field(
         "none",
-        description="`balanced`: an epoch draws every class equally often, in all as many images as train has: those of"
-        " a rare class several times, those of a frequent one in part. `none`: every image once.",
+        description="`balanced`: an epoch draws every class equally often, and as many images as train has. Those of a"
+        " rare class come several times, those of a frequent one in part. `none`: every image once.",
     )
     ema: Fraction | None = Field(
         None,
@@ -476,18 +476,18 @@ class Select(Section):
 
 
 class Audit(Section):
-    """What audit tells of the data. Only the report, and evaluate's figures without near duplicates, depend on it."""
+    """What audit reports of the data. Only the report, and evaluate's scores without near duplicates, depend on it."""
 
     hash_bits: Annotated[int, Field(ge=0, le=63)] = Field(
         16,
-        description="Bits, of 63, in which the perceptual hashes of near duplicates differ at most, mirrored or not.",
+        description="Bits, of 63, in which the perceptual hashes of near duplicates may differ, mirrored or not.",
     )
     cosine: Annotated[Float, Field(gt=0, le=1)] = Field(
         0.4,
-        description="Cosine, in (0, 1], that the whitened activations of near duplicates with equal hashes have at"
-        " least; each bit in which hashes differ asks for 0.03 more.",
+        description="Lowest cosine, in (0, 1], between the whitened activations of near duplicates with equal hashes."
+        " Each bit in which the hashes differ raises it by 0.03.",
     )
-    small_class: Count = Field(20, description="Classes with fewer images of train than this are told of.")
+    small_class: Count = Field(20, description="Classes with fewer training images than this are reported.")
 
 
 class SharedSam(Section):
@@ -500,17 +500,17 @@ class SharedSam(Section):
         description="Measure rho relative to the size of each weight (ASAM). It is about ten times as large then.",
     )
     every: Count = Field(
-        Settings.every, description="Take a perturbed step in the first and every `every`-th step after it."
+        Settings.every, description="Perturb the first step and every `every`-th step after it. The others are plain."
     )
     num_batch_splits: Count = Field(1, description="Number of parts of a batch, each with its own perturbation.")
     accumulate: Count = Field(Settings.accumulate, description="Number of batches whose gradients make one update.")
     sync_perturbation: bool = Field(
         Settings.sync_perturbation,
-        description="One perturbation from all replicas' gradient, in place of each replica's own.",
+        description="One perturbation from all replicas' gradients, instead of each replica's own.",
     )
     epochs: Count | None = Field(
         None,
-        description="Number of epochs, in place of finetune's. Half of them take as many gradient evaluations.",
+        description="Number of epochs, instead of finetune's. Half as many take as many gradient evaluations.",
     )
 
     def settings(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def verdict(study: Study) -> str:
     if size == "0.0":
         return f"SAM is as accurate as plain fine-tuning at equal compute ({sized})."
     direction = "better" if found["accuracy"] > 0 else "worse"
-    chance = "" if is_shown(found) else ", which can be chance"
+    chance = "" if is_shown(found) else ", which may be chance"
     return f"SAM is {size} points {direction} than plain fine-tuning at equal compute{chance} ({sized})."
 
 

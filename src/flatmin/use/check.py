@@ -17,7 +17,7 @@ def check(path: str) -> None:
     settings = params.load(path)
     console.log(params_check.describe(settings, path))
     tell(settings.data, survey.survey(settings.data))
-    console.log("which pictures cannot be read, or are in two roles, is known after prepare")
+    console.log("prepare finds images that cannot be read or are in two roles")
 
 
 def tell(data: params.Data, found: survey.Survey) -> None:
