@@ -73,7 +73,7 @@ def test_folder_counts_every_other_file_and_says_so_in_one_line(
     assert source.empty == ["eel", "horse"]
     assert capsys.readouterr().out == (
         "prepare: 35 files were not read: 20 .heic, 1 .e-1, 1 .jpg_large, 1 .md, 1 without a suffix, 1 of odd suffixes,"
-        " 1 .txt; 8 hidden or system; 1 no file; folders without pictures: eel, horse\n"
+        " 1 .txt; 8 hidden or system; 1 no file; folders without images: eel, horse\n"
     )
 
 
@@ -233,7 +233,7 @@ def test_folder_with_one_file_twice_in_a_split_is_refused(
         (root / link).symlink_to(target.format(root=root, out=tmp_path / "out.png"))
     first = next(iter(links)) if len(links) > 1 else "dog/1.png"
     assert refused(root, **values) == (
-        f"data.name: expected each picture of a split once, received {first!r} and {other!r}, which are one file"
+        f"data.name: expected each image of a split once, received {first!r} and {other!r}, which are one file"
     )
 
 
@@ -435,7 +435,7 @@ def test_folder_of_pictures_and_their_annotations_is_refused(
     message = refused(put(tmp_path, files), splits)
     expected = f"data.name: expected a folder of images for each class, received {found.format(root=tmp_path)}"
     assert message.startswith(expected)
-    assert "', as data for detection or segmentation have them; list the pictures with one label each in" in message
+    assert "', as data for detection or segmentation have them; list the images with one label each in" in message
 
 
 @pytest.mark.parametrize("classes", [["mask", "no mask"], ["image", "text"]])

@@ -95,7 +95,7 @@ def test_report_has_its_sections_in_order(found: Page, tmp_path: Path) -> None:
         *("Worst mistakes", "Calibration", "Sharpness", "Cost", "Where it comes from"),
     ]
     assert words.verdict(Made(tmp_path, names=NAMES).study()) in found.text
-    assert "None was found. Two pictures count if their perceptual hashes differ in at most 16 of 63 bits" in found.text
+    assert "None was found. Two images count if their perceptual hashes differ in at most 16 of 63 bits" in found.text
     assert "0 labels of train and 0 of val may be wrong" in found.text
     assert "Unknown: nothing says whether two roles share a group" in found.text
     assert "so these figures have no other version" in found.text

@@ -98,10 +98,10 @@ def test_survey_names_what_is_odd(tmp_path: Path) -> None:
     odd = "\n".join(survey.survey(data_of(folder)).odd)
     for part in (
         "1 file was not read: 1 .txt",
-        "folders without pictures: train/horse",
-        "classes are uneven: 39 train pictures of dog, 9 of cat",
-        "fewer than 10 train pictures of cat",
-        "no val picture of dog",
+        "folders without images: train/horse",
+        "classes are uneven: 39 train images of dog, 9 of cat",
+        "fewer than 10 train images of cat",
+        "no val image of dog",
     ):
         assert part in odd
     assert "no test picture" not in odd
@@ -208,14 +208,14 @@ def test_check_prints_counts_oddities_and_power_and_writes_nothing(
     check.check(str(tmp_path / "params.yaml"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path}/params.yaml: valid, seeds 7"
-    assert lines[1] == f"folder {tmp_path}/pictures: 2 classes, 28 pictures"
+    assert lines[1] == f"folder {tmp_path}/pictures: 2 classes, 28 images"
     assert [line.split() for line in lines[2:6]] == [
         ["class", "train", "val", "test"],
         ["cat", "9", "2", "3"],
         ["dog", "9", "2", "3"],
         ["all", "18", "4", "6"],
     ]
-    assert lines[6] == "note: fewer than 10 train pictures of cat, dog"
+    assert lines[6] == "note: fewer than 10 train images of cat, dog"
     assert lines[7].startswith("smallest difference that can be shown: none with 6 test images")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -296,8 +296,8 @@ def test_new_in_process_measures_what_the_estimate_needs(
     with chdir(tmp_path):
         new.new("study", section(folder), Path("params.yaml"), 1.0)
     out = capsys.readouterr().out
-    assert "note: 1 of 26 pictures cannot be read, such as class0/broken.png (" in out
-    assert "note: pictures are small: half of 25" in out
+    assert "note: 1 of 26 images cannot be read, such as class0/broken.png (" in out
+    assert "note: images are small: half of 25" in out
     (timings,) = measured
     assert timings.start > 1
     for each in (timings.augment, timings.frozen, timings.validation, timings.scoring):

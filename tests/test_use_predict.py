@@ -239,7 +239,7 @@ def test_predict_broken_pictures_are_named_and_skipped_and_exit_with_1(workspace
         f"{tmp_path}/{name}" for name in ("cut.png", "empty.jpg", "none.png")
     ]
     assert broken[2].endswith(": No such file or directory")
-    assert error == "error: expected pictures that can be read, received 3 of 4 broken"
+    assert error == "error: expected images that can be read, received 3 of 4 broken"
 
 
 def test_predict_paths_from_standard_input_keep_their_order_and_odd_names(
@@ -292,7 +292,7 @@ def test_predict_ends_quietly_when_its_reader_does(workspace: Path, tmp_path: Pa
     ("changes", "part"),
     [
         ({"top": 3}, "--top: expected at most 2, the model's classes, received 3"),
-        ({"names": ["nothing"]}, "nothing: expected pictures, received none"),
+        ({"names": ["nothing"]}, "nothing: expected images, received none"),
         ({"model": Path("other")}, "other/model.json: expected a file that an earlier stage wrote, found none"),
     ],
 )
@@ -393,9 +393,9 @@ def test_explain_names_the_class_and_its_probability(
     [
         ({"class_name": "cow"}, "--class: expected one of cat, dog, received 'cow'"),
         ({"out": Path("why.jpg")}, "--out: expected a name that ends in .png, received 'why.jpg'"),
-        ({"out": Path("half.png")}, "--out: expected another file than the picture, received 'half.png'"),
-        ({"image": "notes.txt"}, "notes.txt: expected a picture that can be read, received: it is of no format"),
-        ({"image": "none.png"}, "none.png: expected a picture that can be read, received: No such file or directory"),
+        ({"out": Path("half.png")}, "--out: expected another file than the image, received 'half.png'"),
+        ({"image": "notes.txt"}, "notes.txt: expected an image that can be read, received: it is of no format"),
+        ({"image": "none.png"}, "none.png: expected an image that can be read, received: No such file or directory"),
     ],
 )
 def test_explain_unusable_input_is_refused_and_writes_nothing(half: Path, changes: dict[str, Any], part: str) -> None:

@@ -74,10 +74,10 @@ class Stored(NamedTuple):
     def describe(self) -> str:
         """One line."""
         if self.side is None:
-            return "pictures are stored in their own size"
+            return "images are stored in their own size"
         if self.enlarge:
-            return f"pictures are stored with a shorter side of {self.side} pixels"
-        return f"pictures are stored with a shorter side of at most {self.side} pixels, the largest network input"
+            return f"images are stored with a shorter side of {self.side} pixels"
+        return f"images are stored with a shorter side of at most {self.side} pixels, the largest network input"
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """The stored width and height, which keep the proportions."""

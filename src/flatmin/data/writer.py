@@ -112,7 +112,7 @@ def _tell(info: Mapping[str, Any]) -> None:
         console.log(f"prepare: files with several frames or pages, of which the first is taken: {info['first_frames']}")
     if info["dark"]["count"]:
         console.log(
-            "prepare: pictures of 12 or 16 bits that are dark, since they use less than a quarter of their range:"
+            "prepare: images of 12 or 16 bits that are dark, since they use less than a quarter of their range:"
             f" {info['dark']['count']}, such as {info['dark']['names'][0]!r}"
         )
 

@@ -127,7 +127,7 @@ def _about(made: Made, released: dict[str, Any]) -> list[str]:
 def _usage(made: Made) -> list[str]:
     size = made.description.image_size
     taken = "of any height and width, all of one batch alike" if made.format.any_size else f"of {size} x {size} pixels"
-    batch = "several pictures or one" if made.format.any_size else "one picture"
+    batch = "several images or one" if made.format.any_size else "one image"
     given = f"**In** `pixels`: uint8 `[batch, height, width, 3]`, {batch}, RGB in 0 to 255, {taken}."
     inside = "Inside: all resizing, the network's scaling of pixels, the temperature and the softmax."
     if not made.format.any_size:
@@ -146,7 +146,7 @@ def _quicker(made: Made) -> list[str]:
     """What spares a file that takes any size much of its resizing."""
     if made.stored.side is None or not made.format.any_size:
         return []
-    lines = ["", "Before `pixels`, this makes large pictures smaller, which is quicker and gives the same answer:", ""]
+    lines = ["", "Before `pixels`, this makes large images smaller, which is quicker and gives the same answer:", ""]
     return [*lines, "```python", *_stored_size(made.stored), "```"]
 
 
@@ -209,7 +209,7 @@ def _proof(made: Made) -> list[str]:
     limit = f"An export is refused where more than {100 * found['limit']:g} % of the answers differ"
     kept = "this one was forced" if found["differ_share"] > found["limit"] else "this one is below"
     return [
-        f"The file answered in its own runtime, in a process of its own, on the pictures as the study stored them "
+        f"The file answered in its own runtime, in a process of its own, on the images as the study stored them "
         f"({versions}). {limit}; {kept}. Log-probabilities are compared down to {parity.FLOOR:g}. The same as JSON: "
         "`parity.json`."
     ]
@@ -242,17 +242,17 @@ def _data(made: Made, prepared: dict[str, Any]) -> list[str]:
         else f"| {role} | {each['count']:,} | |"
         for role, each in roles.items()
     ]
-    return [f"`{prepared['name']}`:", "", "| role | pictures | of a class |", "|---|---|---|", *rows]
+    return [f"`{prepared['name']}`:", "", "| role | images | of a class |", "|---|---|---|", *rows]
 
 
 def _limits(made: Made) -> list[str]:
     lines = [
-        "- It knows its classes alone: a picture of anything else gets one of them, often with confidence.",
-        "- Probabilities are calibrated on val, for pictures like those of the study.",
-        "- The licence depends on the pictures and on the pretrained weights: look it up before you pass the file on.",
+        "- It knows its classes alone: an image of anything else gets one of them, often with confidence.",
+        "- Probabilities are calibrated on val, for images like those of the study.",
+        "- The licence depends on the images and on the pretrained weights: look it up before you pass the file on.",
     ]
     if made.format.any_size:
-        lines += ["- Time and memory of the resize inside grow with the picture: seconds for 12 megapixels."]
+        lines += ["- Time and memory of the resize inside grow with the image: seconds for 12 megapixels."]
         if made.stored.side is not None:
             lines += [
                 f"- Pictures of more than {LONGEST}:1 are squeezed to that, where the study kept their proportions "

@@ -23,7 +23,7 @@ def check(path: str) -> None:
 def tell(data: params.Data, found: survey.Survey) -> None:
     """Print a survey."""
     count = sum(found.total(role) for role in found.counts)
-    console.log(f"{data.source} {data.name}: {len(found.class_names)} classes, {count:,} pictures")
+    console.log(f"{data.source} {data.name}: {len(found.class_names)} classes, {count:,} images")
     for line in found.table():
         console.log(line)
     for line in found.odd:

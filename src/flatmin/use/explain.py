@@ -28,7 +28,7 @@ def explain(image: str, model: Path, class_name: str | None, out: Path) -> None:
     if out.suffix.lower() != ".png":
         raise InputError(f"--out: expected a name that ends in .png, received {str(out)!r}")
     if out.exists() and out.samefile(image):
-        raise InputError(f"--out: expected another file than the picture, received {str(out)!r}")
+        raise InputError(f"--out: expected another file than the image, received {str(out)!r}")
     loaded = predict.load(model)
     names = list(loaded.description.class_names)
     if class_name is not None and class_name not in names:
@@ -36,7 +36,7 @@ def explain(image: str, model: Path, class_name: str | None, out: Path) -> None:
         raise InputError(f"--class: expected one of {shown}, received {class_name!r}")
     picture = pictures.read(image, loaded.description)
     if picture.pixels is None:
-        raise InputError(f"{pictures.shown(image)}: expected a picture that can be read, received: {picture.reason}")
+        raise InputError(f"{pictures.shown(image)}: expected an image that can be read, received: {picture.reason}")
     (found,) = predict.probabilities(loaded, picture.pixels[None])
     label = int(found.argmax()) if class_name is None else names.index(class_name)
     (activation,) = cam.activation_maps(loaded, picture.pixels[None].astype(np.float32), [label])
@@ -46,7 +46,7 @@ def explain(image: str, model: Path, class_name: str | None, out: Path) -> None:
     other = "" if label == best else f"; the model says {names[best]}, {found[best]:.4f}"
     console.log(f"{out}: what speaks for {names[label]}, probability {found[label]:.4f}{other}")
     if not activation.any():
-        console.log(f"{out}: nothing in the picture speaks for {names[label]}")
+        console.log(f"{out}: nothing in the image speaks for {names[label]}")
 
 
 def _beside(pixels: np.ndarray, activation: np.ndarray) -> Image.Image:

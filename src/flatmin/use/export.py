@@ -79,7 +79,7 @@ def _check(model: Path, description: Description, records: Records, out: Path) -
         shown = (f"fit {fit}, stored side {stored.side}" for fit, stored in (expected, received))
         raise InputError(f"{RECORDS}: expected val as the model was trained, {', received '.join(shown)}")
     if (records.labels("val") < 0).any():
-        raise InputError(f"{RECORDS}: expected labels of all val pictures, received some without")
+        raise InputError(f"{RECORDS}: expected labels of all val images, received some without")
     if out.exists() and not (out.is_dir() and ((out / PARITY).is_file() or not any(out.iterdir()))):
         raise InputError(f"--out: expected a new folder or one of an earlier export, received {out}")
 

@@ -46,7 +46,7 @@ def new(name: str, values: dict[str, Any], to: Path | None, imported: float) -> 
     check.tell(data, found)
     as_they_are = estimate.read_sample(found, Stored(), data.max_pixels)
     if not as_they_are.examples:
-        raise InputError(f"data.name: expected pictures that can be read, received {as_they_are.broken[0]}")
+        raise InputError(f"data.name: expected images that can be read, received {as_they_are.broken[0]}")
     for line in _odd(as_they_are):
         console.log(f"note: {line}")
     has_gpu = bool(tf.config.list_physical_devices("GPU"))
@@ -59,7 +59,7 @@ def new(name: str, values: dict[str, Any], to: Path | None, imported: float) -> 
         temporary.write_text(text, encoding="utf-8")
         settings = params.parse(read_yaml(temporary), str(path))
     console.log(f"{path}: written; read its comments, then {_command(name, path, to)}")
-    console.log(f"timing {len(as_they_are.examples)} pictures and {estimate.STEPS} steps ...")
+    console.log(f"timing {len(as_they_are.examples)} images and {estimate.STEPS} steps ...")
     console.log(f"{_command(name, path, to)}: {expected(settings, found, imported).describe()}")
 
 
@@ -94,14 +94,14 @@ def _odd(sample: Sample) -> list[str]:
     count = len(sample.examples)
     if sample.broken:
         odd.append(
-            f"{len(sample.broken)} of {count + len(sample.broken)} pictures cannot be read, such as {sample.broken[0]}"
+            f"{len(sample.broken)} of {count + len(sample.broken)} images cannot be read, such as {sample.broken[0]}"
         )
     if sample.side < _SMALL:
-        odd.append(f"pictures are small: half of {count} have a shorter side of at most {sample.side} pixels")
+        odd.append(f"images are small: half of {count} have a shorter side of at most {sample.side} pixels")
     if (long := int((sample.proportions >= _LONG).sum())) > count // 10:
-        odd.append(f"{long} of {count} pictures are at least {_LONG} times as long as wide, or as wide as long")
+        odd.append(f"{long} of {count} images are at least {_LONG} times as long as wide, or as wide as long")
     if any(picture.dark for _, picture in sample.examples):
-        odd.append("some pictures of 16 bits use less than a quarter of their range, and are dark for it")
+        odd.append("some images of 16 bits use less than a quarter of their range, and are dark for it")
     if any(picture.frames for _, picture in sample.examples):
         odd.append("some files have several frames or pages, of which the first is taken")
     free = shutil.disk_usage(Path.cwd()).free

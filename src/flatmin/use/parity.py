@@ -52,7 +52,7 @@ def table(parity: dict[str, Any]) -> list[str]:
     """The comparison as rows of a Markdown table, one for each figure."""
     gain, size = parity["difference"], parity["bytes"]
     return [
-        f"| on {parity['images']:,} val pictures | trained | {parity['format']} |",
+        f"| on {parity['images']:,} val images | trained | {parity['format']} |",
         "|---|---|---|",
         f"| accuracy (95 % interval) | {with_interval(parity['trained'])} | {with_interval(parity['exported'])} |",
         f"| difference in points (95 % interval) | | {100 * gain['accuracy']:+.2f} "
@@ -60,7 +60,7 @@ def table(parity: dict[str, Any]) -> list[str]:
         f"| answers that differ | | {parity['differ']} ({100 * parity['differ_share']:.2f} %) |",
         f"| largest difference of log-probabilities | | {parity['log_probability_difference']:.2g} |",
         f"| size in MB | | {size / 1e6:.2f} |",
-        f"| milliseconds a picture, one at a time | | {parity['milliseconds']:.1f} ({parity['machine']}) |",
+        f"| milliseconds an image, one at a time | | {parity['milliseconds']:.1f} ({parity['machine']}) |",
     ]
 
 

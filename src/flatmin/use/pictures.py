@@ -103,7 +103,7 @@ def _in_folder(folder: str) -> list[str]:
     if told := listing.describe(listed.ignored, []):
         print(f"{folder}: {told}", file=sys.stderr)
     if not listed.files:
-        raise InputError(f"{folder}: expected pictures, received none")
+        raise InputError(f"{folder}: expected images, received none")
     return [os.path.join(folder, file) for file in listed.files]
 
 

@@ -77,7 +77,7 @@ def predict(names: Sequence[str], model: Path, *, form: str, top: int, abstain_b
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     if broken:
-        raise InputError(f"expected pictures that can be read, received {len(broken)} of {count + len(broken)} broken")
+        raise InputError(f"expected images that can be read, received {len(broken)} of {count + len(broken)} broken")
 
 
 def load(model: Path) -> Classifier:

@@ -26,17 +26,17 @@ runtime:
 data:
   source: {source}
   name: {name}{columns}
-  seed: 42              # draws what is drawn of the pictures
+  seed: 42              # draws what is drawn of the images
 {splits}
   image_size: auto      # stored no larger than the networks see them
   fit: {fit}{fit_comment}
-  skip_broken: 0        # the number of pictures that may be unreadable; more stop the study, and are listed
+  skip_broken: 0        # the number of images that may be unreadable; more stop the study, and are listed
 
 augment:
   engine: imgaug
-  n: 2                  # operations of RandAugment on a picture, and their magnitude
+  n: 2                  # operations of RandAugment on an image, and their magnitude
   m: 7
-  flip: true            # false where a mirrored picture is another class, as with writing
+  flip: true            # false where a mirrored image is another class, as with writing
   crop: {crop}
 
 backbones: [{backbones}]   # those whose weights come with the requirements
@@ -49,7 +49,7 @@ extract:
   label_smoothing: 0.1
   batch_size: {batch_size}
   epochs: {extract_epochs}
-  views: {extract_views}              # augmented views of each picture, kept; 0 augments afresh in every epoch
+  views: {extract_views}              # augmented views of each image, kept; 0 augments afresh in every epoch
   dropout: 0.2
   image_size: {image_size}       # {size_comment}
 
@@ -143,9 +143,9 @@ def text(data: Data, chosen: Sizes, backbones: list[str], *, path: Path, counts:
     """The contents of params.yaml."""
     columns = ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.columns if value)
     if side <= chosen.image_size:
-        size_comment = f"of 64 pictures half have a shorter side of at most {side} pixels"
+        size_comment = f"of 64 images half have a shorter side of at most {side} pixels"
     else:
-        size_comment = f"pixels; the pictures have about {side}, and a larger size costs with its square"
+        size_comment = f"pixels; the images have about {side}, and a larger size costs with its square"
     return _TEXT.format(
         title=f"{path.parent.name or 'A study'}: {data.name}".replace("\n", " "),
         path=path,
@@ -155,7 +155,7 @@ def text(data: Data, chosen: Sizes, backbones: list[str], *, path: Path, counts:
         columns=f"\n  columns: {{{columns}}}" if columns else "",
         splits=_splits(data),
         fit=fit,
-        fit_comment="         # pictures are long: grey borders keep all of them" if fit == "pad" else "",
+        fit_comment="         # images are long: grey borders keep all of them" if fit == "pad" else "",
         crop=max(2, min(side, chosen.image_size) // 12),
         backbones=", ".join(backbones),
         batch_size=chosen.batch_size,

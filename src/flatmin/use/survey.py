@@ -119,15 +119,15 @@ def _odd(names: list[str], counts: Mapping[str, np.ndarray]) -> list[str]:
     most, least = int(train.argmax()), int(train.argmin())
     if train[most] >= _UNEVEN * max(1, train[least]):
         odd.append(
-            f"classes are uneven: {train[most]} train pictures of {names[most]}, {train[least]} of {names[least]};"
+            f"classes are uneven: {train[most]} train images of {names[most]}, {train[least]} of {names[least]};"
             " balanced_accuracy and macro_f1 of metrics/evaluate.json count every class alike"
         )
     if few := [names[label] for label in np.flatnonzero(train < _FEW)]:
-        odd.append(f"fewer than {_FEW} train pictures of {_some(few)}")
+        odd.append(f"fewer than {_FEW} train images of {_some(few)}")
     for role in ("val", "test"):
         lacking = [names[label] for label in np.flatnonzero(counts[role] == 0)] if counts[role].any() else []
         if lacking:
-            odd.append(f"no {role} picture of {_some(lacking)}")
+            odd.append(f"no {role} image of {_some(lacking)}")
     if not counts["test"].any():
         odd.append("no labels of test: evaluate predicts it, and scores nothing")
     return odd
@@ -147,8 +147,8 @@ def _groups(data: Data) -> list[str]:
         if column not in used and 2 * len(values) <= len(rows) and len(values) > 1 and _crosses(rows, column, data):
             odd.append(
                 f"column {column!r} has {len(values)} values in {len(rows)} rows, and the same ones in several splits:"
-                " if pictures of one value resemble each other (a person, a place, a day), test scores are too good;"
-                f" `group: {column}` in the section data keeps the pictures of each value in one role"
+                " if images of one value resemble each other (a person, a place, a day), test scores are too good;"
+                f" `group: {column}` in the section data keeps the images of each value in one role"
             )
     return odd
 

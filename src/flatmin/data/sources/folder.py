@@ -122,7 +122,7 @@ def _refuse_pairs(names: Collection[str], listed: Listing, parent: str, data: Da
         found = [path for path in paths if "/" not in path]
         raise InputError(
             f"data.name: expected a folder of images for each class, received {', '.join(found[: roles.MAX_LISTED])} in"
-            f" {os.path.join(data.name, parent)!r}, as data for detection or segmentation have them; list the pictures"
+            f" {os.path.join(data.name, parent)!r}, as data for detection or segmentation have them; list the images"
             " with one label each in a table (data.source: table)"
         )
 
@@ -150,7 +150,7 @@ def _refuse_other_than_splits(items: dict[str, list[tuple[str, str]]], data: Dat
     else:
         write = (
             "the names of the splits in data.splits, if these folders are splits; if they are classes, move them into a"
-            f" folder train/, in which pictures may lie deeper (train/{found})"
+            f" folder train/, in which images may lie deeper (train/{found})"
         )
     tops = ", ".join(list(items)[: roles.MAX_LISTED]) + (", ..." if len(items) > roles.MAX_LISTED else "")
     raise InputError(
@@ -165,7 +165,7 @@ def _refuse_twice(root: Path, files: Sequence[str]) -> None:
         other = found.setdefault(listing.real_file(f"{root}/{file}"), file)
         if other != file:
             raise InputError(
-                f"data.name: expected each picture of a split once, received {other!r} and {file!r}, which are one file"
+                f"data.name: expected each image of a split once, received {other!r} and {file!r}, which are one file"
             )
 
 

@@ -137,7 +137,7 @@ def describe(ignored: Mapping[str, Mapping[str, int]], empty: list[str]) -> str:
     lines = [f"{total} file{'s were' if total > 1 else ' was'} not read: {'; '.join(parts)}"] if parts else []
     if empty:
         more = f", ... ({len(empty)})" if len(empty) > MAX_LISTED else ""
-        lines.append(f"folders without pictures: {', '.join(map(_shown, empty[:MAX_LISTED]))}{more}")
+        lines.append(f"folders without images: {', '.join(map(_shown, empty[:MAX_LISTED]))}{more}")
     return "; ".join(lines)
 
 

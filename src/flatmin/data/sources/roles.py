@@ -134,7 +134,7 @@ def refuse_splits_as_classes(classes: Collection[str], folder: str, split: str =
     if several or lower & HARDLY_CLASSES or (lower and all(resembles_split(name) for name in lower)):
         raise InputError(
             f"data.name: expected classes, received {_names(classes)} in {os.path.join(folder, split)}, which are names"
-            " of splits: sort the pictures of each split into a folder for each class (train/CLASS/...), or list them"
+            " of splits: sort the images of each split into a folder for each class (train/CLASS/...), or list them"
             " in a table with labels (data.source: table)"
             + (f"; if {split} is not needed, name it in data.splits.unused, or move it away" if split else "")
         )
