@@ -90,6 +90,8 @@ def explain(findings: ValidationError, values: Any) -> str:
             expected = "non-empty text"
         case "string_unicode":
             expected = "text"
+        case "string_type":  # YAML and `dvc exp run -S` take 1e3, 2024-01-01 and null for something else
+            expected = "text" if isinstance(finding["input"], list | dict) else "text in quotes"
         case _:
             expected = re.sub(r"^.*?should be ", "", finding["msg"])
             expected = expected[:1].lower() + expected[1:]
