@@ -20,14 +20,16 @@ repro: setup check-params  ## run the study in params.yaml: only what changed
 	$(RUN) dvc repro
 	@$(TO_KEEP)
 
-# DVC's own hint names dvc.lock alone.
-TO_KEEP := changed=$$(git status --porcelain -- params.yaml dvc.lock metrics plots | cut -c 4- | cut -d / -f 1 | sort -u | \
-	tr '\n' ' '); [ -z "$$changed" ] || echo "to keep this result: git add $$changed&& git commit"
+# DVC's own hint names dvc.lock alone. Edited code belongs to its result.
+TO_KEEP := [ -z "$$(git status --porcelain dvc.lock metrics params.yaml plots)" ] || { \
+	for path in accepted.json dvc.lock dvc.yaml metrics params.yaml plots src stages; do \
+	[ -z "$$(git status --porcelain $$path)" ] || set -- "$$@" $$path; done; \
+	echo "to keep this result: git add $$* && git commit"; }
 
 # LOCK=gpu, given with any of these, installs the CUDA wheels too.
 setup: $(VENV)/$(or $(LOCK),cpu).done $(VENV)/bin/flatmin $(ON_PATH)  ## make .venv from the locked requirements
-	@. ./$(VENV)/bin/activate && test -x "$$VIRTUAL_ENV/bin/python" || { echo "error: $(VENV): expected a checkout at its" \
-		"old place, where $$VIRTUAL_ENV was made, found none: remove $(VENV) and run make again" >&2; exit 1; }
+	@. ./$(VENV)/bin/activate && test "$$VIRTUAL_ENV" -ef $(VENV) || { echo "error: $(VENV): expected an environment that was" \
+		"made here, received that of $$VIRTUAL_ENV: remove $(VENV) and run make again" >&2; exit 1; }
 
 # What the environment's programs start finds its python, also where nobody activated it: `.venv/bin/dvc repro`.
 $(ON_PATH): | $(VENV)/$(or $(LOCK),cpu).done

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,10 +47,13 @@ def checkout(finished: Repository, tmp_path: Path) -> Repository:
 @needs_make
 def test_make_repro_names_what_to_commit_and_nothing_once_it_is(checkout: Repository) -> None:
     checkout.write_params(TINY | {"data": TINY["data"] | {"seed": 8}})
+    with (checkout.folder / "src/flatmin/inputs/batches.py").open("a") as file:
+        file.write("# an edit\n")
+    (checkout.folder / "metrics/größe 1.json").write_text("{}")
     output = checkout.run("make", "repro")
     assert stages_run(output) == ["count", "train"]
     *_, last = output.splitlines()
-    assert last == "to keep this result: git add dvc.lock metrics params.yaml && git commit"
+    assert last == "to keep this result: git add dvc.lock metrics params.yaml src && git commit"
     checkout.run("sh", "-c", last.partition(": ")[2] + " --quiet --message result")
     assert checkout.run("git", "status", "--porcelain") == ""
     assert "to keep" not in checkout.run("make", "repro")
@@ -63,11 +68,16 @@ def test_dvc_of_an_environment_that_is_not_activated_runs_the_stages_in_it(check
 
 
 @needs_make
-def test_make_setup_in_a_moved_checkout_says_what_to_do(checkout: Repository, tmp_path: Path) -> None:
-    checkout.folder.parent.rename(tmp_path / "moved")
-    output = Repository.existing(tmp_path / "moved").run("make", "setup", expect=2)
-    assert f"error: .venv: expected a checkout at its old place, where {checkout.folder}/.venv was made" in output
-    assert "found none: remove .venv and run make again\n" in output
+@pytest.mark.parametrize("move", [shutil.move, partial(shutil.copytree, symlinks=True)])
+def test_make_setup_in_a_moved_or_copied_checkout_says_what_to_do(
+    checkout: Repository, tmp_path: Path, move: Callable[[Path, Path], object]
+) -> None:
+    move(checkout.folder.parent, tmp_path / "moved")
+    moved = Repository.existing(tmp_path / "moved")
+    moved.variables = checkout.variables
+    output = moved.run("make", "setup", expect=2)
+    expected = f"expected an environment that was made here, received that of {checkout.folder}/.venv"
+    assert f"error: .venv: {expected}: remove .venv and run make again\n" in output
 
 
 def test_clone_for_windows_has_the_same_bytes(finished: Repository, tmp_path: Path) -> None:
