@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import toy
 import yaml
-from repository import TINY, Repository, stages_run
+from repository import ROOT, TINY, Repository, stages_run
 
 from flatmin.common import stage
 from flatmin.common.errors import InputError
@@ -229,6 +231,21 @@ def test_run_passes_matrix_items_and_checks_their_dependencies(capsys: pytest.Ca
         stage.run("extract", main, "EfficientNetLite0", "2")
     assert received == [("EfficientNetLite0", "2")]
     assert capsys.readouterr().err.startswith("error: models/EfficientNetLite0: added while extract ran")
+
+
+@pytest.mark.parametrize(("variables", "output"), [({}, "trained\n"), ({"TF_CONFIG": "{}"}, "trained\ntaken apart\n")])
+def test_run_after_its_check_ends_before_python_does_unless_there_are_workers(
+    variables: dict[str, str], output: str
+) -> None:
+    script = """
+import atexit
+from flatmin.common import stage
+
+atexit.register(print, "taken apart")
+stage.run("train", lambda declared: print("trained"))
+"""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "src"), **variables}
+    assert subprocess.check_output([sys.executable, "-c", script], env=environment, text=True) == output
 
 
 def test_declare_for_a_seed_checks_that_seeds_dependencies(checkout: Path) -> None:

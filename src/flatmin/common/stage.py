@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ CODE = ("src/", "stages/")  # dependencies of dvc.yaml that are source
 def run(name: str, main: Callable[..., Any], *items: str) -> None:
     """Run a stage: check all of params.yaml, call `main(declared, *items)`, and check that nothing changed meanwhile.
 
-    On wrong input it prints one line and exits with 1.
+    On wrong input it prints one line and exits with 1. Else it ends the process, too.
 
     Args:
         name: as dvc.yaml has it.
@@ -40,6 +41,10 @@ def run(name: str, main: Callable[..., Any], *items: str) -> None:
             state.remove()
 
     errors.run(checked)
+    sys.stdout.flush()
+    if "TF_CONFIG" not in os.environ:  # workers take leave of each other as Python ends
+        # At once: Python takes TensorFlow apart for seconds, in which an edit would be recorded as this stage's.
+        os._exit(0)
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,9 @@ class Declared:
             InputError: one of them changed, or params.yaml can't be read any more.
         """
         result = f"while {self.stage} ran; nothing is recorded, run `dvc repro` again"
-        try:
-            now = _state(params.load(), self._sections, self._deps)
+        now = _files_state(self._deps)
+        try:  # last, since params are what is edited soonest after a training's last line
+            now["params.yaml"] = _values(params.load(), self._sections)
         except InputError as error:
             raise InputError(f"params.yaml: changed {result} ({error})") from None
         for where, before in self._at_start.items():
@@ -102,7 +108,7 @@ def declare(name: str, *items: str) -> Declared:
         cast(Params, _select(name, settings, sections)),
         sections,
         deps,
-        _state(settings, sections, deps),
+        {"params.yaml": _values(settings, sections), **_files_state(deps)},
     )
 
 
@@ -152,15 +158,17 @@ def _choose(name: str, matrix: Mapping[str, Any], items: Sequence[str], settings
     return dict(zip(matrix, items, strict=True))
 
 
-def _state(settings: Params, sections: Sequence[str], deps: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The present values of sections, digests of source and signatures of data, each by key or file."""
-    values = dict(files.leaves(settings.model_dump()))
+def _values(settings: Params, sections: Sequence[str]) -> dict[str, Any]:
+    """The values of sections by key."""
     prefixes = tuple(f"{section}." for section in sections)
-    declared = {key: value for key, value in values.items() if f"{key}.".startswith(prefixes)}
+    return {key: value for key, value in files.leaves(settings.model_dump()) if f"{key}.".startswith(prefixes)}
+
+
+def _files_state(deps: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The present digests of source and signatures of data, each by file."""
     code = (path for dep in deps if dep.startswith(CODE) for path in identity.source_files(Path(dep)))
     data = (path for dep in deps if not dep.startswith(CODE) for path in _files(Path(dep)))
     return {
-        "params.yaml": declared,
         "code": {path.as_posix(): files.sha256(path) for path in code},
         "data": {path.as_posix(): (status.st_size, status.st_mtime_ns) for path, status in data},
     }
