@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,21 +122,30 @@ def test_first_line_drops_the_node_name() -> None:
     assert errors.first_line(text) == "truncated record at 0"
 
 
-def test_run_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "received"),
+    [
+        ("with temporary.open('wb') as file: np.savez(file, a=np.zeros(10000))", r"File too large\n"),
+        ("shutil.copytree('models', temporary)", r"\[Errno 27\] File too large: 'models/weights' -> .*\n"),
+    ],
+)
+def test_run_full_disk_is_one_line_that_names_the_file(tmp_path: Path, write: str, received: str) -> None:
     """A limit on a file's size stands for the disk. The archive fails again when Python collects it."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/weights").write_bytes(bytes(10000))
     code = f"""
-import resource
+import resource, shutil
 import numpy as np
 from flatmin.common import errors, files
 
 def save():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    with files.atomic_write({str(tmp_path / "state.npz")!r}) as temporary, temporary.open("wb") as file:
-        np.savez(file, a=np.zeros(10000))
+    with files.atomic_write("state") as temporary:
+        {write}
 
 errors.run(save)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    expected = f"error: {tmp_path}/state.npz: expected a usable file or folder, received: File too large\n"
-    assert (done.returncode, done.stderr) == (1, expected)
-    assert list(tmp_path.iterdir()) == []
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(f"error: state: expected a usable file or folder, received: {received}", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]

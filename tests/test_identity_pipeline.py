@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,20 +66,11 @@ def rename_in_augmentation_and_training(checkout: Repository) -> None:
         path.write_text(text)
 
 
-def test_views_after_unaccepted_edit_of_augmentation_are_computed_again(trained: Repository, tmp_path: Path) -> None:
-    checkout = toy.duplicate(trained, tmp_path)
-    with (checkout.folder / "src/flatmin/inputs/augment.py").open("a") as file:
-        file.write("# A comment\n")
-    output = checkout.run("dvc", "repro", "--single-item", "finetune@7")
-    assert stages_run(output) == ["finetune@7"]
-    assert views_computed(output) == ["val activations", "view 1/2", "view 2/2"]
-
-
-def test_rename_after_accept_finds_views_and_resumes_a_killed_training(trained: Repository, tmp_path: Path) -> None:
-    checkout = toy.duplicate(trained, tmp_path)
+def test_training_across_a_kill_a_rename_and_an_edit_of_params_trains_no_epoch_twice(trained: Repository) -> None:
+    checkout, before = trained, toy.lock(trained)
     checkout.write_params(with_learning_rate(0.02))
     model = checkout.folder / "models/finetune/7/classifier.weights.h5"
-    before = model.read_bytes()
+    old = model.read_bytes()
     plot = checkout.folder / "plots/finetune/7.csv"
     complete = plot.read_bytes()
     kill_in_training(checkout, epochs=1)
@@ -93,32 +83,26 @@ def test_rename_after_accept_finds_views_and_resumes_a_killed_training(trained: 
     checkout.run("python", "scripts/accept.py")
     assert json.loads(checkout.run("dvc", "status", "--json")) == {}
     assert stages_run(checkout.run("dvc", "repro")) == []
-    assert model.read_bytes() == before
+    assert model.read_bytes() == old
+    accepted = toy.lock(checkout)
+    assert accepted != before
+
+    checkout.write_params(with_learning_rate(0.02))
+    process = checkout.start("dvc", "repro")
+    assert process.stdout
+    assert any(re.match(r"finetune@7: resuming after epoch [123]$", line) for line in process.stdout)
+    checkout.write_params(with_learning_rate(0.03))  # for the next experiment
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    assert views_computed(output) == []
+    assert "error: params.yaml: finetune.learning_rate: changed from 0.02 to 0.03 while finetune ran" in output
+    assert toy.lock(checkout) == accepted, "nothing is recorded"
 
     checkout.write_params(with_learning_rate(0.02))
     output = checkout.run("dvc", "repro")
     assert stages_run(output) == ["finetune@7"]
-    assert views_computed(output) == []
-    assert re.search(r"^finetune@7: resuming after epoch [123]$", output, re.MULTILINE)
-    assert model.read_bytes() != before
-
-
-def test_training_whose_params_are_edited_meanwhile_keeps_its_resume_state(trained: Repository, tmp_path: Path) -> None:
-    checkout = toy.duplicate(trained, tmp_path)
-    before = toy.lock(checkout)
-    checkout.write_params(with_learning_rate(0.02))
-    process = checkout.start("dvc", "repro")
-    assert process.stdout
-    next(line for line in process.stdout if line.startswith("finetune@7 1/4"))
-    checkout.write_params(with_learning_rate(0.03))  # for the next experiment
-    output, _ = process.communicate()
-    assert process.returncode != 0
-    assert "error: params.yaml: finetune.learning_rate: changed from 0.02 to 0.03 while finetune ran" in output
-    assert toy.lock(checkout) == before, "nothing is recorded"
-
-    checkout.write_params(with_learning_rate(0.02))
-    output = checkout.run("dvc", "repro")
     assert "finetune@7: resuming after epoch 4" in output
     assert not re.search(r"^finetune@7 \d/4", output, re.MULTILINE), "nothing is trained twice"
     recorded = yaml.safe_load(toy.lock(checkout))["stages"]["finetune@7"]["params"]["params.yaml"]
     assert recorded["finetune"]["learning_rate"] == 0.02
+    assert model.read_bytes() != old

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import toy
 import yaml
-from repository import ROOT, TINY, Repository, stages_run
+from repository import ROOT, TINY, stages_run
 
 from flatmin.common import stage
 from flatmin.common.errors import InputError
@@ -294,66 +294,24 @@ def test_declare_without_a_stage_in_dvc_yaml_is_an_error(text: str | None, messa
         stage.declare("train")
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    return toy.repository(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture
-def trained(study: Repository, tmp_path: Path) -> Repository:
-    return toy.duplicate(study, tmp_path)
-
-
 @pytest.mark.slow
-def test_params_edited_while_a_stage_runs_are_not_recorded_as_its_own(trained: Repository) -> None:
-    before = toy.lock(trained)
-    process = toy.start_training(trained, rho=0.03)
-    toy.edit_params(trained, rho=0.4)  # for the next experiment
-    output = toy.finish(trained, process)
+def test_params_edited_by_a_refused_experiment_are_not_recorded_as_the_running_stages(tmp_path: Path) -> None:
+    checkout = toy.repository(tmp_path / "toy")
+    before = toy.lock(checkout)
+    process = toy.start_training(checkout, rho=0.03)
+    assert "Queued experiment" in checkout.run("dvc", "exp", "run", "--queue", "-S", "sam.rho=0.4")
+    assert "rho: 0.03" in (checkout.folder / "params.yaml").read_text(), "a queued one leaves the checkout alone"
+    assert "ERROR" in checkout.run("dvc", "exp", "run", "-S", "sam.rho=0.4", expect=None)
+    assert "rho: 0.4" in (checkout.folder / "params.yaml").read_text(), "DVC writes it before it refuses"
+    output = toy.finish(checkout, process)
     assert process.returncode != 0
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert re.fullmatch(rf"error: params\.yaml: sam\.rho: changed from 0\.03 to 0\.4 {END}", error)
-    assert toy.lock(trained) == before, "nothing is recorded"
-    assert "sam" in trained.run("dvc", "status", "train")
+    assert toy.lock(checkout) == before, "nothing is recorded"
     # The next run is the edited one's own, and the one after that the first value's.
     for rho, loss in ((0.4, "4.0"), (0.03, "0.3")):
-        toy.edit_params(trained, rho=rho)
-        assert stages_run(trained.run("dvc", "repro")) == ["train"]
-        assert (trained.folder / "models/train").read_text() == loss
-        recorded = yaml.safe_load(toy.lock(trained))["stages"]["train"]["params"]["params.yaml"]
+        toy.edit_params(checkout, rho=rho)
+        assert stages_run(checkout.run("dvc", "repro")) == ["train"]
+        assert (checkout.folder / "models/train").read_text() == loss
+        recorded = yaml.safe_load(toy.lock(checkout))["stages"]["train"]["params"]["params.yaml"]
         assert recorded["sam"]["rho"] == rho
-
-
-@pytest.mark.slow
-def test_experiment_refused_while_a_stage_runs_is_not_recorded_as_its_own(trained: Repository) -> None:
-    before = toy.lock(trained)
-    process = toy.start_training(trained, rho=0.06)
-    refused = trained.run("dvc", "exp", "run", "-S", "sam.rho=0.4", expect=None)
-    assert "ERROR" in refused
-    assert "rho: 0.4" in (trained.folder / "params.yaml").read_text(), "DVC writes it before it refuses"
-    output = toy.finish(trained, process)
-    assert process.returncode != 0
-    assert "error: params.yaml: sam.rho: changed from 0.06 to 0.4 while train ran" in output
-    assert toy.lock(trained) == before
-
-
-@pytest.mark.slow
-def test_experiment_queued_while_a_stage_runs_leaves_it_alone(trained: Repository) -> None:
-    process = toy.start_training(trained, rho=0.06)
-    assert "Queued experiment" in trained.run("dvc", "exp", "run", "--queue", "-S", "sam.rho=0.4")
-    toy.finish(trained, process)
-    assert process.returncode == 0
-    recorded = yaml.safe_load(toy.lock(trained))["stages"]["train"]["params"]["params.yaml"]
-    assert recorded["sam"]["rho"] == 0.06
-
-
-@pytest.mark.slow
-def test_source_edited_while_a_stage_runs_is_not_recorded_as_its_own(trained: Repository) -> None:
-    before = toy.lock(trained)
-    process = toy.start_training(trained, rho=0.06)
-    with (trained.folder / "src/flatmin/inputs/batches.py").open("a") as file:
-        file.write("# an edit\n")
-    output = toy.finish(trained, process)
-    assert process.returncode != 0
-    assert "error: src/flatmin/inputs/batches.py: changed while train ran" in output
-    assert toy.lock(trained) == before

@@ -41,7 +41,10 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         where = error.filename or "the file system"
-        return f"{where}: expected a usable file or folder, received: {error.strerror or error}"
+        reason = error.strerror or (error.args[0] if error.args else error)
+        while isinstance(reason, list | tuple):  # of a folder that is copied: (from, to, reason) of each file
+            reason = reason[-1]
+        return f"{where}: expected a usable file or folder, received: {reason}"
     # TensorFlow's errors are recognised by name, because it is not imported here. tf.data wraps a generator's
     # error in another error, as text.
     match = re.search(
