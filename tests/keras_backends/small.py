@@ -82,9 +82,9 @@ def train_by_wrapper(rate: Any, batches: Any = BATCHES, optimizer: Any = None, *
     return values(model.variables)
 
 
-def train_by_step(rate: Any, batches: Any = BATCHES, **settings: Any) -> list[np.ndarray]:
+def train_by_step(rate: Any, batches: Any = BATCHES, optimizer: Any = None, **settings: Any) -> list[np.ndarray]:
     """A loop of one's own, compiled as the backend's users do."""
-    model, optimizer, loss = regression(), keras.optimizers.SGD(rate), cross_entropy()
+    model, optimizer, loss = regression(), optimizer or keras.optimizers.SGD(rate), cross_entropy()
     optimizer.build(model.trainable_variables)
     step = Step(Settings(**settings), model, optimizer)
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import sam_reference as reference
+from keras import ops
 from small import (
     BATCHES,
     INPUTS,
@@ -24,7 +25,7 @@ from small import (
     wrapping,
 )
 
-from flatmin.sam import METHODS, SharpnessAwareMinimization
+from flatmin.sam import METHODS, Settings, SharpnessAwareMinimization, Step
 
 # Settings, and what the reference calls them.
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -57,6 +58,57 @@ def expected(settings: dict[str, Any], rates: list[float]) -> list[np.ndarray]:
 def test_ten_steps_equal_numpy_reference(train: Any, settings: dict[str, Any], of_reference: dict[str, Any]) -> None:
     received = train(0.5, **({"rho": 0.5} | settings))
     assert distance(received, expected(of_reference, [0.5] * 10)) < 5e-6
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"accumulate": 2}, {"method": "looksam"}, {"num_batch_splits": 2, "method": "friendly"}], ids=str
+)
+def test_every_counts_updates_in_fit_as_in_a_loop(settings: dict[str, Any]) -> None:
+    # A step that is skipped is no update, so the next one is perturbed in its place.
+    broken = [(np.where(i == 3, np.inf, x).astype(np.float32), y) for i, (x, y) in enumerate(BATCHES)]
+    results = []
+    for train in (train_by_wrapper, train_by_step):
+        scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=8.0)
+        results.append(train(None, broken, scaled, rho=0.5, every=3, **settings))
+    assert distance(*results) < 1e-6
+    assert distance(results[0], train_by_wrapper(0.5, [*BATCHES[:3], *BATCHES[4:]], rho=0.5, **settings)) > 1e-3
+
+
+def test_step_that_is_told_whether_it_is_perturbed_equals_one_that_finds_out() -> None:
+    results = []
+    for told in (False, True):
+        model, optimizer = regression(), keras.optimizers.SGD(0.5)
+        optimizer.build(model.trainable_variables)
+        step = Step(Settings(rho=0.5, method="looksam", every=2), model, optimizer)
+
+        def forward(batch: Any, model: Any = model) -> tuple[Any, Any]:
+            outputs = model(batch[0], training=True)
+            return cross_entropy()(batch[1], outputs), outputs
+
+        for number, batch in enumerate(BATCHES[:5]):
+            step.run(forward, tuple(map(ops.convert_to_tensor, batch)), perturbed=number % 2 == 0 if told else None)
+        results.append([*values(model.variables), np.array(step.gradient_evaluations)])
+    assert distance(*results) < 1e-6
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="only XLA's branches are slow")
+def test_fit_on_jax_compiles_a_program_without_and_one_with_the_perturbed_pass() -> None:
+    traced = []
+
+    class Traced(keras.layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            traced.append(1)
+            return inputs
+
+    model = SharpnessAwareMinimization(keras.Sequential([keras.Input((6,)), Traced(), keras.layers.Dense(3)]), every=2)
+    model.compile(keras.optimizers.SGD(0.1), cross_entropy())
+    model.evaluate(INPUTS, LABELS, verbose=0)  # builds it
+    counts = []
+    for _ in range(4):
+        before = len(traced)
+        model.train_on_batch(INPUTS, LABELS)
+        counts.append(len(traced) - before)
+    assert counts[1:] == [1, 0, 0]  # the step without the perturbed pass goes through the model once
 
 
 def test_gsam_with_given_rates_equals_reference() -> None:

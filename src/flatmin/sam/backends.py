@@ -6,6 +6,9 @@ branch(predicate, then, otherwise) -> None; each changes variables
 over_parts(run, batch, splits)     -> what `run` gives for the parts of a batch, summed and joined
 without_recomputation()            -> a context that refuses what would recompute a pass at other weights
 apply(optimizer, gradients, variables), count_examples(batch), replicas(), all_sum(tensor), outside(), ...
+
+Where FUNCTIONAL is true, as on JAX, a training step takes and returns the values of variables, so there are also train,
+delegate and choose_on_the_host.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,9 @@ def without_recomputation() -> Any:
 
 def cond(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
     """What the branch that is taken returns. Neither changes a variable."""
-    return jax.lax.cond(predicate, then, otherwise)
+    if isinstance(predicate, jax.core.Tracer):
+        return jax.lax.cond(predicate, then, otherwise)
+    return then() if predicate else otherwise()
 
 
 def branch(predicate: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
@@ -86,6 +89,28 @@ def train(model: Any, run: Callable[[Any], Any], state: Any, data: Any) -> tuple
     with keras.StatelessScope(mapping) as scope:
         logs = run(data)
     return logs, tuple([scope.get_current_value(variable) for variable in group] for group in groups)
+
+
+def choose_on_the_host(model: Any) -> None:
+    """Replace the model's function of a training step by two programs, of which the host takes one for each batch.
+
+    One has the perturbed pass of `every`, and the other has not. In one program with a branch XLA would compile the
+    convolutions of that pass to slow loops on a CPU (jax issue 12868). Elsewhere the branch does not wait for the host.
+    """
+    is_one_program = model.settings.every == 1 or model.settings.never_perturbs or jax.default_backend() != "cpu"
+    if is_one_program or model.run_eagerly or not model.jit_compile:
+        return
+    programs = [
+        jax.jit(functools.partial(model.train_step, perturbed=perturbed), donate_argnums=0)
+        for perturbed in (False, True)
+    ]
+
+    def step(state: Any, data: Any) -> Any:
+        optimizer = model.optimizer
+        count = next(x for v, x in zip(optimizer.variables, state[2], strict=True) if v is optimizer.iterations)
+        return programs[int(count) % model.settings.every == 0](state, data)
+
+    model.train_function = model._make_function(step)
 
 
 def delegate(model: Any, method: str, state: Any, data: Any) -> tuple[Any, Any]:

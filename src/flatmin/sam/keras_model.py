@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from dataclasses import fields, replace
@@ -224,7 +225,11 @@ class SharpnessAwareMinimization(keras.Model):
         """`keras.Model.make_train_function`. Creates the step's variables, if those of the model exist."""
         if all(layer.built for layer in self._flatten_layers()):
             self._begin()
-        return super().make_train_function(force)
+        before = self.train_function
+        made = super().make_train_function(force)
+        if self._backend.FUNCTIONAL and self.train_function is not before:
+            self._backend.choose_on_the_host(self)
+        return made
 
     def _begin(self) -> None:
         if self.settings.is_base_step or not self.trainable_variables:
@@ -239,16 +244,18 @@ class SharpnessAwareMinimization(keras.Model):
     def _outside(self) -> Any:
         return self._backend.outside(getattr(self, "distribute_strategy", None))
 
-    def train_step(self, *arguments: Any) -> Any:
+    def train_step(self, *arguments: Any, perturbed: bool | None = None) -> Any:
         """Take one step on (x, y, sample_weight). Loss and metrics are the first pass's.
 
-        Called with the data, on JAX with state and data, as the trainers of Keras' backends do.
+        Called with the data, on JAX with state and data, as the trainers of Keras' backends do. `perturbed` is that of
+        `Step.stateless_call`.
         """
         if self.settings.is_base_step or (self.built and not self.trainable_variables):
-            return self._backend.delegate(self, "train_step", *arguments)
-        return self._backend.train(self, self._train, *arguments)
+            return self._delegate("train_step", *arguments)
+        run = functools.partial(self._train, perturbed)
+        return self._backend.train(self, run, *arguments) if self._backend.FUNCTIONAL else run(*arguments)
 
-    def _train(self, data: Any) -> dict[str, Any]:
+    def _train(self, perturbed: bool | None, data: Any) -> dict[str, Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if self._step is None:
             self.model(x, training=False)  # an unbuilt model has no variables before it is called
@@ -262,7 +269,7 @@ class SharpnessAwareMinimization(keras.Model):
             with PassScope() if in_parts else contextlib.nullcontext():  # losses by output are those of the whole batch
                 return model._compute_loss(x, y, outputs, sample_weight, training=True), outputs
 
-        outcome = self._step.run(forward, (x, y, sample_weight))
+        outcome = self._step.run(forward, (x, y, sample_weight), perturbed=perturbed)
         if in_parts and model._compile_loss is not None:
             model._compute_loss(x, y, outcome.outputs, sample_weight, training=True)
         replicas = self._backend.replicas()
@@ -303,13 +310,18 @@ class SharpnessAwareMinimization(keras.Model):
 
     # What the inner model does
 
+    def _delegate(self, method: str, *arguments: Any) -> Any:
+        if self._backend.FUNCTIONAL:
+            return self._backend.delegate(self, method, *arguments)
+        return getattr(self.model, method)(*arguments)
+
     def test_step(self, *arguments: Any) -> Any:
         """The inner model's."""
-        return self._backend.delegate(self, "test_step", *arguments)
+        return self._delegate("test_step", *arguments)
 
     def predict_step(self, *arguments: Any) -> Any:
         """The inner model's."""
-        return self._backend.delegate(self, "predict_step", *arguments)
+        return self._delegate("predict_step", *arguments)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         """The inner model's."""

@@ -88,6 +88,7 @@ class Step:
         self.memory = Memory(model) if memory is None else memory
         self._backend = backends.load()
         self._method = METHODS[settings.method]
+        self._perturbed: bool | None = None
         self._kinds = ("first",) if settings.never_perturbs else self._method.gradients
         base = base_optimizer(optimizer)
         if self._method.added and (
@@ -160,8 +161,13 @@ class Step:
         outcome = self.run(forward, batch, count)
         return outcome.loss, outcome.outputs
 
-    def run(self, forward: Forward, batch: Any, count: Any = None) -> Outcome:
-        """Train on one batch, as a call does, and say more of what happened."""
+    def run(self, forward: Forward, batch: Any, count: Any = None, perturbed: bool | None = None) -> Outcome:
+        """Train on one batch, as a call does, and say more of what happened.
+
+        Args:
+            perturbed: see `stateless_call`.
+        """
+        self._perturbed = perturbed
         return self._backend.unconverted(self._run)(forward, batch, count)
 
     def _run(self, forward: Forward, batch: Any, count: Any) -> Outcome:
@@ -190,8 +196,7 @@ class Step:
     def _count_evaluations(self, size: Any) -> None:
         evaluations = ops.cast(size, self._backend.COUNTS)
         if not self.settings.never_perturbs:
-            perturbed = 1 if self.settings.every == 1 else ops.cast(self._is_perturbed_step(), self._backend.COUNTS)
-            evaluations *= 1 + perturbed
+            evaluations *= 1 + ops.cast(self._is_perturbed_step(), self._backend.COUNTS)
         self._evaluations.assign_add(evaluations)
 
     def _base_step(self, forward: Forward, batch: Any) -> Outcome:
@@ -302,9 +307,17 @@ class Step:
         return {name: [ops.convert_to_tensor(slot) for slot in each] for name, each in slots.items()}
 
     def _on_perturbed_steps(self, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-        return then() if self.settings.every == 1 else self._backend.cond(self._is_perturbed_step(), then, otherwise)
+        now = self._is_perturbed_step()
+        if isinstance(now, bool):
+            return then() if now else otherwise()
+        return self._backend.cond(now, then, otherwise)
 
     def _is_perturbed_step(self) -> Any:
+        """Whether this step has a perturbed pass: a bool where that is known before the step runs."""
+        if self.settings.every == 1:
+            return True
+        if self._perturbed is not None:
+            return self._perturbed
         return ops.equal(ops.convert_to_tensor(self.optimizer.iterations) % self.settings.every, 0)
 
     def _passes_by_part(self, forward: Forward, batch: Any, fraction: Any) -> _Passes:
@@ -423,11 +436,16 @@ class Step:
     def _groups(self) -> tuple[list[keras.Variable], ...]:
         return self.model.variables, self.optimizer.variables, self.memory.variables
 
-    def stateless_call(self, state: Any, forward: Forward, batch: Any, count: Any = None) -> tuple[Any, Any, Any]:
+    def stateless_call(
+        self, state: Any, forward: Forward, batch: Any, count: Any = None, perturbed: bool | None = None
+    ) -> tuple[Any, Any, Any]:
         """Train on one batch without changing a variable, as in a function that JAX compiles.
 
         Args:
-            state: as `state` or the last call gave it; the other arguments are those of a call.
+            state: as `state` or the last call gave it; forward, batch and count are those of a call.
+            perturbed: whether `optimizer.iterations` is a multiple of `every`, so that one program is compiled with a
+                perturbed pass and one without. None: one program has a branch, in which XLA's convolutions are slow on
+                a CPU.
 
         Returns:
             loss, outputs, and the new state.
@@ -445,7 +463,7 @@ class Step:
             for variable, value in zip(group, values, strict=True)
         ]
         with PassScope(mapping) as scope:
-            loss, outputs = self(forward, batch, count)
+            outcome = self.run(forward, batch, count, perturbed)
         known = {id(variable) for variable, _ in mapping}
         for variable, _ in scope.updates():
             if id(variable) not in known:
@@ -453,7 +471,8 @@ class Step:
                     f"`forward` changes {variable.path}, which is not in the state. Expected a model that contains "
                     "every layer that `forward` calls"
                 )
-        return loss, outputs, tuple([scope.get_current_value(variable) for variable in group] for group in groups)
+        new = tuple([scope.get_current_value(variable) for variable in group] for group in groups)
+        return outcome.loss, outcome.outputs, new
 
 
 class _Pass(NamedTuple):

@@ -229,13 +229,3 @@ def outside(strategy: Any) -> Iterator[None]:
 def evaluated() -> Any:
     """A context in which tensors have values, within a compiled function too."""
     return tf.init_scope()
-
-
-def train(model: Any, run: Callable[[Any], Any], data: Any) -> Any:
-    """Run a step that changes variables."""
-    return run(data)
-
-
-def delegate(model: Any, method: str, data: Any) -> Any:
-    """Call a method of the inner model."""
-    return getattr(model.model, method)(data)

@@ -75,13 +75,3 @@ def outside(strategy: Any) -> Any:
 def evaluated() -> Any:
     """A context in which tensors have values, within a compiled function too."""
     return torch.no_grad()
-
-
-def train(model: Any, run: Callable[[Any], Any], data: Any) -> Any:
-    """Run a step that changes variables."""
-    return run(data)
-
-
-def delegate(model: Any, method: str, data: Any) -> Any:
-    """Call a method of the inner model."""
-    return getattr(model.model, method)(data)
