@@ -217,26 +217,6 @@ def test_save_of_the_inner_model_holds_no_wrapper(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"method": "friendly"}, {"method": "looksam", "every": 2}, {"accumulate": 2}])
-def test_backup_and_restore_resumes_exactly(tmp_path: Path, settings: dict[str, Any]) -> None:
-    # Without dropout, whose state Keras does not back up for any model.
-    class Killed(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            if epoch == 2:
-                raise KeyboardInterrupt
-
-    def train(*callbacks: keras.callbacks.Callback) -> list[np.ndarray]:
-        model = regression()
-        wrapped = SharpnessAwareMinimization(model, 0.5, **settings)
-        fit(wrapped, keras.optimizers.Adam(0.05), epochs=4, callbacks=list(callbacks))
-        return values(model.variables)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(keras.callbacks.BackupAndRestore(tmp_path / "backup"), Killed())
-    assert_equal(train(keras.callbacks.BackupAndRestore(tmp_path / "backup")), train(), atol=1e-6)
-
-
-@pytest.mark.slow
 def test_fit_obeys_learning_rate_and_early_stopping_callbacks() -> None:
     wrapped = SharpnessAwareMinimization(network())
     callbacks = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from keras import ops
 from small import BACKEND, INPUTS, LABELS, cross_entropy, distance, fit, network, regression, values
 
-from flatmin.sam import Settings, SharpnessAwareMinimization, Step
+from flatmin.sam import METHODS, Settings, SharpnessAwareMinimization, Step
 
 STATEFUL: list[dict[str, Any]] = [
     {},
@@ -25,38 +26,53 @@ STATEFUL: list[dict[str, Any]] = [
 ]
 
 
-def resumed(settings: dict[str, Any], path: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The weights after four epochs in one go, and after two, a file, and two in new objects."""
+def begin(settings: dict[str, Any]) -> keras.Model:
+    """A wrapped model with a random layer, compiled."""
+    layers = [keras.layers.Dropout(0.5, seed=3), keras.layers.Dense(3)]
+    keras.utils.set_random_seed(1)
+    model = SharpnessAwareMinimization(keras.Sequential([keras.Input((6,)), *layers]), **{"rho": 0.3} | settings)
+    model.compile(keras.optimizers.Adam(0.05), cross_entropy())
+    return model
 
-    def begin() -> keras.Model:
-        model = SharpnessAwareMinimization(regression(), 0.3, **settings)
-        model.compile(keras.optimizers.Adam(0.05), cross_entropy())
-        return model
 
-    def rate(epoch: int, _: float) -> float:
-        return 0.05 if epoch < 2 else 0.01
+def train(model: keras.Model, *callbacks: Any, start: int = 0) -> list[np.ndarray]:
+    """All variables of the inner model after the fourth epoch."""
+    rate = keras.callbacks.LearningRateScheduler(lambda epoch: 0.05 if epoch < 2 else 0.01)
+    options = {"x": INPUTS[:32], "y": LABELS[:32], "initial_epoch": start}
+    fit(model, epochs=4, callbacks=[rate, *callbacks], **options)
+    return values(model.model.variables)
 
-    def train(model: keras.Model, start: int, end: int, *callbacks: Any) -> None:
-        every = [keras.callbacks.LearningRateScheduler(rate), *callbacks]
-        fit(model, epochs=end, initial_epoch=start, callbacks=every)
 
-    whole = begin()
-    train(whole, 0, 4)
-    train(begin(), 0, 2, keras.callbacks.ModelCheckpoint(path, save_weights_only=".weights" in path.name))
-    if ".weights" in path.name:
-        again = begin()
+@pytest.mark.parametrize(
+    ("settings", "file"),
+    [*((settings, "{epoch}.keras") for settings in STATEFUL), (STATEFUL[1], "{epoch}.weights.h5")],
+    ids=str,
+)
+def test_training_resumed_from_a_checkpoint_is_exact(tmp_path: Path, settings: dict[str, Any], file: str) -> None:
+    only_weights = ".weights" in file
+    save = keras.callbacks.ModelCheckpoint(tmp_path / file, save_weights_only=only_weights)
+    whole = train(begin(settings), save)
+    path = tmp_path / file.format(epoch=2)
+    if only_weights:
+        again = begin(settings)
         again.optimizer.build(again.trainable_variables)
         again.load_weights(path)
     else:
         again = keras.models.load_model(path)
-    train(again, 2, 4)
-    return values(whole.trainable_variables), values(again.trainable_variables)
+    for one, other in zip(train(again, start=2), whole, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("file", ["checkpoint.keras", "checkpoint.weights.h5"])
-@pytest.mark.parametrize("settings", STATEFUL, ids=str)
-def test_training_resumed_from_a_checkpoint_is_exact(tmp_path: Path, settings: dict[str, Any], file: str) -> None:
-    for one, other in zip(*resumed(settings, tmp_path / file), strict=True):
+@pytest.mark.parametrize("method", METHODS)
+def test_backup_and_restore_resumes_exactly(tmp_path: Path, method: str) -> None:
+    settings = {"method": method, "every": 2 if method == "looksam" else 1}
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    copy_second = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, _: shutil.copytree(tmp_path / "backup", tmp_path / "copy") if epoch == 2 else None
+    )
+    whole = train(begin(settings), backup, copy_second)
+    restored = train(begin(settings), keras.callbacks.BackupAndRestore(tmp_path / "copy"))
+    for one, other in zip(restored, whole, strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+_RANDOM = "random"  # the key of a random layer's state
+
 
 class _Table:
     """What must not be tracked as part of a layer: the model, and which variable holds what."""
@@ -26,7 +28,8 @@ class Memory(keras.layers.Layer):
     """The state of a method: scalars, and slots that belong to one weight each.
 
     A slot is found by its weight, so freezing a layer or adding weights leaves the others' slots theirs. In a weights
-    file a slot has its weight's position in the model. Values may be loaded before their variables exist.
+    file a slot has its weight's position in the model. Values may be loaded before their variables exist. The file also
+    has the states of the model's random layers, which Keras saves for no model, so that dropout goes on as it was.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -102,7 +105,9 @@ class Memory(keras.layers.Layer):
         weights = {id(weight): weight for weight in self._table.model.variables}
         for name, slots in self._table.slots.items():
             entries |= {self._key(name, weights[key]): slot for key, slot in slots.items() if key in weights}
-        return entries
+        saved = {id(weight) for weight in self._table.model.weights}
+        states = [variable for key, variable in weights.items() if key not in saved]
+        return entries | {f"{_RANDOM}.{position}": state for position, state in enumerate(states)}
 
     def _take_loaded(self, key: str, variable: keras.Variable) -> None:
         if key not in self._table.loaded:
@@ -147,7 +152,7 @@ class Memory(keras.layers.Layer):
         self._clear()
         self._table.loaded = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118 - not a dict
         entries = self._entries()
-        names, own = ({key.partition(".")[0] for key in each} for each in (self._table.loaded, entries))
+        names, own = ({key.partition(".")[0] for key in each} - {_RANDOM} for each in (self._table.loaded, entries))
         if own and names and names != own:
             raise ValueError(
                 f"The weights file holds the sharpness-aware state {', '.join(sorted(names))}. Expected "
