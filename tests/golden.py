@@ -254,7 +254,11 @@ def _losses(step: TrainStep) -> Iterator[float]:
 
 def steps_to_compute() -> dict[str, StepSettings]:
     """The update rules whose losses are pinned: plain, every method of SAM, and SAM's other settings."""
-    own: dict[str, dict[str, Any]] = {"gsam": {"rho_min": 0.02, "rho_max": 0.2}, "looksam": {"every": 3}}
+    own: dict[str, dict[str, Any]] = {
+        "gsam": {"rho_min": 0.02, "rho_max": 0.2},
+        "lesam": {"sigma": 0.05},
+        "looksam": {"every": 3},
+    }
     rules = {"plain": PLAIN, "plain, adam": PLAIN}
     rules |= {method: _sam_settings(method=method, rho=0.1, **own.get(method, {})) for method in sam.METHODS}
     for name, value in (("adaptive", True), ("every", 2), ("num_batch_splits", 2), ("accumulate", 2)):

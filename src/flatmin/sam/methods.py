@@ -108,7 +108,9 @@ def scheduled_rho(rho_min: float, rho_max: float, rate: Any, low: Any, high: Any
 def lesam_rho(sigma: Any, gradient_norm: Any, rho_max: Any) -> Any:
     """LE-SAM's rho: min(sigma / (||g|| + c), rho_max) with c = 1e-12 (Wang et al. 2026, arXiv:2605.10183).
 
-    To first order a step of this length raises the loss by sigma, wherever the weights are.
+    To first order a step of this length raises the loss by sigma, wherever the weights are. The authors' code
+    (smithgun2005/LE-SAM-ICML2026) trains with sigma 0.35 and rho_max 999, so without a limit; sigma rises from 0 over
+    the first 10 of 200 epochs and falls to 0, by a cosine, over the last 40. The paper's own tables were not read.
     """
     from keras import ops
 
@@ -264,7 +266,7 @@ METHODS: dict[str, Method] = {
         when="gradients vanish during training: rho grows as they do, up to `rho`, so that the loss rises by `sigma`; "
         "anneal `sigma` by a schedule",
         settings={
-            "sigma": MethodSetting(default=0.05, varies=True, meaning="the rise of the loss that sets rho"),
+            "sigma": MethodSetting(default=0.35, varies=True, meaning="the rise of the loss that sets the distance"),
         },
         radius=_lesam_radius,
         gradients=("perturbed",),
