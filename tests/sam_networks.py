@@ -1,4 +1,4 @@
-"""Small networks, data and helpers for the tests of `flatmin.sam`."""
+"""Small networks, data and helpers for the tests of `flatmin.sam`, on each of Keras' backends (KERAS_BACKEND)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
 
-from flatmin.sam import SharpnessAwareMinimization
+from flatmin.sam import Settings, SharpnessAwareMinimization, Step
 
+BACKEND = keras.config.backend()
 RANDOM = np.random.default_rng(0)
-INPUTS = RANDOM.normal(size=(37, 6)).astype(np.float32)
-LABELS = np.arange(37) % 3
-CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
-    "adam": lambda: keras.optimizers.Adam(0.01),
-    "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
-}
+INPUTS = RANDOM.normal(size=(36, 6)).astype(np.float32)
+LABELS = np.arange(36) % 3
+BATCHES = [(INPUTS[start : start + 9], LABELS[start : start + 9]) for start in (0, 5, 12, 20, 27, 3, 8, 15, 23, 1)]
 
 
 @pytest.fixture
@@ -27,6 +24,18 @@ def float32_policy() -> Iterator[None]:
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy("float32")
+
+
+def cross_entropy() -> keras.losses.Loss:
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def regression(dtype: str = "float32") -> keras.Model:
+    """Softmax regression, as `sam_reference` computes it."""
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, dtype=dtype)])
+    random = np.random.default_rng(3)
+    model.set_weights([random.normal(size=(6, 3)), random.normal(size=3)])
+    return model
 
 
 def network() -> keras.Model:
@@ -44,16 +53,14 @@ def network() -> keras.Model:
     )
 
 
-def regression(dtype: str = "float32") -> keras.Model:
-    """Softmax regression, as `sam_reference` computes it."""
-    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, dtype=dtype)])
-    random = np.random.default_rng(3)
-    model.set_weights([random.normal(size=(6, 3)), random.normal(size=3)])
-    return model
-
-
 def values(variables: Any) -> list[np.ndarray]:
-    return [np.array(variable) for variable in variables]
+    return [np.array(ops.convert_to_numpy(variable)) for variable in variables]
+
+
+def distance(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+    """The largest difference, relative to the largest value."""
+    largest = max(np.abs(value).max() for value in other)
+    return float(max(np.abs(a - b).max() for a, b in zip(one, other, strict=True)) / largest)
 
 
 def assert_equal(received: list[np.ndarray], expected: list[np.ndarray], atol: float = 0.0) -> None:
@@ -61,23 +68,18 @@ def assert_equal(received: list[np.ndarray], expected: list[np.ndarray], atol: f
         np.testing.assert_allclose(one, other, rtol=0, atol=atol)
 
 
-def fit(
-    model: keras.Model,
-    optimizer: keras.optimizers.Optimizer,
-    batch_size: int = 16,
-    epochs: int = 7,
-    compile_options: dict[str, Any] | None = None,
-    **options: Any,
-) -> dict[str, list[float]]:
-    model.compile(optimizer, CROSS_ENTROPY, metrics=["accuracy"], **(compile_options or {}))
-    data = {"x": INPUTS, "y": LABELS} | options
-    return model.fit(**data, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0).history
+def fit(model: keras.Model, optimizer: Any = None, epochs: int = 2, **options: Any) -> dict[str, list[float]]:
+    """Train on the whole data, in batches of 16, 16 and 4. `compile` holds options of `compile`."""
+    own = options.pop("compile", {})
+    if optimizer is not None:
+        model.compile(optimizer, cross_entropy(), **own)
+    data = {"x": INPUTS, "y": LABELS, "batch_size": 16} | options
+    return model.fit(**data, epochs=epochs, shuffle=False, verbose=0).history
 
 
-def fitted(wrap: Callable[[keras.Model], keras.Model], optimizer: str = "momentum", **options: Any) -> list[np.ndarray]:
-    """All variables of the network after `wrap(network)` was trained."""
-    model = network()
-    fit(wrap(model), OPTIMIZERS[optimizer](), **options)
+def trained(wrap: Callable[[keras.Model], keras.Model], model: keras.Model, **options: Any) -> list[np.ndarray]:
+    """All variables of the model after training through `wrap(model)`."""
+    fit(wrap(model), keras.optimizers.SGD(0.05, momentum=0.9), **options)
     return values(model.variables)
 
 
@@ -85,54 +87,43 @@ def wrapping(**settings: Any) -> Callable[[keras.Model], keras.Model]:
     return lambda model: SharpnessAwareMinimization(model, **settings)
 
 
-def gradients_at(model: keras.Model, shifts: list[Any]) -> list[tf.Tensor]:
-    """The plain gradient with every weight moved by hand. All variables are restored, also the dropout's state."""
-    before = values(model.variables)
-    for variable, shift in zip(model.trainable_variables, shifts, strict=True):
-        variable.assign_add(shift)
-    with tf.GradientTape() as tape:
-        loss = CROSS_ENTROPY(LABELS, model(INPUTS, training=True)) + sum(model.losses)
-    gradients = tape.gradient(loss, model.trainable_variables)
-    for variable, value in zip(model.variables, before, strict=True):
-        variable.assign(value)
-    return gradients
-
-
-def sam_gradient(model: keras.Model, rho: float) -> list[tf.Tensor]:
-    """SAM's gradient by its definition: the plain one, the perturbation, the plain one there."""
-    first = gradients_at(model, [tf.zeros(variable.shape) for variable in model.trainable_variables])
-    norm = np.sqrt(sum(float(tf.reduce_sum(gradient**2)) for gradient in first))
-    return gradients_at(model, [rho * gradient / norm for gradient in first])
-
-
-BATCHES = [(INPUTS[start : start + 9], LABELS[start : start + 9]) for start in (0, 5, 12, 20, 28, 3)]
-
-
-def train_regression(rates: Any, *, rho: float = 0.5, batches: Any = BATCHES, **settings: Any) -> list[np.ndarray]:
+def train_by_wrapper(
+    rate: Any, batches: Any = BATCHES, optimizer: Any = None, *, eagerly: bool = False, **settings: Any
+) -> list[np.ndarray]:
+    """The regression's variables after a step of `train_on_batch` on each batch."""
     model = regression()
-    wrapped = SharpnessAwareMinimization(model, rho, **settings)
-    rate = keras.optimizers.schedules.CosineDecay(0.8, len(BATCHES)) if rates is None else rates
-    wrapped.compile(keras.optimizers.SGD(rate), CROSS_ENTROPY)
+    wrapped = SharpnessAwareMinimization(model, **settings)
+    wrapped.compile(optimizer or keras.optimizers.SGD(rate), cross_entropy(), run_eagerly=eagerly)
     for batch in batches:
         wrapped.train_on_batch(*batch)
     return values(model.variables)
 
 
-METHOD_SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"adaptive": True, "eta": 0.1},
-    {"num_batch_splits": 4},
-    {"every": 3},
-    {"adaptive": True, "every": 2},
-    {"method": "gsam"},
-    {"method": "gsam", "alpha": 0.7, "rho_min": 0.1, "rho_max": 0.9},
-    {"method": "gsam", "alpha": 0.7, "num_batch_splits": 2},
-    {"method": "gsam", "rho_min": 0.05, "adaptive": True},
-    {"method": "wsam"},
-    {"method": "wsam", "gamma": 0.3, "num_batch_splits": 2},
-    {"method": "looksam", "every": 3},
-    {"method": "looksam", "every": 2, "alpha": 0.3, "adaptive": True},
-    {"method": "friendly"},
-    {"method": "friendly", "sigma": 0.5, "friendly_lambda": 0.6},
-    {"method": "friendly", "num_batch_splits": 2, "adaptive": True},
-]
+def train_by_step(rate: Any, batches: Any = BATCHES, optimizer: Any = None, **settings: Any) -> list[np.ndarray]:
+    """The same in a loop of one's own, compiled as the backend's users do."""
+    model, optimizer, loss = regression(), optimizer or keras.optimizers.SGD(rate), cross_entropy()
+    optimizer.build(model.trainable_variables)
+    step = Step(Settings(**settings), model, optimizer)
+
+    def forward(batch: Any) -> tuple[Any, Any]:
+        outputs = model(batch[0], training=True)
+        return loss(batch[1], outputs), outputs
+
+    if BACKEND == "jax":
+        import jax
+
+        train = jax.jit(lambda state, batch: step.stateless_call(state, forward, batch)[2])
+        state = step.state
+        for batch in batches:
+            state = train(state, batch)
+        step.state = state
+        return values(model.variables)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        train = tf.function(lambda batch: step(forward, batch))
+    else:
+        train = lambda batch: step(forward, batch)  # noqa: E731
+    for batch in batches:
+        train(tuple(ops.convert_to_tensor(each) for each in batch))
+    return values(model.variables)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from small import BACKEND
+from sam_networks import BACKEND
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("sam", "moving", "sharpness")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small import BACKEND
+from sam_networks import BACKEND
 
 SOURCE = Path(__file__).parents[2] / "src"
 

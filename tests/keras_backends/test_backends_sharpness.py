@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from small import INPUTS, LABELS, cross_entropy, fit, network, regression
+from sam_networks import INPUTS, LABELS, cross_entropy, fit, network, regression
 
 from flatmin import sharpness
 from flatmin.sharpness import Derivatives, Surface

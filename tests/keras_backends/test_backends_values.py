@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sam_reference as reference
 from keras import ops
-from small import (
+from sam_networks import (
     BATCHES,
     INPUTS,
     LABELS,
@@ -114,7 +114,7 @@ def test_fit_on_jax_compiles_a_program_without_and_one_with_the_perturbed_pass()
 def test_gsam_with_given_rates_equals_reference() -> None:
     rates = [0.1, 0.3, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02]
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay(list(range(9)), rates)
-    settings = {"method": "gsam", "alpha": 0.7, "rho_min": 0.1, "rho_max": 0.9}
+    settings: dict[str, Any] = {"method": "gsam", "alpha": 0.7, "rho_min": 0.1, "rho_max": 0.9}
     received = train_by_wrapper(schedule, rho=0.5, rate_min=0.0, rate_max=0.5, **settings)
     assert distance(received, expected(settings, rates)) < 5e-6
 
@@ -141,6 +141,22 @@ def test_fit_with_rho_zero_equals_plain_fit_bit_for_bit(jit: bool) -> None:
     plain = trained(lambda model: model, network(), **options)
     for received, value in zip(trained(wrapping(rho=0.0), network(), **options), plain, strict=True):
         np.testing.assert_array_equal(received, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_fit_compiled_by_xla_equals_eager_fit(method: str) -> None:
+    if keras.config.backend() == "torch":
+        pytest.skip("no XLA")
+    results = []
+    for options in ({"jit_compile": True}, {"run_eagerly": True}):
+        model = SharpnessAwareMinimization(regression(), 0.5, method=method, every=2)
+        model.compile(keras.optimizers.SGD(0.5), cross_entropy(), **options)
+        assert model.jit_compile == model.model.jit_compile == ("jit_compile" in options)
+        for batch in BATCHES[:3]:
+            model.train_on_batch(*batch)
+        results.append(values(model.model.variables))
+    assert distance(*results) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)

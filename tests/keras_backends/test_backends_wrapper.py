@@ -8,12 +8,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
-from small import BACKEND, INPUTS, LABELS, cross_entropy, distance, fit, network, regression, values
+from sam_networks import BACKEND, INPUTS, LABELS, cross_entropy, distance, fit, network, regression, values
 
 from flatmin.sam import METHODS, Settings, SharpnessAwareMinimization, Step
 
@@ -248,6 +249,43 @@ def test_epoch_that_trains_nothing_says_so() -> None:
         history = model.fit(np.ones((4, 1)), np.ones((4, 1)), batch_size=2, verbose=0).history
     assert history["sam/skipped"] == [2]
     assert np.isfinite(history["sam/gradient_norm"]).all()
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="a layer of PyTorch")
+def test_module_of_pytorch_that_reads_its_own_parameters_is_refused() -> None:
+    import torch
+
+    layers = [keras.layers.TorchModuleWrapper(torch.nn.Linear(6, 4)), keras.layers.Dense(3)]
+    with pytest.raises(ValueError, match=r"none at the perturbed weights.*TorchModuleWrapper"):
+        fit(SharpnessAwareMinimization(keras.Sequential([keras.Input((6,)), *layers])), keras.optimizers.SGD(0.1))
+
+
+def test_weights_load_into_a_model_that_was_built_after_it_was_wrapped(tmp_path: Path) -> None:
+    models = [SharpnessAwareMinimization(keras.Sequential([keras.layers.Dense(3)])) for _ in range(2)]
+    for model in models:
+        model.compile(keras.optimizers.SGD(0.1), cross_entropy())
+        model.model.build((None, 6))
+    models[0].save_weights(tmp_path / "a.weights.h5")
+    models[1].load_weights(tmp_path / "a.weights.h5")
+    assert distance(*(values(model.model.variables) for model in models)) == 0
+
+
+def test_fit_does_not_wait_for_the_logs_of_every_step() -> None:
+    class Waits(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            pass
+
+    waits = []
+
+    def note(self: Any, batch: int, logs: Any = None) -> None:
+        waits.append(not self._async_train)
+
+    for callbacks in ([], [Waits()]):
+        model = SharpnessAwareMinimization(regression())
+        model.compile(keras.optimizers.SGD(0.1), cross_entropy())
+        with mock.patch.object(keras.callbacks.CallbackList, "on_train_batch_begin", note):
+            fit(model, epochs=1, batch_size=36, callbacks=callbacks)
+    assert waits == [False, True]
 
 
 def test_gsam_refuses_a_learning_rate_above_the_known_one() -> None:

@@ -78,7 +78,6 @@ class SharpnessAwareMinimization(keras.Model):
         self._backend = backends.load()
         self._settings = checked
         self.model = model
-        self.built = model.built
         self._call_has_training_arg = model._call_has_training_arg
         if hasattr(model, "output_names"):  # losses and metrics may be given by these
             self.output_names = model.output_names
@@ -90,9 +89,18 @@ class SharpnessAwareMinimization(keras.Model):
             keras.metrics.Mean(name=f"sam/{each}") for each in ("perturbed_loss", "gap", "gradient_norm")
         ]
 
+    @property
+    def built(self) -> bool:
+        """Whether the inner model is built, which happens when it is called."""
+        inner = getattr(self, "model", None)  # Keras asks before it is there
+        return inner is not None and bool(inner.built)
+
+    @built.setter
+    def built(self, _: bool) -> None:
+        """Do nothing: Keras sets it for a layer that builds itself."""
+
     def build(self, input_shape: Any = None) -> None:
         """Do nothing, because the inner model builds itself when it is called."""
-        self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the inner model's outputs. Keras' call context passes `training` on to a `call` that takes it."""
@@ -218,7 +226,6 @@ class SharpnessAwareMinimization(keras.Model):
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """Build the inner model, whose losses and metrics these are, before Keras builds this one."""
         self.model._symbolic_build(iterator, data_batch)
-        self.built = True
         super()._symbolic_build(iterator, data_batch)
 
     def make_train_function(self, force: bool = False) -> Any:
@@ -366,6 +373,8 @@ class SharpnessAwareMinimization(keras.Model):
 class _Watch(keras.callbacks.Callback):
     """Says when an epoch trained nothing, and refuses a learning rate that GSAM's rho cannot follow."""
 
+    async_safe = True  # so that Keras need not wait for every step's logs
+
     def __init__(self) -> None:
         super().__init__()
         self._steps = 0
@@ -375,7 +384,7 @@ class _Watch(keras.callbacks.Callback):
         self._check_rate()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._steps = batch + 1
+        self._steps = max(self._steps, batch + 1)  # in any order
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._check_rate()

@@ -258,9 +258,13 @@ class Step:
             along = gradients["first"]
             if self.settings.sync_perturbation:  # here, because no replica may reduce in a branch
                 along = self._backend.all_sum(along)
-            shifts = self._perturbation(along, weights, fraction)
+
+            def perturbed_pass() -> tuple[Any, Tensors]:
+                shifts = self._perturbation(along, weights, fraction)
+                return self._perturbed_pass(forward, batch, weights, shifts, state)
+
             perturbed_loss, gradients["perturbed"] = self._on_perturbed_steps(
-                lambda: self._perturbed_pass(forward, batch, weights, shifts, state),
+                perturbed_pass,
                 lambda: (first.loss, gradients["first"]),
             )
         sums = _Sums(first.loss, perturbed_loss, length, gradients, [g for v, g in used if v.overwrite_with_gradient])
@@ -280,8 +284,8 @@ class Step:
                 raise ValueError(
                     f"{variable.path} has a gradient at the weights but none at the perturbed weights. Expected a "
                     "model that reads its weights as Keras variables in the step's own graph: remove tf.function from "
-                    "`forward` and from the model's `call` (the step is compiled as a whole), rematerialisation and "
-                    "tf.recompute_grad"
+                    "`forward` and from the model's `call` (the step is compiled as a whole), rematerialisation, "
+                    "tf.recompute_grad and TorchModuleWrapper"
                 )
         return done.loss, self._unscaled(gradients)
 
