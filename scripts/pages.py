@@ -205,11 +205,32 @@ def check() -> str:
     return verbatim(done.stdout)
 
 
+def sam_cost() -> str:
+    """Time and memory of the methods' steps, from `make bench`."""
+    found = files.read_json(ROOT / "bench/results.json")["sam_variants"]
+    names = sorted(found, key=lambda name: (not name.startswith("sam"), name))
+    rows = [[name, *(f"{found[name][key]:.2f}" for key in ("step_ratio", "memory_copies"))] for name in names]
+    return table(["step", "time, plain = 1", "memory above plain, copies of the trained weights"], rows)
+
+
+def sam_backends() -> str:
+    """The time of a step on each backend, from bench/sam_backends.py."""
+    names = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+    found = files.read_json(ROOT / "bench/sam_backends.json")
+    measured = {name: found[key] for key, name in names.items() if key in found}
+    variants = [*next(iter(measured.values()))["ratios"]]
+    rows = [
+        [name, f"{each['plain_milliseconds']} ms", *(f"{each['ratios'][variant]:.2f}" for variant in variants)]
+        for name, each in measured.items()
+    ]
+    return table(["", "plain", *variants], rows)
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"results": results, "output": output},
     "docs/start.md": {"output": output},
     "docs/intervals.md": {"check": check},
-    "docs/sam.md": {"methods": methods_table},
+    "docs/sam.md": {"methods": methods_table, "cost": sam_cost, "backends": sam_backends},
     "docs/backbone.md": {"backbones": backbones},
     "docs/params.md": {"params": params_tables},
     "docs/own-images.md": {"tried": tried},

@@ -260,6 +260,19 @@ def test_module_of_pytorch_that_reads_its_own_parameters_is_refused() -> None:
         fit(SharpnessAwareMinimization(keras.Sequential([keras.Input((6,)), *layers])), keras.optimizers.SGD(0.1))
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="XLA compiles the step")
+def test_torch_compile_is_refused_where_there_are_two_passes() -> None:
+    model = SharpnessAwareMinimization(regression(), 0.05)
+    with pytest.raises(ValueError, match=r"`jit_compile`.*'auto' on PyTorch"):
+        model.compile("sgd", cross_entropy(), jit_compile=True)
+    model.compile("sgd", cross_entropy(), jit_compile="auto")
+    assert not model.jit_compile
+    base = SharpnessAwareMinimization(regression(), 0.0)
+    base.compile("sgd", cross_entropy(), jit_compile=True)
+    with pytest.raises(ValueError, match=r"`jit_compile`.*'auto' on PyTorch"):
+        base.rho = 0.05
+
+
 def test_weights_load_into_a_model_that_was_built_after_it_was_wrapped(tmp_path: Path) -> None:
     models = [SharpnessAwareMinimization(keras.Sequential([keras.layers.Dense(3)])) for _ in range(2)]
     for model in models:

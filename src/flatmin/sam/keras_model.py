@@ -46,7 +46,7 @@ class SharpnessAwareMinimization(keras.Model):
     Raises:
         ValueError: `Settings` refuses a value, or the model has a `train_step` of its own or is a wrapper already;
             in `compile`, a loss is not a mean although gradients of several parts are averaged, or `jit_compile=True`
-            comes with `num_batch_splits` on TensorFlow; in `fit`, there are several workers.
+            comes with `num_batch_splits` on TensorFlow, or on PyTorch; in `fit`, there are several workers.
 
     Example:
         >>> import keras, numpy as np
@@ -118,6 +118,7 @@ class SharpnessAwareMinimization(keras.Model):
         self._settings = settings
         self._step = None
         if self.compiled:
+            self._check_jit(self.jit_compile)
             self._check_compiled()
             if self.train_function is not None:
                 self.make_train_function(force=True)
@@ -154,10 +155,8 @@ class SharpnessAwareMinimization(keras.Model):
         before = getattr(self, "optimizer", None)
         given = inspect.signature(keras.Model.compile).bind(self, *arguments, **options).arguments
         del given["self"]
+        self._check_jit(given.get("jit_compile"))
         if self.settings.num_batch_splits > 1 and keras.config.backend() == "tensorflow":
-            if given.get("jit_compile") is True:
-                expected = "False or 'auto' with num_batch_splits: XLA cannot loop over parts of unequal size"
-                raise invalid_argument("jit_compile", expected, True)
             given["jit_compile"] = False
         self.model.compile(**given)
         inner = self.model
@@ -174,6 +173,16 @@ class SharpnessAwareMinimization(keras.Model):
         if before is not self.optimizer:
             self.sam_memory.reset()
         self._step = None
+
+    def _check_jit(self, jit_compile: Any) -> None:
+        """Refuse a compiler that fails on the step."""
+        backend = keras.config.backend()
+        if jit_compile is True and backend == "tensorflow" and self.settings.num_batch_splits > 1:
+            expected = "False or 'auto' with num_batch_splits: XLA cannot loop over parts of unequal size"
+            raise invalid_argument("jit_compile", expected, True)
+        if jit_compile is True and backend == "torch" and not self.settings.is_base_step:
+            expected = "False or 'auto' on PyTorch: torch.compile fails on a step of two passes"
+            raise invalid_argument("jit_compile", expected, True)
 
     def _check_compiled(self) -> None:
         if not (self.settings.num_batch_splits > 1 or self.settings.accumulate > 1):
