@@ -83,12 +83,12 @@ $(VENV)/bin/flatmin: pyproject.toml | $(VENV)/$(or $(LOCK),cpu).done
 study: setup  ## run studies/NAME/params.yaml: make study NAME=digits
 	@$(RUN) sh scripts/study.sh "$(NAME)"
 
-# JOBS: the number of runs at a time. GRID: another grid of the study. MIX_VERSIONS=1: results versions in one table.
+# JOBS: the number of runs at a time. GRID: another grid of the study.
 sweep: setup check-params  ## run the grid of the default study: table and picture in studies/digits
-	@$(RUN) python scripts/sweep.py studies/digits/sweep.yaml $(if $(JOBS),--jobs $(JOBS)) $(if $(MIX_VERSIONS),--mix-versions)
+	@$(RUN) python scripts/sweep.py studies/digits/sweep.yaml $(if $(JOBS),--jobs $(JOBS))
 
 study-sweep: setup  ## run the grid of a study in its clone: make study-sweep NAME=digits
-	@$(RUN) sh scripts/study.sh "$(NAME)" sweep $(if $(JOBS),--jobs $(JOBS)) $(if $(MIX_VERSIONS),--mix-versions)
+	@$(RUN) sh scripts/study.sh "$(NAME)" sweep $(if $(JOBS),--jobs $(JOBS))
 
 negative: setup check-params  ## run the negative controls of the default study: studies/digits/negative.md
 	@$(RUN) python scripts/sweep.py studies/digits/negative.yaml $(if $(JOBS),--jobs $(JOBS))

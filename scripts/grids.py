@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a shell without PYTHONPATH, as in the image
 from flatmin.common import params
 from flatmin.common.errors import InputError
+from flatmin.common.identity import RESULTS_VERSION as RESULTS_VERSION
 from flatmin.common.params_errors import explain, read_yaml
 
 FOLDER = Path(".dvc/tmp/sweep")
@@ -32,22 +33,20 @@ METRICS = {  # stage -> its file in metrics/, or its folder with a file for each
 }
 SEEDED = ("finetune", "sam-finetune", "control")  # stages that run once for each of `seeds`
 SEEDS = ("seeds", "data.seed", "extract.seed")  # keys in which runs of one setting differ
-Pipeline = Mapping[str, Any]  # stage -> its definition in dvc.yaml
+Pipeline = dict[str, Any]  # stage -> its definition in dvc.yaml, each after the stages that it needs
 
 
-class Picture(BaseModel):
+class Picture(params.Section):
     """A metric against a param, both columns of the table."""
 
-    model_config = ConfigDict(extra="forbid")
     x: str
     y: str
 
 
-class Grid(BaseModel):
+class Grid(params.Section):
     """A grid's file. Every entry of `runs` gives all combinations of its values; one may have targets of its own."""
 
-    model_config = ConfigDict(extra="forbid")
-    targets: list[str] = []
+    targets: list[str] = Field([])
     runs: Annotated[list[dict[str, Annotated[list[Any], Field(min_length=1)]]], Field(min_length=1)]
     picture: Picture | None = None
 
@@ -69,11 +68,7 @@ class Run:
     shared: frozenset[str]
 
     def file(self, suffix: str) -> Path:
-        """A file that the sweep keeps for the run.
-
-        log: of its progress. seconds: of all attempts. json: the last attempt's code and machine. process: what
-        identifies the present attempt's process.
-        """
+        """A file that the sweep keeps for the run: the log of all attempts, or json, where its numbers come from."""
         return FOLDER / f"{self.name}.{suffix}"
 
 
@@ -98,39 +93,27 @@ def read_grid(path: Path) -> tuple[list[Run], Picture | None]:
         varying = [key for key, choices in entry.items() if len(choices) > 1] or list(entry)
         for chosen in itertools.product(*entry.values()):
             each = dict(zip(entry, chosen, strict=True))
-            run = make_run(each, varying, targets, unchanged, pipeline, f"{path}: runs.{index}")
-            runs.setdefault(run.name, run)
+            settings = copy.deepcopy(unchanged)
+            for key, value in each.items():
+                set_value(settings, key, value, f"{path}: runs.{index}")
+            checked = params.parse(settings, f"{path}: runs.{index}")
+            words = [*(f"{key.rpartition('.')[2]}-{each[key]}" for key in varying), *targets]
+            name = f"{file_name('-'.join(words))}-{identity(targets, checked, pipeline)}"
+            stages = needed_stages(targets, pipeline)
+            shared = frozenset(f"{stage} {identity([stage], checked, pipeline)}" for stage in METRICS.keys() & stages)
+            runs.setdefault(name, Run(name, targets, each, settings, stages, shared))
     return list(runs.values()), grid.picture
+
+
+def file_name(text: str) -> str:
+    """A text as the beginning of a git ref and a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]+|\.\.+", "-", text)[:80].strip("-.")
 
 
 def read_pipeline() -> Pipeline:
     """The stages of dvc.yaml."""
     stages: Pipeline = read_yaml("dvc.yaml")["stages"]
     return stages
-
-
-def make_run(
-    values: Mapping[str, Any],
-    varying: Sequence[str],
-    targets: Sequence[str],
-    unchanged: Mapping[str, Any],
-    pipeline: Pipeline,
-    where: str,
-) -> Run:
-    """A run with its settings, checked by the schema.
-
-    varying: the keys that go into its name. unchanged: params.yaml's values. where: begins an error's message.
-    """
-    settings: dict[str, Any] = copy.deepcopy(dict(unchanged))
-    for key, value in values.items():
-        set_value(settings, key, value, where)
-    checked = params.parse(settings, where)
-    stages = needed_stages(targets, pipeline)
-    words = [f"{key.rpartition('.')[2]}-{value}" for key, value in values.items() if key in varying]
-    prefix = re.sub(r"[^A-Za-z0-9.]+|\.\.+", "-", "-".join([*words, *targets]))
-    name = f"{prefix[:80].strip('-.')}-{identity(targets, checked, pipeline)}"
-    shared = frozenset(f"{stage} {identity([stage], checked, pipeline)}" for stage in METRICS if stage in stages)
-    return Run(name, targets, values, settings, stages, shared)
 
 
 def set_value(settings: Any, key: str, value: Any, where: str) -> None:
@@ -147,41 +130,37 @@ def set_value(settings: Any, key: str, value: Any, where: str) -> None:
     settings[last] = copy.deepcopy(value)
 
 
+def get_value(settings: Any, key: str) -> Any:
+    """The value of a key such as sam.rho; None without it."""
+    for name in key.split("."):
+        settings = settings.get(name) if isinstance(settings, dict) else None
+    return settings
+
+
 def identity(targets: Sequence[str], settings: params.Params, pipeline: Pipeline) -> str:
-    """A digest of what determines a run's results: its targets and the params of the sections that its stages use.
+    """A digest of what determines a run's results: its targets, the params that its stages use and the results version.
 
     The order of keys does not matter, nor whether a default value is written out, so a new key in the schema renames no
-    run. The code is no part of it; its version is a column of the table.
+    run; nor does code that changes no number.
     """
-    used = used_params(needed_stages(targets, pipeline), pipeline)
     values = settings.model_dump(mode="json", exclude_defaults=True)
-    sections = {name: section for name, section in values.items() if name in used}
-    for section, _, key in (name.partition(".") for name in sorted(used)):
-        if key and section not in used and key in values[section]:
-            sections.setdefault(section, {})[key] = values[section][key]
-    return hashlib.sha256(json.dumps([list(targets), sections], sort_keys=True).encode()).hexdigest()[:8]
+    used = {key: get_value(values, key) for key in used_params(needed_stages(targets, pipeline), pipeline)}
+    return hashlib.sha256(json.dumps([RESULTS_VERSION, list(targets), used], sort_keys=True).encode()).hexdigest()[:8]
 
 
 def needed_stages(targets: Sequence[str], pipeline: Pipeline) -> set[str]:
     """The targets, or all stages where there are none, with every stage whose outputs they need."""
-    needed = set(targets or pipeline)
-    pending = list(needed)
-    while pending:
-        wanted = _paths(pipeline[pending.pop()], "deps")
-        for name, stage in pipeline.items():
-            made = _paths(stage, "outs", "metrics", "plots")
-            pairs = itertools.product(wanted, made)
-            if name not in needed and any(one.startswith(other) or other.startswith(one) for one, other in pairs):
-                needed.add(name)
-                pending.append(name)
+    needed, wanted = set[str](), list[str]()
+    for name, stage in reversed(pipeline.items()):
+        pairs = itertools.product(wanted, _paths(stage, "outs", "metrics", "plots"))
+        if name in (targets or pipeline) or any(one.startswith(other) or other.startswith(one) for one, other in pairs):
+            needed.add(name)
+            wanted += _paths(stage, "deps")
     return needed
 
 
 def used_params(stages: Iterable[str], pipeline: Pipeline) -> set[str]:
-    """The sections of params.yaml that stages read, or that dvc.yaml itself fills in (`${backbones}`).
-
-    Single keys are among them where a stage reads no more of a section: `extract.image_size`.
-    """
+    """The sections and keys of params.yaml that stages read, or that dvc.yaml itself fills in (`${backbones}`)."""
     used = set[str]()
     for stage in stages:
         used |= {key for key in pipeline[stage].get("params", ()) if isinstance(key, str)}

@@ -12,8 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from blocks import table
 from dvc.api import DVCFileSystem
-from grids import METRICS, SEEDED, SEEDS, Pipeline, Run, identity, needed_stages, output, read_pipeline, used_params
-from runs_table import cell, find, value
+from grids import (
+    METRICS,
+    SEEDED,
+    SEEDS,
+    Pipeline,
+    Run,
+    get_value,
+    identity,
+    needed_stages,
+    output,
+    read_pipeline,
+    used_params,
+)
+from runs_table import cell, find
 
 from flatmin.common import console, files, params
 from flatmin.common.errors import InputError
@@ -76,7 +88,7 @@ def labels(settings: Settings) -> dict[str, str]:
     stages = needed_stages([judged(next(iter(firsts.values())))], pipeline)
     prefixes = tuple(f"{name}." for name in used_params(stages, pipeline))
     keys = dict.fromkeys(key for run in firsts.values() for key in run.values if f"{key}.".startswith(prefixes))
-    values = {key: {each: str(cell(value(run.settings, key))) for each, run in firsts.items()} for key in keys}
+    values = {key: {each: str(cell(get_value(run.settings, key))) for each, run in firsts.items()} for key in keys}
     varying = [key for key in keys if key not in SEEDS and len(set(values[key].values())) > 1]
     return {each: ", ".join(f"`{key}: {values[key][each] or 'default'}`" for key in varying) for each in firsts}
 
@@ -93,7 +105,7 @@ def read_scores(runs: Sequence[Run]) -> dict[Seeds, Scores]:
         if not ref:
             raise InputError(f"{run.name}: expected its experiment in this checkout, found none")
         filesystem = DVCFileSystem(rev=output("git", "rev-parse", ref).strip())
-        drawn = (value(run.settings, "data.seed") or 0, value(run.settings, "extract.seed") or 0)
+        drawn = (get_value(run.settings, "data.seed") or 0, get_value(run.settings, "extract.seed") or 0)
         folders: dict[Seeds, str] = {drawn: METRICS[stage]}
         if stage in SEEDED:
             folders = {(seed, *drawn): f"{METRICS[stage]}/{seed}" for seed in run.settings["seeds"]}

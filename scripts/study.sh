@@ -1,6 +1,6 @@
 #!/bin/sh
 # Run studies/NAME/params.yaml in a clone of this checkout's last commit and copy its results to studies/NAME. As
-# `study.sh NAME sweep [--jobs N] [--mix-versions]` run the grid studies/NAME/sweep.yaml there instead, or the one that
+# `study.sh NAME sweep [--jobs N]` run the grid studies/NAME/sweep.yaml there instead, or the one that
 # $GRID names: studies/NAME/$GRID.yaml or studies/NAME/grids/$GRID.yaml.
 set -eu
 fail() { echo "error: $*" >&2; exit 1; }

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from blocks import fill, table
-from runs_table import ORIGIN, UNKNOWN, read_table, refuse_contradiction
+from runs_table import ORIGIN, UNKNOWN, read_table
 
 from flatmin.common import console, errors, files
 from flatmin.common.errors import InputError
@@ -79,7 +79,7 @@ def collect(folder: Path) -> list[Run]:
     """The successful runs of all tables of the grids, and the run of `make study`.
 
     Raises:
-        InputError: two tables disagree about a run, or a run is not of results version 1.
+        InputError: two tables have a run of one name, or a run is not of results version 1.
     """
     runs: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("grids/*.csv")):
@@ -87,7 +87,7 @@ def collect(folder: Path) -> list[Run]:
             cells = {key: cell if key in TEXT else _value(cell) for key, cell in row.items() if cell}
             run = {key: cell for key, cell in cells.items() if key != "status"} | {"grid": path.stem}
             if name in runs:
-                refuse_contradiction(name, {f"{other['grid']}.csv": other for other in (runs[name], run)})
+                raise InputError(f"{name}: expected it in one table, received two: {runs[name]['grid']}, {path.stem}")
             runs[name] = run
     run = study(folder / "version-1")
     runs[run["name"]] = run
