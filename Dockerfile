@@ -16,7 +16,7 @@ RUN apt-get update \
 
 # In one layer, which pip has left again (a stage of its own would save nothing and copy gigabytes). Headers and libclang,
 # 490 MB, are of use to compilers alone. Bytecode is never checked against its source: nobody can write it. The loader is
-# told where NVIDIA's wheels have their libraries: TensorFlow alone does not find all (scripts/check_cuda.py).
+# told where NVIDIA's wheels have their libraries: TensorFlow alone does not find all.
 ARG LOCK=gpu
 COPY requirements/${LOCK}.txt /opt/requirements.txt
 RUN apt-get update \
