@@ -7,17 +7,14 @@ import json
 import re
 import shutil
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import boto3
 import pytest
-from loopback import free_ports
+import requests
+from moto.server import ThreadedMotoServer
 from repository import ROOT, Repository, stages_run
 
 PAGE = (ROOT / "docs/remotes.md").read_text()
@@ -33,40 +30,11 @@ def scripts(heading: str) -> list[str]:
     return re.findall(r"```sh\n(.*?)```", found[1], re.DOTALL)
 
 
-def failures() -> list[tuple[str, str, str]]:
-    """Return the page's table of failures: (what is wrong, pull or push, DVC's message)."""
-    cells = [line.strip("| ").split(" | ") for line in PAGE.split("## When it fails\n")[1].splitlines() if "|" in line]
-    commands = {"both": ["pull", "push"], "`dvc pull`": ["pull"], "`dvc push`": ["push"]}
-    return [(wrong, name, said.split("`")[1]) for wrong, which, said in cells[2:] for name in commands[which]]
-
-
-@dataclass(frozen=True)
-class Server:
+class Server(NamedTuple):
     """An S3 server that knows two access keys (id, secret) and checks every signature."""
 
     address: str
-    keys: tuple[tuple[str, str], tuple[str, str]]
-
-
-def post(address: str, text: str) -> None:
-    request = urllib.request.Request(  # noqa: S310 - of loopback
-        address, data=text.encode(), headers={"Content-Type": "text/plain"}, method="POST"
-    )
-    urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
-
-
-def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
-    """Return when the server answers. AssertionError: it ended, or said nothing within a minute."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        assert process.poll() is None, "the server ended"
-        try:
-            urllib.request.urlopen(address, timeout=10).close()  # noqa: S310
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError("the server does not answer")
+    keys: Sequence[tuple[str, str]]
 
 
 def with_keys(address: str) -> Server:
@@ -79,28 +47,17 @@ def with_keys(address: str) -> Server:
     policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
     users.put_user_policy(UserName="tester", PolicyName="s3", PolicyDocument=json.dumps(policy))
     made = [users.create_access_key(UserName="tester")["AccessKey"] for _ in range(2)]
-    post(f"{address}/moto-api/reset-auth", "0")
-    first, second = ((key["AccessKeyId"], key["SecretAccessKey"]) for key in made)
-    return Server(address, (first, second))
+    plain = {"Content-Type": "text/plain"}
+    requests.post(f"{address}/moto-api/reset-auth", "0", headers=plain, timeout=10).raise_for_status()
+    return Server(address, [(key["AccessKeyId"], key["SecretAccessKey"]) for key in made])
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """moto's server as a process of its own."""
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with (tmp_path_factory.mktemp("server") / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            wait_for(f"http://127.0.0.1:{port}/moto-api/", process)
-            yield with_keys(f"http://127.0.0.1:{port}")
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+def server() -> Iterator[Server]:
+    running = ThreadedMotoServer("127.0.0.1", port=0)
+    running.start()
+    yield with_keys("http://{}:{}".format(*running.get_host_and_port()))
+    running.stop()
 
 
 def credentials(key: tuple[str, str]) -> dict[str, str]:
@@ -195,55 +152,6 @@ def test_second_checkout_pulls_and_runs_nothing(machine: Machine, server: Server
     assert "metrics/sam/7.json" in machine.clone.run("dvc", "status")
     machine.clone.run("git", "checkout", "metrics/sam/7.json")
     assert "up to date" in machine.clone.run("dvc", "status")
-
-
-@pytest.fixture(scope="module")
-def pushed(finished_study: Repository, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    """A study that is pushed to S3, and a clone of it with nothing pulled."""
-    machine = Machine(finished_study, tmp_path_factory.mktemp("pushed"), server)
-    for repository in (machine.study, machine.clone):
-        repository.variables |= credentials(server.keys[0])
-    machine.script(scripts(S3)[0])
-    machine.study.run("git", "clone", "--quiet", str(machine.folder / "git"), str(machine.clone.folder))
-    return machine
-
-
-# What is wrong, as the page calls it -> what causes it: variables (None: unset), commands.
-WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
-    "the key or the secret": ({"AWS_SECRET_ACCESS_KEY": "an-old-secret-of-mine"}, []),
-    "no credentials": ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, []),
-    "no such bucket": ({}, ["dvc remote modify --local s3 url s3://no-such-bucket/flatmin"]),
-    "no such server": (
-        {"AWS_MAX_ATTEMPTS": "1"},  # of five, which end alike
-        ["dvc remote modify --local s3 endpointurl http://127.0.0.1:{port}"],
-    ),
-    "no default remote": ({}, ["dvc remote default --unset"]),
-    "an `ssh://` remote": ({}, ["dvc remote add --local --default other ssh://s3.example.org/flatmin"]),
-    "nothing was pushed": ({}, ["dvc remote modify --local s3 url s3://bucket/empty"]),
-    "the folder is not mounted": ({}, ["dvc remote add --local --default other {folder}/mount/flatmin"]),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("wrong", "command", "said"), failures())
-def test_failed_push_or_pull_says_what_the_page_says(
-    pushed: Machine, server: Server, wrong: str, command: str, said: str
-) -> None:
-    repository = copy.copy(pushed.clone if command == "pull" else pushed.study)
-    (repository.folder / ".dvc/config.local").unlink(missing_ok=True)
-    repository.run("git", "checkout", "--quiet", ".dvc/config")
-    variables, commands = WRONG[wrong]
-    changed = repository.variables | variables
-    repository.variables = {name: value for name, value in changed.items() if value is not None}
-    (port,) = free_ports(1)
-    for line in commands:
-        repository.run(*line.format(port=port, folder=pushed.folder).split())
-    with repository.start("dvc", command, "-v") as process:
-        output, _ = process.communicate()
-    assert said in output
-    assert (process.returncode == 0) == (wrong == "the folder is not mounted" and command == "push")
-    secrets = ("an-old-secret-of-mine", server.keys[0][1])
-    assert not [secret for secret in secrets if secret in output]
 
 
 @pytest.mark.slow
