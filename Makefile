@@ -61,7 +61,6 @@ accept: setup $(VENV)/dev.done  ## record in dvc.lock that a change of code chan
 docs: setup  ## fill in the generated parts of all pages: numbers, params, commands
 	$(RUN) python scripts/pages.py
 	$(RUN) python bench/page.py
-	$(RUN) python bench/audit_page.py
 	$(RUN) python studies/cifar100/results.py
 
 # A warning, such as of a link that leads nowhere, is an error.

@@ -2,7 +2,7 @@
 
     python bench/audit.py [PART ...]    measure these parts (digits, cifar100, copies, planted, imbalance), or all
 
-CIFAR-100 is read from $TFDS_DATA_DIR. Records and models are kept in build/audit/. bench/audit_page.py fills the page.
+CIFAR-100 is read from $TFDS_DATA_DIR. Records and models are kept in build/audit/. bench/page.py fills the page.
 """
 
 from __future__ import annotations

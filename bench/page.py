@@ -1,13 +1,13 @@
-"""Draw docs/speed.png and fill the tables of docs/speed.md and docs/sizing.md, from bench/*.json: for `make docs`."""
+"""Fill the tables of docs/speed.md, docs/sizing.md and docs/audit.md from bench/*.json: for `make docs`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
 from speed import EPOCHS, TIMED, seconds, speedup
 
 from flatmin.common import errors, files
@@ -35,6 +35,23 @@ NAMES = {
     "torch": "PyTorch",
     "flatmin": "`matmul: half`",
     "flatmin-float32": "float32",
+}
+AUDITED = {"digits": "digits", "cifar100": "CIFAR-100"}
+COUNTED = (
+    ("near_duplicates", "train_test", "test images with a near duplicate in train"),
+    ("near_duplicates", "val_test", "test images with one in val"),
+    ("near_duplicates", "train_val", "val images with one in train"),
+    ("near_duplicates", "test", "test images with another of test"),
+    ("near_duplicates", "train", "train images with another of train"),
+    ("contradictions", "train_val", "val images with one in train that has another label"),
+    ("contradictions", "train", "train images with another of train that has another label"),
+    ("suspects", "train", "label suspects of train"),
+    ("suspects", "val", "label suspects of val"),
+)
+COLUMNS = {
+    "rare": "recall of the rare digits, %",
+    "frequent": "of the frequent ones, %",
+    "accuracy": "test accuracy, %",
 }
 VIEWS, VAL, LIMIT = 4, 0.2, 50e9  # of the example of disk space: augmented views, val for each train image, bytes
 
@@ -134,32 +151,67 @@ def views(sizes: dict[str, Any]) -> str:
     return table(columns, lines)
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Bars: the seconds of each stage on both sides."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots()
-    runs = dict.fromkeys((stage, name) for stage, side, own in rows(results) for name in (side, own))
-    bars = {}
-    for stage, name in sorted(runs):
-        whose = "Flatmin, " if name.startswith("flatmin") else ""
-        label = f"{stage}\n{whose}{NAMES[name].replace('`', '')}"
-        bars[label] = seconds(results["runs"][f"{name} {stage} {TIMED}"], EPOCHS[stage])
-    drawn = axes.barh(list(bars), list(bars.values()), color=["C1" if "Flatmin" in name else "C0" for name in bars])
-    axes.bar_label(drawn, fmt="%.0f", padding=3)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"seconds for {EPOCHS['extract']} epochs of extract, {EPOCHS['finetune']} of finetune")
-    axes.spines[["top", "right"]].set_visible(False)
-    with files.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+def found(results: dict[str, Any]) -> str:
+    """What audit found in each data set, and how long it took without the forward pass."""
+    runs = {name: results[name] for name in AUDITED}
+    rows = [[title, *(f"{run['found'][kind][key]:,}" for run in runs.values())] for kind, key, title in COUNTED]
+    roles = ("train", "val", "test")
+    rows.insert(2, ["test images with one in either", *(f"{run['leaked']:,}" for run in runs.values())])
+    images = [", ".join(f"{run['images'][role]:,}" for role in roles) for run in runs.values()]
+    took = [f"{run['seconds']:.0f}, {run['processor_seconds']:.0f}" for run in runs.values()]
+    rows = [
+        ["images of train, val, test", *images],
+        *rows,
+        ["seconds without the forward pass: elapsed, processor time", *took],
+    ]
+    return table(["", *(AUDITED[name] for name in runs)], rows)
+
+
+def copies(results: dict[str, Any]) -> str:
+    made = {name: results["copies"][name]["found"] for name in AUDITED}
+    rows = [[change, *(f"{100 * each[change]:.1f} %" for each in made.values())] for change in made["digits"]]
+    return table(["a test picture", *(AUDITED[name] for name in made)], rows)
+
+
+def planted(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            AUDITED[name],
+            f"{run['images']:,}",
+            rule,
+            f"{of['suspects']:,}",
+            f"{of['precision']:.3f}",
+            f"{of['recall']:.3f}",
+        ]
+        for name in AUDITED
+        for run in [results["planted"][name]]
+        for rule, of in run["rules"].items()
+    ]
+    first = " and ".join(
+        f"{results['planted'][name]['first']:.2f} ({AUDITED[name]}, {results['planted'][name]['wrong']:,})"
+        for name in AUDITED
+    )
+    told = f"Precision of the first suspects, as many as labels were changed: {first}.\n"
+    return table(["data", "images", "by", "suspects", "precision", "recall"], rows) + "\n" + told
+
+
+def imbalance(results: dict[str, Any]) -> str:
+    def cell(scores: list[float]) -> str:
+        return f"{100 * fmean(scores):.1f} ({', '.join(f'{100 * one:.1f}' for one in scores)})"
+
+    titles = {"nothing": "nothing balanced"} | {key: f"`{key}: balanced`" for key in ("class_weights", "sampling")}
+    ways = results["imbalance"]["ways"]
+    rows = [[title, *(cell(ways[name][key]) for key in COLUMNS)] for name, title in titles.items()]
+    return table(["", *COLUMNS.values()], rows)
 
 
 def main() -> None:
-    results, sizes = (files.read_json(HERE / f"{name}.json") for name in ("results", "sizes"))
+    results, sizes, audit = (files.read_json(HERE / f"{name}.json") for name in ("results", "sizes", "audit"))
     if not results.get("is_complete"):
         raise errors.InputError("bench/results.json: expected a whole bench, received a part; `make bench` resumes it")
     fill(DOCS / "speed.md", {"times": times(results), "ratios": ratios(results)})
     fill(DOCS / "sizing.md", {"stages": stages(sizes), "views": views(sizes)})
-    draw(results, DOCS / "speed.png")
+    fill(DOCS / "audit.md", {make.__name__: make(audit) for make in (found, copies, planted, imbalance)})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import filecmp
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
