@@ -171,32 +171,6 @@ def exports() -> str:
     return f"{text}\n\n{table(columns, rows)}"
 
 
-def tried() -> str:
-    """The studies of bench/tried.json: what `flatmin new` said of them, and what they took."""
-    names = {
-        "folder": "ten classes of CIFAR-100 in folders",
-        "table": "the same in a table",
-        "stamps": "six folders of tuxpaint-stamps-default",
-        "digits": "the default study's digits",
-    }
-    rows = []
-    for key, each in sorted(
-        files.read_json(ROOT / "bench/tried.json").items(), key=lambda item: [*names].index(item[0])
-    ):
-        times = [f"{each[kind]['minutes']:.0f} min, {each[kind]['gigabytes']:.2f} GB" for kind in ("said", "took")]
-        waiting = f"{each['waiting']['before']:.0f}, {each['waiting']['after']:.0f}"
-        accuracies = ", ".join(f"{100 * value:.1f}" for value in (each["accuracy"][name] for name in words.NAMES))
-        gain = each["sam_minus_control"]
-        sam = f"{words.points(gain['accuracy'])} ({words.interval(gain)})"
-        rows.append([f"{each['pictures']}: {names[key]}", *times, waiting, accuracies, sam])
-    columns = ["pictures", "said", "took", "processes waiting, before and after"]
-    columns += [
-        f"test accuracy, %: {', '.join(words.NAMES.values())}",
-        f"SAM {words.MINUS} control, points (95 % interval)",
-    ]
-    return table(columns, rows)
-
-
 def check() -> str:
     """What `flatmin check` says of the default study."""
     command = [sys.executable, "-m", "flatmin.cli", "check", "params.yaml"]
@@ -233,7 +207,6 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/sam.md": {"methods": methods_table, "cost": sam_cost, "backends": sam_backends},
     "docs/backbone.md": {"backbones": backbones},
     "docs/params.md": {"params": params_tables},
-    "docs/own-images.md": {"tried": tried},
     "docs/export.md": {"exports": exports},
     "docs/commands.md": {"make": make_targets, "flatmin": helps},
 }
