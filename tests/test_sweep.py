@@ -422,68 +422,49 @@ def logs(repository: Repository) -> str:
     return "\n".join(path.read_text() for path in sorted((repository.folder / grids.FOLDER).glob("*.log")))
 
 
-def kill_in_training(repository: Repository, jobs: int) -> None:
-    """Start a sweep and kill it once a run has ended its second epoch with SAM."""
-    process = repository.start(*COMMAND, "--jobs", str(jobs))
-    until = time.monotonic() + 500
+def rows_of(table: Path) -> list[dict[str, str]]:
+    with table.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_sweep_killed_and_given_again_resumes(tmp_path: Path) -> None:
+    """That a resumed training equals an undisturbed one is shown by tests/test_training_resume.py."""
+    params = TINY | {
+        "backbones": ["MobileNet025"],
+        "finetune": TINY["finetune"] | {"epochs": 20, "views": 2, "fine_tune_at": "conv_pw_12"},
+    }
+    repository = Repository(tmp_path, params)
+    two = GRID | {"runs": [{"seeds": [[7]], "sam.rho": [0.02, 0.1]}]}
+    (repository.folder / "grid.yaml").write_text(yaml.safe_dump(two, sort_keys=False))
+    command = (*COMMAND, "--jobs", str(len(os.sched_getaffinity(0))))
+    process = repository.start(*command)
+    until = time.monotonic() + 300
     while not re.search(r"^sam-finetune@7 2/\d+: loss", logs(repository), re.M) and process.poll() is None:
         assert time.monotonic() < until, logs(repository)
         time.sleep(0.1)
     assert processes(repository)
     process.kill()
     process.communicate()
+    until = time.monotonic() + 10
+    while processes(repository):
+        assert time.monotonic() < until, "the runs of a killed sweep end with it"
+        time.sleep(0.1)
 
-
-def rows_of(repository: Repository) -> list[dict[str, str]]:
-    with (repository.folder / "grid.csv").open() as file:
-        return [
-            {key: value for key, value in row.items() if key not in ("commit", "seconds")}
-            for row in csv.DictReader(file)
-        ]
-
-
-def curves(repository: Repository) -> dict[str, str]:
-    """What each epoch of SAM gave in each experiment, by name."""
-    refs = repository.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
-    names = {ref: repository.run("git", "ls-tree", "--name-only", ref, "plots/sam/").split() for ref in refs}
-    return {
-        ref.rpartition("/")[2]: "".join(repository.run("git", "show", f"{ref}:{name}") for name in found)
-        for ref, found in names.items()
-    }
-
-
-@pytest.mark.slow
-def test_sweep_killed_and_given_again_equals_undisturbed(tmp_path: Path) -> None:
-    params = TINY | {
-        "backbones": ["MobileNet025"],
-        "extract": TINY["extract"] | {"levels": "all"},  # the last has next to nothing to learn from random weights
-        "finetune": TINY["finetune"] | {"epochs": 20, "views": 2, "fine_tune_at": "conv_pw_12"},
-    }
-    two = GRID | {"runs": [{"seeds": [[7]], "sam.rho": [0.02, 0.1]}]}
-    whole, killed = (Repository(tmp_path / name, params) for name in ("whole", "killed"))
-    for repository in (whole, killed):
-        (repository.folder / "grid.yaml").write_text(yaml.safe_dump(two, sort_keys=False))
-    jobs = len(os.sched_getaffinity(0))
-    output = whole.run(*COMMAND, "--jobs", str(jobs))
+    output = repository.run(*command)
     assert "2 experiments: 0 have succeeded, 2 to run" in output
-
-    kill_in_training(killed, jobs)
-    output = killed.run(*COMMAND, "--jobs", str(jobs))
     assert "2 experiments: grid.csv, grid.val.md, grid.png" in output
-    assert re.search(r"^sam-finetune@7: \w.* after epoch \d+", logs(killed), re.M), "a training was resumed"
-    assert logs(killed).count("view 1/2: ") == logs(whole).count("view 1/2: ") > 0, "cached activations are used again"
-    assert processes(killed) == []
-    assert not list((killed.folder / grids.FOLDER).glob("clone-*"))
-    assert rows_of(killed) == rows_of(whole)
-    assert curves(killed) == curves(whole)
-    assert [row["status"] for row in rows_of(killed)] == ["succeeded"] * 2
-
-    table = (killed.folder / "grid.csv").read_bytes()
-    assert rows_of(killed)[0]["name"] in killed.run("dvc", "exp", "show", "--csv")
-    for ref in killed.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").split():
-        killed.run("git", "update-ref", "-d", ref)
-    assert "2 experiments: 2 have succeeded, 0 to run" in killed.run(*COMMAND), "the table has them"
-    assert (killed.folder / "grid.csv").read_bytes() == table
+    assert re.search(r"^sam-finetune@7: \w.* after epoch \d+", logs(repository), re.M), "a training was resumed"
+    assert processes(repository) == []
+    assert not list((repository.folder / grids.FOLDER).glob("clone-*"))
+    table = repository.folder / "grid.csv"
+    before = table.read_bytes()
+    assert [row["status"] for row in rows_of(table)] == ["succeeded"] * 2
+    assert rows_of(table)[0]["name"] in repository.run("dvc", "exp", "show", "--csv")
+    for ref in repository.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").split():
+        repository.run("git", "update-ref", "-d", ref)
+    assert "2 experiments: 2 have succeeded, 0 to run" in repository.run(*COMMAND), "the table has them"
+    assert table.read_bytes() == before
 
 
 @pytest.mark.slow
@@ -497,7 +478,7 @@ def test_sweep_failing_run_is_named_and_others_succeed(tmp_path: Path) -> None:
     start = "error: 1 of 2 experiments: expected success, failed: .dvc/tmp/sweep/train-per-class-600-prepare-"
     assert last.startswith(start)
     assert "train_per_class" in (repository.folder / last.split(": ")[-1]).read_text()
-    failed, succeeded = rows_of(repository)
+    failed, succeeded = rows_of(repository.folder / "grid.csv")
     assert (failed["status"], failed["records"], failed["cores"]) == ("failed", "", "")
     (ref,) = repository.run("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
     digest = json.loads(repository.run("git", "show", f"{ref}:metrics/prepare.json"))["digest"]
@@ -510,19 +491,8 @@ def test_output_failing_command_is_one_line() -> None:
         grids.output("git", "nonsense")
 
 
-def test_study_broken_clone_leaves_checkout_alone(tmp_path: Path) -> None:
-    repository = Repository(tmp_path, TINY)
-    (repository.folder / ".studies/digits/.git").mkdir(parents=True)
-    readme = repository.folder / "README.md"
-    readme.write_text("not committed")
-    output = repository.run("sh", "scripts/study.sh", "digits", "sweep", "--jobs", "none", expect=128)
-    assert "not a git repository" in output
-    assert readme.read_text() == "not committed"
-    assert repository.run("git", "branch", "--show-current") == "main\n"
-
-
 @pytest.mark.slow
-def test_study_checkout_moved_continues(tmp_path: Path) -> None:
+def test_study_checkout_moved_continues_and_broken_clone_leaves_it_alone(tmp_path: Path) -> None:
     """In a container the checkout is mounted at another path."""
     repository = Repository(tmp_path, TINY)
     command = ("sh", "scripts/study.sh", "digits", "sweep", "--jobs", "none")
@@ -531,15 +501,19 @@ def test_study_checkout_moved_continues(tmp_path: Path) -> None:
     repository.commit("later")
     repository.folder = repository.folder.rename(tmp_path / "elsewhere")
     assert "argument --jobs" in repository.run(*command, expect=2)
-    assert (repository.folder / ".studies/digits/README.md").read_text() == "later"
-    assert repository.run("sh", "scripts/study.sh", "digits", "sweeps", expect=1) == (
-        "error: expected NAME or NAME sweep, received 'digits sweeps'\n"
-    )
+    clone = repository.folder / ".studies/digits"
+    assert (clone / "README.md").read_text() == "later"
+    message = "error: expected NAME or NAME sweep, received 'digits sweeps'\n"
+    assert repository.run(*command[:3], "sweeps", expect=1) == message
     with (repository.folder / ".studies/digits.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert repository.run(*command, expect=1) == (
-            "error: .studies/digits: expected no other run of this study, found one\n"
-        )
+        message = "error: .studies/digits: expected no other run of this study, found one\n"
+        assert repository.run(*command, expect=1) == message
+    shutil.rmtree(clone / ".git")
+    (clone / ".git").mkdir()
+    (repository.folder / "README.md").write_text("not committed")
+    assert "not a git repository" in repository.run(*command, expect=128)
+    assert (repository.folder / "README.md").read_text() == "not committed"
 
 
 @pytest.mark.slow
@@ -566,8 +540,7 @@ def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
         "studies/other/sweep.csv",
         "studies/other/sweep.png",
     ]
-    with (study / "sweep.csv").open() as file:
-        (row,) = csv.DictReader(file)
+    (row,) = rows_of(study / "sweep.csv")
     assert (row["extract.seed"], row["select/backbone"], row["status"]) == ("9", "EfficientNetLite0", "succeeded")
     assert (row["dirty"], row["cores"]) == ("false", str(len(os.sched_getaffinity(0)))), "params.yaml is no code"
     assert f"{row['cores']} cores" in row["machine"]
