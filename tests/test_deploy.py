@@ -186,31 +186,9 @@ def test_revision_is_a_branch_a_tag_or_a_commit(quick: Repository) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed file")
-def test_second_study_pushes_to_the_same_branch(quick: Repository) -> None:
-    seen: list[str] = []
-    for seed in (8, 9):
-        quick.write_params(tiny_params(data={"seed": seed}))
-        quick.commit(f"seed {seed}")
-        run(quick, f"pod_{seed}", "study.sh", PUSH_BRANCH="results")
-        assert json.loads(quick.run("git", "show", "results:metrics/prepare.json")) == {"seed": seed}
-        assert quick.run("git", "diff", "--name-only", "main", "results", "--", "src", "params.yaml") == ""
-        seen.append(quick.run("git", "rev-parse", "results").strip())
-    quick.run("git", "merge-base", "--is-ancestor", *seen)
-
-    # A branch that is not of results alone is left as it is.
-    quick.run("git", "checkout", "--quiet", "results")
-    quick.run("git", "commit", "--quiet", "--allow-empty", "--message", "Work of somebody")
-    quick.run("git", "checkout", "--quiet", "main")
-    pod = Pod(quick, quick.folder.parent / "refused")
-    assert pod.start("study.sh", PUSH_BRANCH="results").wait(200) != 0
-    assert "non-fast-forward" in pod.log or "fetch first" in pod.log
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:unclosed file")
-def test_experiment_runs_its_targets_and_refuses_the_name_of_another(quick: Repository) -> None:
+def test_experiment_runs_its_targets_once(quick: Repository) -> None:
     combinations = quick.folder.parent / "combinations"
-    settings = {"JOB_COMPLETION_INDEX": "0", "COMBINATIONS": str(combinations), "PUSH_EXPERIMENTS": "yes"}
+    settings = {"JOB_COMPLETION_INDEX": "0", "COMBINATIONS": str(combinations)}
     combinations.write_text("data.seed=1 sam.rho=0.1 seeds=[1,2]\n")
     pod = run(quick, "first", "experiment.sh", **settings)
     assert stages_run(pod.log) == ["prepare", "sam-finetune@1", "sam-finetune@2"]
@@ -219,18 +197,14 @@ def test_experiment_runs_its_targets_and_refuses_the_name_of_another(quick: Repo
         '0 data.seed=1 sam.rho=0.1 seeds=[1,2] metrics/sam/1.json {"rho":0.1}',
         '0 data.seed=1 sam.rho=0.1 seeds=[1,2] metrics/sam/2.json {"rho":0.1}',
     ]
-    pod = run(quick, "again", "experiment.sh", **settings)  # the same, whose name it may have
+    pod = run(quick, "again", "experiment.sh", **settings)
     assert stages_run(pod.log) == []
 
     combinations.write_text("sam.rho=0.2 seeds=[7]\n")  # prepare is the revision's: pulled, with no run recorded
     quick.run("dvc", "remote", "add", "--local", "--default", "cluster", str(quick.folder.parent / "remote"))
     quick.run("dvc", "push")
-    pod = Pod(quick, quick.folder.parent / "other")
-    assert pod.start("experiment.sh", **settings).wait(200) == 1
+    pod = run(quick, "other", "experiment.sh", **settings)
     assert stages_run(pod.log) == ["sam-finetune@7"]
-    assert pod.log.splitlines()[-1].startswith("error: SWEEP: expected a name that is new at this revision")
-    run(quick, "named", "experiment.sh", SWEEP="second", **settings)
-    assert {"sweep-0", "second-0"} <= set(re.findall(r"(?:sweep|second)-\d", quick.run("dvc", "exp", "list")))
 
 
 @pytest.mark.slow
@@ -246,10 +220,7 @@ def test_two_workers_train_together_and_another_machine_restores_their_runs(tmp_
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
     configs = [json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}) for index in range(2)]
     pods = [Pod(origin, tmp_path / f"pod_{index}") for index in range(3)]
-    started = [
-        pod.start("study.sh", TF_CONFIG=config, PUSH_BRANCH="results")
-        for pod, config in zip(pods, configs, strict=False)
-    ]
+    started = [pod.start("study.sh", TF_CONFIG=config) for pod, config in zip(pods, configs, strict=False)]
     codes = [process.wait(400) for process in started]
     assert codes == [0, 0], pods[0].log + pods[1].log
     first, second = (pod.folder / "work/checkout" for pod in pods[:2])
@@ -257,8 +228,6 @@ def test_two_workers_train_together_and_another_machine_restores_their_runs(tmp_
     assert filecmp.cmp(first / weights, second / weights, shallow=False)
     assert "augment-preview" in stages_run(pods[0].log)
     assert "augment-preview" not in stages_run(pods[1].log)
-    metrics = "metrics/extract/MobileNet025.json"
-    assert metrics in origin.run("git", "ls-tree", "-r", "--name-only", "results")
 
     # Elsewhere with the remote alone, as an experiment of the same params: nothing runs, and every file is there.
     (tmp_path / "combinations").write_text("data.seed=1\ndata.seed=7 +runtime.strategy=multi_worker\n")
@@ -267,9 +236,8 @@ def test_two_workers_train_together_and_another_machine_restores_their_runs(tmp_
         TARGETS="augment-preview extract-train",
         JOB_COMPLETION_INDEX="1",
         COMBINATIONS=str(tmp_path / "combinations"),
-        PUSH_EXPERIMENTS="yes",
     )
     assert experiment.wait(200) == 0, pods[2].log
     assert stages_run(pods[2].log) == []
+    metrics = "metrics/extract/MobileNet025.json"
     assert (pods[2].folder / "work/checkout" / metrics).read_bytes() == (first / metrics).read_bytes()
-    assert "sweep-1" in origin.run("dvc", "exp", "list")

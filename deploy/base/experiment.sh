@@ -1,7 +1,7 @@
 #!/bin/sh
 # One experiment of a sweep: line $JOB_COMPLETION_INDEX + 1 of $COMBINATIONS, a file with a combination of params a line
 # as in `sam.rho=0.1 seeds=[42]`. Its runs go to the DVC remote, where the same experiment finds them again; its metrics to
-# the log; with PUSH_EXPERIMENTS=yes itself to the git repository. It runs $TARGETS and the stages that they need.
+# the log. It runs $TARGETS and the stages that they need.
 set -eu
 scripts=$(cd "$(dirname "$0")" && pwd)
 . "$scripts/checkout.sh"
@@ -15,10 +15,9 @@ for setting in $combination; do set -- "$@" --set-param "$setting"; done
 set +f
 
 dvc fetch --quiet --run-cache --max-size 0  # the records of runs alone
-name=${SWEEP:-sweep}-$index
 targets=${TARGETS:-sam-finetune}
 # shellcheck disable=SC2086  # several words
-dvc exp run --pull --name "$name" "$@" $targets
+dvc exp run --pull "$@" $targets
 
 # What the targets need and its metrics: those of other stages are still the revision's.
 # shellcheck disable=SC2086
@@ -41,11 +40,3 @@ while read -r stage metrics; do
         echo
     done
 done < ../needed
-
-if [ "${PUSH_EXPERIMENTS-}" = yes ]; then
-    reference=$(git for-each-ref --format='%(refname)' "refs/exps/*/*/$name")
-    dvc exp push --no-cache "$REPOSITORY" "$name"  # exits with 0, too, where another experiment has the name
-    git fetch --quiet "$REPOSITORY" "$reference"
-    git diff --quiet FETCH_HEAD "$reference" -- ||
-        fail "SWEEP: expected a name that is new at this revision, found another experiment $name in the repository"
-fi

@@ -40,16 +40,3 @@ for stage in $(dvc stage list --name-only); do  # in the order of dvc.yaml, in w
     dvc repro --pull "$stage"
     if [ "$first" = yes ]; then python "$scripts/push.py" "$stage"; fi
 done
-
-if [ "$first" = yes ] && [ -n "${PUSH_BRANCH-}" ]; then
-    git add --all dvc.lock params.yaml metrics plots
-    git diff --cached --quiet || git commit --quiet --message "Results of $REVISION"
-    # On top of an earlier study's results, with the files of this one. Git refuses to go over anything else.
-    if git ls-remote --exit-code "$REPOSITORY" "refs/heads/$PUSH_BRANCH" > /dev/null; then
-        git fetch --quiet "$REPOSITORY" "refs/heads/$PUSH_BRANCH"
-        case $(git log -1 --format=%s FETCH_HEAD) in
-            "Results of "*) git merge --quiet --no-ff --strategy ours --message "Results of $REVISION" FETCH_HEAD ;;
-        esac
-    fi
-    git push --quiet "$REPOSITORY" "HEAD:refs/heads/$PUSH_BRANCH"
-fi
