@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
 from speed import EPOCHS, TIMED, seconds, speedup
 
 from flatmin.common import errors, files
+from flatmin.common.params_errors import read_yaml
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 from blocks import fill, table
@@ -121,7 +121,7 @@ def ratios(results: dict[str, Any]) -> str:
 
 def stages(sizes: dict[str, Any]) -> str:
     """Seconds, memory and disk of each stage of the studies measured, in the pipeline's order."""
-    pipeline = yaml.safe_load((HERE.parent / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    pipeline = read_yaml(HERE.parent / "dvc.yaml")["stages"]
     measured = [study["stages"] for study in sizes["studies"]]
     lines = []
     for stage in (stage for stage in pipeline if any(stage in study for study in measured)):

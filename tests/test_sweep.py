@@ -429,7 +429,7 @@ def rows_of(table: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_sweep_killed_and_given_again_resumes(tmp_path: Path) -> None:
-    """That a resumed training equals an undisturbed one is shown by tests/test_training_resume.py."""
+    """That a training resumed equals one undisturbed is shown by tests/test_pipeline.py."""
     params = TINY | {
         "backbones": ["MobileNet025"],
         "finetune": TINY["finetune"] | {"epochs": 20, "views": 2, "fine_tune_at": "conv_pw_12"},

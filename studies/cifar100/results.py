@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import scipy.stats
-import yaml
 from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -30,6 +29,7 @@ from runs_table import ORIGIN, UNKNOWN, read_table
 
 from flatmin.common import console, errors, files
 from flatmin.common.errors import InputError
+from flatmin.common.params_errors import read_yaml
 
 Run = Mapping[str, Any]
 METHODS = ("finetune", "finetune, 2x epochs", "SAM", "SAM, every 5th step")
@@ -100,7 +100,7 @@ def collect(folder: Path) -> list[Run]:
 def study(folder: Path) -> dict[str, Any]:
     """What `make study` ran. Its name has a digest of the params."""
     sections = dict[str, Any]()
-    for stage in yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"].values():
+    for stage in read_yaml(folder / "dvc.lock")["stages"].values():
         sections |= stage.get("params", {}).get("params.yaml", {})
     name = f"study-{hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:8]}"
     run = {"name": name, "targets": "evaluate", "grid": "params", **dict(files.leaves(sections))}
