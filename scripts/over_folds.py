@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import blocks  # which finds the package in a shell without PYTHONPATH
 import scipy.stats
+from runs_table import Row, is_result, read_table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a shell without PYTHONPATH
 from flatmin.common import console, errors, files
 from flatmin.common.errors import InputError
 
@@ -47,21 +48,20 @@ def interval(gains: Sequence[float], level: float = 0.95) -> tuple[float, float]
     return statistics.fmean(gains), quantile * math.sqrt(variance)
 
 
-def settings(path: Path) -> dict[str, list[Mapping[str, str]]]:
+def settings(path: Path) -> dict[str, list[Row]]:
     """The runs of each setting, one for each fold, in the order of folds; a setting is named by what varies.
 
     Raises:
         InputError: the table is no grid over folds, or lacks one.
     """
-    rows = [row for row in files.read_csv(path) if row["status"] == "succeeded"]
+    rows = list(read_table(path).values())
     if not rows or any(not row.get(key) for row in rows for key in (FOLD, FOLDS)):
         raise InputError(
             f"{path}: expected succeeded runs with {FOLD} and {FOLDS}, received {len(rows)} runs, not all so"
         )
-    columns = list(rows[0])
-    keys = [key for key in columns[: _first_metric(columns)] if key not in ("name", "status", FOLD)]
+    keys = [key for key in rows[0] if key not in ("name", "status", FOLD) and not is_result(key)]
     varying = [key for key in keys if len({row[key] for row in rows}) > 1]
-    found: dict[str, list[Mapping[str, str]]] = {}
+    found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: int(row[FOLD])):
         found.setdefault(", ".join(f"{key} {row[key]}" for key in varying) or "all", []).append(row)
     for name, runs in found.items():
@@ -72,21 +72,17 @@ def settings(path: Path) -> dict[str, list[Mapping[str, str]]]:
     return found
 
 
-def _first_metric(columns: Sequence[str]) -> int:
-    return next(index for index, column in enumerate(columns) if "/" in column)
-
-
 def table(path: Path) -> str:
     """The Markdown table."""
-    lines = [f"| setting | folds | {' | '.join([*METHODS, *GAINS])} |", f"|{'---|' * (2 + len(METHODS) + len(GAINS))}"]
+    rows = []
     for name, runs in settings(path).items():
         means = [f"{100 * statistics.fmean(float(run[column]) for run in runs):.1f}" for column in METHODS.values()]
         gains = []
         for column in GAINS.values():
             mean, half = interval([100 * float(run[column]) for run in runs])
             gains.append(f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
-        lines.append(f"| {name} | {len(runs)} | {' | '.join([*means, *gains])} |")
-    return "\n".join([*lines, "", NOTE, ""])
+        rows.append([name, len(runs), *means, *gains])
+    return f"{blocks.table(['setting', 'folds', *METHODS, *GAINS], rows)}\n{NOTE}\n"
 
 
 def main() -> None:
