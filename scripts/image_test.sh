@@ -66,14 +66,7 @@ inside sh -c 'exit 7' || code=$?
 # shellcheck disable=SC2016  # for the container's shell
 inside sh -c 'test "$(id -u)" = 12345 && ! touch /a 2>/dev/null && touch /tmp/a && git status --short >/dev/null' ||
     fail "user, read-only root or git"
-for found in gcc cc g++ clang pip pip3 make; do
-    if inside sh -c "command -v $found"; then fail "$found is in the image"; fi
-done
-# shellcheck disable=SC2016  # for the container's shell
-OPTIONS="$OPTIONS --user 0:0" "$work/inside/scripts/container.sh" \
-    sh -c 'test -z "$(find ~root/.cache /var/lib/apt/lists /var/cache/apt -type f 2>/dev/null)"' >"$work/log" 2>&1 ||
-    fail "a cache is in the image"
-say "exit codes, user, read-only root, git, no compilers or caches: good"
+say "exit codes, user, read-only root, git: good"
 
 # pytest and what comes with it are not in the image: they are installed in a folder that the container mounts. CI:
 # hypothesis sets no deadlines then.
