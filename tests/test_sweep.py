@@ -455,6 +455,7 @@ def test_sweep_killed_and_given_again_resumes(tmp_path: Path) -> None:
     assert "2 experiments: 0 have succeeded, 2 to run" in output
     assert "2 experiments: grid.csv, grid.val.md, grid.png" in output
     assert re.search(r"^sam-finetune@7: \w.* after epoch \d+", logs(repository), re.M), "a training was resumed"
+    assert logs(repository).count("Running stage 'select-best'") == 1, "both runs start from the same"
     assert processes(repository) == []
     assert not list((repository.folder / grids.FOLDER).glob("clone-*"))
     table = repository.folder / "grid.csv"
@@ -526,7 +527,7 @@ def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
     }
     study = repository.folder / "studies/other"
     (study / "grids").mkdir(parents=True)
-    settings = TINY | {"select": {"metric": "accuracy", "tolerance": 0.25}}
+    settings = TINY | {"backbones": ["MobileNet025"], "select": {"metric": "accuracy", "tolerance": 0.25}}
     (study / "params.yaml").write_text(yaml.safe_dump(settings))
     (study / "sweep.yaml").write_text(yaml.safe_dump(changed))
     repository.commit("another study")
@@ -541,7 +542,7 @@ def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
         "studies/other/sweep.png",
     ]
     (row,) = rows_of(study / "sweep.csv")
-    assert (row["extract.seed"], row["select/backbone"], row["status"]) == ("9", "EfficientNetLite0", "succeeded")
+    assert (row["extract.seed"], row["select/backbone"], row["status"]) == ("9", "MobileNet025", "succeeded")
     assert (row["dirty"], row["cores"]) == ("false", str(len(os.sched_getaffinity(0)))), "params.yaml is no code"
     assert f"{row['cores']} cores" in row["machine"]
     assert re.fullmatch(r"[cg]pu-[0-9a-f]{8}", row["lock"])
