@@ -15,6 +15,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import quick
 import yaml
 from fixtures import tiny_params
 from loopback import free_ports
@@ -121,43 +122,12 @@ class Pod:
         return (self.folder / "log").read_text()
 
 
-# Stages in place of the study's that take a second; their outputs follow from the params.
-QUICK = """
-stages:
-  prepare:
-    cmd:
-      - mkdir -p data metrics && echo ${data.seed} > data/records
-      - echo {\\"seed\\":${data.seed}} > metrics/prepare.json
-    params: [data.seed]
-    outs: [data/records]
-    metrics: [metrics/prepare.json: {cache: false}]
-  sam-finetune:
-    matrix: {seed: "${seeds}"}
-    cmd: sh stages/quick.sh ${item.seed} ${sam.rho}
-    deps: [data/records]
-    params: [sam]
-    outs: ["models/sam/${item.seed}"]
-    metrics: ["metrics/sam/${item.seed}.json": {cache: false}]
-  evaluate:
-    cmd: mkdir -p plots && touch plots/confusion.csv && cp data/records metrics/evaluate.json
-    deps: [models/sam]
-    metrics: [metrics/evaluate.json: {cache: false}]
-"""
-TRAIN = """
-mkdir -p models/sam metrics/sam
-echo "$1" > "models/sam/$1"
-echo "{\\"rho\\":$2}" > "metrics/sam/$1.json"
-"""
-
-
 @pytest.fixture
-def quick(tmp_path: Path) -> Repository:
-    """A git repository with the results of QUICK at seed 7, of data and training; the DVC remote has nothing yet."""
-    origin = Repository(tmp_path, tiny_params())
-    (origin.folder / "dvc.yaml").write_text(QUICK)
-    (origin.folder / "stages/quick.sh").write_text(TRAIN)
+def finished(tmp_path: Path) -> Repository:
+    """A git repository with results at seed 7, of data and training; the DVC remote has nothing yet."""
+    origin = quick.repository(tmp_path, tiny_params())
     origin.run("dvc", "repro")
-    origin.commit("quick")
+    origin.commit("results")
     return origin
 
 
@@ -170,40 +140,40 @@ def run(origin: Repository, name: str, script: str, **variables: str) -> Pod:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed file")
-def test_revision_is_a_branch_a_tag_or_a_commit(quick: Repository) -> None:
-    quick.run("git", "checkout", "--quiet", "-b", "topic/other")
-    quick.run("git", "commit", "--quiet", "--allow-empty", "--message", "other")
-    quick.run("git", "tag", "v1")
-    commit = quick.run("git", "rev-parse", "HEAD").strip()
-    quick.run("git", "checkout", "--quiet", "main")
+def test_revision_is_a_branch_a_tag_or_a_commit(finished: Repository) -> None:
+    finished.run("git", "checkout", "--quiet", "-b", "topic/other")
+    finished.run("git", "commit", "--quiet", "--allow-empty", "--message", "other")
+    finished.run("git", "tag", "v1")
+    commit = finished.run("git", "rev-parse", "HEAD").strip()
+    finished.run("git", "checkout", "--quiet", "main")
     for index, revision in enumerate(("topic/other", "v1", commit, commit[:10])):
-        pod = run(quick, f"pod_{index}", "checkout.sh", REVISION=revision)
-        assert quick.run("git", "-C", str(pod.folder / "work/checkout"), "rev-parse", "HEAD").strip() == commit
-    pod = Pod(quick, quick.folder.parent / "wrong")
+        pod = run(finished, f"pod_{index}", "checkout.sh", REVISION=revision)
+        assert finished.run("git", "-C", str(pod.folder / "work/checkout"), "rev-parse", "HEAD").strip() == commit
+    pod = Pod(finished, finished.folder.parent / "wrong")
     assert pod.start("checkout.sh", REVISION="topic/none").wait(60) == 1
     assert pod.log == "error: REVISION: expected a commit, tag or branch of the repository, received topic/none\n"
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:unclosed file")
-def test_experiment_runs_its_targets_once(quick: Repository) -> None:
-    combinations = quick.folder.parent / "combinations"
+def test_experiment_runs_its_targets_once(finished: Repository) -> None:
+    combinations = finished.folder.parent / "combinations"
     settings = {"JOB_COMPLETION_INDEX": "0", "COMBINATIONS": str(combinations)}
     combinations.write_text("data.seed=1 sam.rho=0.1 seeds=[1,2]\n")
-    pod = run(quick, "first", "experiment.sh", **settings)
+    pod = run(finished, "first", "experiment.sh", **settings)
     assert stages_run(pod.log) == ["prepare", "sam-finetune@1", "sam-finetune@2"]
     assert [line for line in pod.log.splitlines() if " metrics/" in line and line.startswith("0 ")] == [
-        '0 data.seed=1 sam.rho=0.1 seeds=[1,2] metrics/prepare.json {"seed":1}',
+        '0 data.seed=1 sam.rho=0.1 seeds=[1,2] metrics/prepare.json {"digest":"0123456789abcdef","seed":1}',
         '0 data.seed=1 sam.rho=0.1 seeds=[1,2] metrics/sam/1.json {"rho":0.1}',
         '0 data.seed=1 sam.rho=0.1 seeds=[1,2] metrics/sam/2.json {"rho":0.1}',
     ]
-    pod = run(quick, "again", "experiment.sh", **settings)
+    pod = run(finished, "again", "experiment.sh", **settings)
     assert stages_run(pod.log) == []
 
     combinations.write_text("sam.rho=0.2 seeds=[7]\n")  # prepare is the revision's: pulled, with no run recorded
-    quick.run("dvc", "remote", "add", "--local", "--default", "cluster", str(quick.folder.parent / "remote"))
-    quick.run("dvc", "push")
-    pod = run(quick, "other", "experiment.sh", **settings)
+    finished.run("dvc", "remote", "add", "--local", "--default", "cluster", str(finished.folder.parent / "remote"))
+    finished.run("dvc", "push")
+    pod = run(finished, "other", "experiment.sh", **settings)
     assert stages_run(pod.log) == ["sam-finetune@7"]
 
 

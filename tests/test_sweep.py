@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import quick
 import yaml
 from PIL import Image
 from repository import ROOT, TINY, Repository
@@ -470,21 +470,19 @@ def test_sweep_killed_and_given_again_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sweep_failing_run_is_named_and_others_succeed(tmp_path: Path) -> None:
-    repository = Repository(tmp_path, TINY)
+    repository = quick.repository(tmp_path)
     (repository.folder / "stages/finetune.py").write_text("# edited and not committed")
-    changed = {"targets": ["prepare"], "runs": [{"data.train_per_class": [600, 6]}]}
+    changed = {"targets": ["sam-finetune"], "runs": [{"sam.rho": [0.9, 0.1]}]}
     (repository.folder / "grid.yaml").write_text(yaml.safe_dump(changed))
     repository.variables["PYTHONPATH"] = ""
     last = repository.run(*COMMAND, "--jobs", "2", expect=1).splitlines()[-1]
-    start = "error: 1 of 2 experiments: expected success, failed: .dvc/tmp/sweep/train-per-class-600-prepare-"
+    start = "error: 1 of 2 experiments: expected success, failed: .dvc/tmp/sweep/rho-0.9-sam-finetune-"
     assert last.startswith(start)
-    assert "train_per_class" in (repository.folder / last.split(": ")[-1]).read_text()
+    assert "rho 0.9 diverges" in (repository.folder / last.split(": ")[-1]).read_text()
     failed, succeeded = rows_of(repository.folder / "grid.csv")
     assert (failed["status"], failed["records"], failed["cores"]) == ("failed", "", "")
-    (ref,) = repository.run("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
-    digest = json.loads(repository.run("git", "show", f"{ref}:metrics/prepare.json"))["digest"]
-    assert (succeeded["status"], succeeded["records"], succeeded["dirty"]) == ("succeeded", digest[:12], "true")
-    assert succeeded["results_version"] == str(grids.RESULTS_VERSION)
+    assert (succeeded["status"], succeeded["sam/rho"], succeeded["dirty"]) == ("succeeded", "0.1", "true")
+    assert (succeeded["records"], succeeded["results_version"]) == (RECORDS[:12], str(grids.RESULTS_VERSION))
 
 
 def test_output_failing_command_is_one_line() -> None:
@@ -519,22 +517,22 @@ def test_study_checkout_moved_continues_and_broken_clone_leaves_it_alone(tmp_pat
 
 @pytest.mark.slow
 def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
-    repository = Repository(tmp_path, TINY)
+    repository = quick.repository(tmp_path)
     changed = {
-        "targets": ["select-best"],
-        "runs": [{"extract.seed": [9]}],
-        "picture": {"x": "extract.seed", "y": "select/val.accuracy"},
+        "targets": ["sam-finetune"],
+        "runs": [{"data.seed": [9]}],
+        "picture": {"x": "data.seed", "y": "sam/rho"},
     }
     study = repository.folder / "studies/other"
     (study / "grids").mkdir(parents=True)
-    settings = TINY | {"backbones": ["MobileNet025"], "select": {"metric": "accuracy", "tolerance": 0.25}}
+    settings = TINY | {"sam": TINY["sam"] | {"rho": 0.2}}
     (study / "params.yaml").write_text(yaml.safe_dump(settings))
     (study / "sweep.yaml").write_text(yaml.safe_dump(changed))
     repository.commit("another study")
     repository.run("dvc", "cache", "dir", "--local", str(tmp_path / "dvc"))
     repository.variables["FLATMIN_CACHE"] = "../kept"
     repository.run("sh", "scripts/study.sh", "other", "sweep", "--jobs", "1")
-    assert (tmp_path / "kept/state").is_dir(), "a relative path is relative to the checkout"
+    assert (tmp_path / "kept/trained").is_file(), "a relative path is relative to the checkout"
     assert (tmp_path / "dvc/files").is_dir()
     assert not (repository.folder / ".dvc/cache").exists()
     assert repository.run("git", "status", "--porcelain").split()[1::2] == [
@@ -542,14 +540,14 @@ def test_study_grid_runs_in_its_clone(tmp_path: Path) -> None:
         "studies/other/sweep.png",
     ]
     (row,) = rows_of(study / "sweep.csv")
-    assert (row["extract.seed"], row["select/backbone"], row["status"]) == ("9", "MobileNet025", "succeeded")
+    assert (row["data.seed"], row["sam/rho"], row["status"]) == ("9", "0.2", "succeeded")
     assert (row["dirty"], row["cores"]) == ("false", str(len(os.sched_getaffinity(0)))), "params.yaml is no code"
     assert f"{row['cores']} cores" in row["machine"]
     assert re.fullmatch(r"[cg]pu-[0-9a-f]{8}", row["lock"])
     assert float(row["seconds"]) > 0
     ref = repository.run("git", "-C", ".studies/other", "for-each-ref", "--format=%(refname)", "refs/exps").strip()
     params = repository.run("git", "-C", ".studies/other", "show", f"{ref}:params.yaml")
-    assert yaml.safe_load(params) == settings | {"extract": TINY["extract"] | {"seed": 9}}
+    assert yaml.safe_load(params) == settings | {"data": TINY["data"] | {"seed": 9}}
     # Another grid of the study, in its folder of grids: the experiment is there.
     del changed["picture"]
     (study / "grids/trials.yaml").write_text(yaml.safe_dump(changed))
