@@ -56,8 +56,6 @@ outside=$!
 children=-$outside
 "$ENGINE" build --build-arg LOCK=cpu --tag "$IMAGE" "$work/outside" >"$work/log" 2>&1 || fail "the build"
 say "built, $("$ENGINE" image inspect --format '{{.Size}}' "$IMAGE" | awk '{printf "%.2f GB", $1 / 1e9}')"
-"$ENGINE" build --build-arg LOCK=cpu --tag "$IMAGE" "$work/outside" >"$work/log" 2>&1 || fail "the second build"
-say "built again with nothing changed"
 
 # The image itself.
 code=0

@@ -9,22 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grids
 import numpy as np
 from blocks import table
 from dvc.api import DVCFileSystem
-from grids import (
-    METRICS,
-    SEEDED,
-    SEEDS,
-    Pipeline,
-    Run,
-    get_value,
-    identity,
-    needed_stages,
-    output,
-    read_pipeline,
-    used_params,
-)
+from grids import Pipeline, Run
 from runs_table import cell, find
 
 from flatmin.common import console, files, params
@@ -46,7 +35,7 @@ class Scores(NamedTuple):
 def write(runs: Sequence[Run], path: Path) -> bool:
     """Print what val tells and write it as Markdown; False if nothing is compared, or DVC's cache lacks the logits."""
     pages = []
-    for settings in group(runs, read_pipeline()):
+    for settings in group(runs, grids.read_pipeline()):
         if len(settings) == 1:
             continue
         try:
@@ -64,7 +53,7 @@ def write(runs: Sequence[Run], path: Path) -> bool:
 def judged(run: Run) -> str:
     """The stage whose classifiers val judges a run by: its last target that trains, or else sam-finetune."""
     stages = [stage for stage in (*reversed(run.targets), "sam-finetune", "select-best") if stage in run.stages]
-    return next((stage for stage in stages if stage in (*SEEDED, "select-best")), "")
+    return next((stage for stage in stages if stage in (*grids.SEEDED, "select-best")), "")
 
 
 def group(runs: Sequence[Run], pipeline: Pipeline) -> list[Settings]:
@@ -75,7 +64,7 @@ def group(runs: Sequence[Run], pipeline: Pipeline) -> list[Settings]:
             settings = copy.deepcopy(dict(run.settings))
             settings["seeds"] = [0]
             settings["data"]["seed"] = settings["extract"]["seed"] = 0
-            setting = identity([stage], params.parse(settings), pipeline)
+            setting = grids.identity([stage], params.parse(settings), pipeline)
             choice = json.dumps([stage, settings["data"]], sort_keys=True)
             groups.setdefault(choice, {}).setdefault(setting, []).append(run)
     return list(groups.values())
@@ -84,12 +73,12 @@ def group(runs: Sequence[Run], pipeline: Pipeline) -> list[Settings]:
 def labels(settings: Settings) -> dict[str, str]:
     """The params in which each setting differs from the others, of those that a grid sets and the stage uses."""
     firsts = {setting: some[0] for setting, some in settings.items()}
-    pipeline = read_pipeline()
-    stages = needed_stages([judged(next(iter(firsts.values())))], pipeline)
-    prefixes = tuple(f"{name}." for name in used_params(stages, pipeline))
+    pipeline = grids.read_pipeline()
+    stages = grids.needed_stages([judged(next(iter(firsts.values())))], pipeline)
+    prefixes = tuple(f"{name}." for name in grids.used_params(stages, pipeline))
     keys = dict.fromkeys(key for run in firsts.values() for key in run.values if f"{key}.".startswith(prefixes))
-    values = {key: {each: str(cell(get_value(run.settings, key))) for each, run in firsts.items()} for key in keys}
-    varying = [key for key in keys if key not in SEEDS and len(set(values[key].values())) > 1]
+    values = {key: {one: str(cell(grids.get_value(run.settings, key))) for one, run in firsts.items()} for key in keys}
+    varying = [key for key in keys if key not in grids.SEEDS and len(set(values[key].values())) > 1]
     return {each: ", ".join(f"`{key}: {values[key][each] or 'default'}`" for key in varying) for each in firsts}
 
 
@@ -104,11 +93,11 @@ def read_scores(runs: Sequence[Run]) -> dict[Seeds, Scores]:
         ref, stage = find(run), judged(run)
         if not ref:
             raise InputError(f"{run.name}: expected its experiment in this checkout, found none")
-        filesystem = DVCFileSystem(rev=output("git", "rev-parse", ref).strip())
-        drawn = (get_value(run.settings, "data.seed") or 0, get_value(run.settings, "extract.seed") or 0)
-        folders: dict[Seeds, str] = {drawn: METRICS[stage]}
-        if stage in SEEDED:
-            folders = {(seed, *drawn): f"{METRICS[stage]}/{seed}" for seed in run.settings["seeds"]}
+        filesystem = DVCFileSystem(rev=grids.output("git", "rev-parse", ref).strip())
+        drawn = (grids.get_value(run.settings, "data.seed") or 0, grids.get_value(run.settings, "extract.seed") or 0)
+        folders: dict[Seeds, str] = {drawn: grids.METRICS[stage]}
+        if stage in grids.SEEDED:
+            folders = {(seed, *drawn): f"{grids.METRICS[stage]}/{seed}" for seed in run.settings["seeds"]}
         for seeds, folder in folders.items():
             found[seeds] = _read(filesystem, f"models/{folder}/val_logits.npy", run.name)
     return found

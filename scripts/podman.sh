@@ -18,7 +18,7 @@ CONF
 export CONTAINERS_CONF="$state/containers.conf"
 
 # What `FROM debian` would give: the smallest system from the archive that this machine uses itself, with its sources.
-# (dpkg is told as in Debian's own slim images to leave out documentation.) `set -e` is off in what `if` asks.
+# `set -e` is off in what `if` asks.
 make_base() {
     rm -rf "$state/tree" "$state/tree.tar"
     debootstrap --variant=minbase bookworm "$state/tree" || return
@@ -29,10 +29,6 @@ make_base() {
         echo "apt's sources: expected Debian bookworm's, found none"
         return 1
     fi
-    for kind in doc man locale info; do
-        echo "path-exclude /usr/share/$kind/*" >>"$state/tree/etc/dpkg/dpkg.cfg.d/slim" || return
-        rm -rf "$state/tree/usr/share/$kind"/*
-    done
     rm -rf "$state"/tree/var/cache/apt/* "$state"/tree/var/lib/apt/lists/* "$state"/tree/var/log/*
     tar -C "$state/tree" -cf "$state/tree.tar" . || return
     podman import "$state/tree.tar" "$base" || return

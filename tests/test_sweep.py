@@ -485,11 +485,6 @@ def test_sweep_failing_run_is_named_and_others_succeed(tmp_path: Path) -> None:
     assert (succeeded["records"], succeeded["results_version"]) == (RECORDS[:12], str(grids.RESULTS_VERSION))
 
 
-def test_output_failing_command_is_one_line() -> None:
-    with pytest.raises(InputError, match=r"^git nonsense: expected it to succeed, received: git: 'nonsense' is not"):
-        grids.output("git", "nonsense")
-
-
 @pytest.mark.slow
 def test_study_checkout_moved_continues_and_broken_clone_leaves_it_alone(tmp_path: Path) -> None:
     """In a container the checkout is mounted at another path."""
