@@ -179,7 +179,7 @@ def test_scripts_pass_shellcheck() -> None:
     if shellcheck is None:
         pytest.skip("there is no shellcheck")
     scripts = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("deploy/base/*.sh"), ROOT / ".ci/run"]
-    command = [shellcheck, "--shell=sh", "--exclude=SC1091", *scripts]
+    command = [shellcheck, "--shell=sh", "--exclude=SC1091", *map(str, scripts)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
