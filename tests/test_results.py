@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,8 @@ from flatmin.common import files
 from flatmin.common.errors import InputError
 
 STUDY = ROOT / "studies/cifar100"
-
-
-def load_script(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("results", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-results = load_script(STUDY / "results.py")
+sys.path.append(str(STUDY))
+results: Any = importlib.import_module("results")
 
 
 @pytest.fixture
