@@ -219,33 +219,49 @@ def test_check_unchanged_shortens_long_values() -> None:
     assert len(str(raised.value)) < 200
 
 
-def test_run_passes_matrix_items_and_checks_their_dependencies(capsys: pytest.CaptureFixture[str]) -> None:
-    received = []
-
-    def main(declared: stage.Declared, backbone: str, fold: str) -> None:
-        received.append((backbone, fold))
-        Path(f"models/{backbone}").parent.mkdir(exist_ok=True)
-        Path(f"models/{backbone}").write_text("another wrote it meanwhile")
-
-    with pytest.raises(SystemExit):
-        stage.run("extract", main, "EfficientNetLite0", "2")
-    assert received == [("EfficientNetLite0", "2")]
-    assert capsys.readouterr().err.startswith("error: models/EfficientNetLite0: added while extract ran")
-
-
-@pytest.mark.parametrize(("variables", "output"), [({}, "trained\n"), ({"TF_CONFIG": "{}"}, "trained\ntaken apart\n")])
-def test_run_after_its_check_ends_before_python_does_unless_there_are_workers(
-    variables: dict[str, str], output: str
-) -> None:
-    script = """
-import atexit
+RUN = """
+import atexit, sys
+from pathlib import Path
 from flatmin.common import stage
 
-atexit.register(print, "taken apart")
-stage.run("train", lambda declared: print("trained"))
+
+class State:
+    def remove(self):
+        print("state removed")
+
+    def __del__(self):  # as an HDF5 file on a full disk, which then crashes
+        print("state collected")
+
+
+def main(declared, backbone, fold):
+    print("trains", backbone, fold)
+    if fold == "2":
+        Path("models").mkdir()
+        Path(f"models/{backbone}").write_text("another wrote it meanwhile")
+    return State()
+
+
+atexit.register(print, "Python ends")
+stage.run("extract", main, *sys.argv[1:])
 """
+ADDED = "error: models/EfficientNetLite0: added while extract ran; nothing is recorded, run `dvc repro` again\n"
+
+
+@pytest.mark.parametrize(
+    ("fold", "variables", "expected"),
+    [
+        ("1", {}, (0, "trains EfficientNetLite0 1\nstate removed\nstate collected\n", "")),
+        ("2", {}, (1, "trains EfficientNetLite0 2\n", ADDED)),
+        ("2", {"TF_CONFIG": "{}"}, (1, "trains EfficientNetLite0 2\nstate collected\nPython ends\n", ADDED)),
+    ],
+)
+def test_run_checks_a_matrix_items_dependencies_and_ends_before_python_does_unless_there_are_workers(
+    fold: str, variables: dict[str, str], expected: tuple[int, str, str]
+) -> None:
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "src"), **variables}
-    assert subprocess.check_output([sys.executable, "-c", script], env=environment, text=True) == output
+    command = [sys.executable, "-c", RUN, "EfficientNetLite0", fold]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 def test_declare_for_a_seed_checks_that_seeds_dependencies(checkout: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from flatmin.common import errors, files, identity, params
 from flatmin.common.errors import InputError
@@ -22,10 +22,10 @@ from flatmin.common.params_errors import read_yaml
 CODE = ("src/", "stages/")  # dependencies of dvc.yaml that are source
 
 
-def run(name: str, main: Callable[..., Any], *items: str) -> None:
+def run(name: str, main: Callable[..., Any], *items: str) -> NoReturn:
     """Run a stage: check all of params.yaml, call `main(declared, *items)`, and check that nothing changed meanwhile.
 
-    On wrong input it prints one line and exits with 1. Else it ends the process, too.
+    It ends the process, on wrong input with one line and status 1.
 
     Args:
         name: as dvc.yaml has it.
@@ -40,11 +40,23 @@ def run(name: str, main: Callable[..., Any], *items: str) -> None:
         if state is not None:
             state.remove()
 
-    errors.run(checked)
+    try:
+        errors.run(checked)
+    except SystemExit as error:
+        _end(error.code)  # within the block, whose end would collect what the failure left open
+    _end(0)
+
+
+def _end(status: Any) -> NoReturn:
+    """End the process at once, unless it is one of several workers, which take leave of each other as Python ends.
+
+    Python takes TensorFlow apart for seconds, in which an edit would be recorded as this stage's. If the disk is full,
+    HDF5 prints a traceback and crashes on the way.
+    """
+    if "TF_CONFIG" in os.environ:
+        sys.exit(status)
     sys.stdout.flush()
-    if "TF_CONFIG" not in os.environ:  # workers take leave of each other as Python ends
-        # At once: Python takes TensorFlow apart for seconds, in which an edit would be recorded as this stage's.
-        os._exit(0)
+    os._exit(status)
 
 
 @dataclass(frozen=True)
