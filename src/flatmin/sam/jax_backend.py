@@ -106,9 +106,9 @@ def choose_on_the_host(model: Any) -> None:
     ]
 
     def step(state: Any, data: Any) -> Any:
-        optimizer = model.optimizer
-        count = next(x for v, x in zip(optimizer.variables, state[2], strict=True) if v is optimizer.iterations)
-        return programs[int(count) % model.settings.every == 0](state, data)
+        with keras.StatelessScope(list(zip(model.optimizer.variables, state[2], strict=True))):
+            updates = int(ops.convert_to_tensor(model.optimizer.iterations))
+        return programs[updates % model.settings.every == 0](state, data)
 
     model.train_function = model._make_function(step)
 
