@@ -365,7 +365,7 @@ def compute_defaults(folder: Path) -> Numbers:
     sections = [params.Section]
     while sections:
         section = sections.pop()
-        sections += section.__subclasses__()
+        sections += [each for each in section.__subclasses__() if each.__module__ == params.__name__]
         for key, field in section.model_fields.items():
             default = field.get_default(call_default_factory=True)
             value = default.model_dump() if isinstance(default, params.Section) else default
