@@ -362,9 +362,10 @@ def test_repro_new_backbone_runs_only_itself_and_prune_deletes_one_that_left(stu
     assert stages_run(study.run("dvc", "repro")) == []
 
 
-# Importing TensorFlow takes most of a stage that fails: here one process imports it for all.
+# Importing TensorFlow takes most of a stage that fails: here one process imports it for all, which none may end.
 ONE_PROCESS = """
-import runpy, sys
+import os, runpy, sys
+os._exit = sys.exit
 for command in sys.argv[1:]:
     sys.argv = command.split()
     try:
