@@ -170,7 +170,7 @@ def found(results: dict[str, Any]) -> str:
 def copies(results: dict[str, Any]) -> str:
     made = {name: results["copies"][name]["found"] for name in AUDITED}
     rows = [[change, *(f"{100 * each[change]:.1f} %" for each in made.values())] for change in made["digits"]]
-    return table(["a test picture", *(AUDITED[name] for name in made)], rows)
+    return table(["a test image", *(AUDITED[name] for name in made)], rows)
 
 
 def planted(results: dict[str, Any]) -> str:
