@@ -242,6 +242,7 @@ def test_predict_broken_pictures_are_named_and_skipped_and_exit_with_1(workspace
     assert error == "error: expected images that can be read, received 3 of 4 broken"
 
 
+@pytest.mark.slow
 def test_predict_paths_from_standard_input_keep_their_order_and_odd_names(
     workspace: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +273,7 @@ def test_predict_holds_a_bounded_number_of_pictures(workspace: Path, monkeypatch
     assert len(taken) < 30
 
 
+@pytest.mark.slow
 def test_predict_ends_quietly_when_its_reader_does(workspace: Path, tmp_path: Path) -> None:
     for index in range(40):
         shutil.copy(workspace / "one.png", tmp_path / f"{index:02d}.png")

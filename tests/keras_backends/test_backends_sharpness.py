@@ -13,6 +13,8 @@ from sam_networks import INPUTS, LABELS, cross_entropy, fit, network, regression
 from flatmin import sharpness
 from flatmin.sharpness import Derivatives, Surface
 
+pytestmark = pytest.mark.slow  # all together
+
 L = keras.layers
 
 

@@ -27,6 +27,8 @@ from sam_networks import (
 
 from flatmin.sam import METHODS, Settings, SharpnessAwareMinimization, Step
 
+pytestmark = pytest.mark.slow  # all together
+
 # Settings, and what the reference calls them.
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
@@ -145,7 +147,6 @@ def test_fit_with_rho_zero_equals_plain_fit_bit_for_bit(jit: bool) -> None:
         np.testing.assert_array_equal(received, value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_fit_compiled_by_xla_equals_eager_fit(method: str) -> None:
     if keras.config.backend() == "torch":

@@ -18,6 +18,8 @@ from sam_networks import BACKEND, INPUTS, LABELS, cross_entropy, distance, fit, 
 
 from flatmin.sam import METHODS, Settings, SharpnessAwareMinimization, Step
 
+pytestmark = pytest.mark.slow  # all together
+
 STATEFUL: list[dict[str, Any]] = [
     {},
     {"method": "friendly"},
