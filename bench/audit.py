@@ -70,7 +70,7 @@ def prepared(name: str) -> tuple[Records, str]:
 def audited(name: str) -> dict[str, Any]:
     """Run audit as the stage does; its metrics, and the seconds it takes without the forward pass."""
     records, model = prepared(name)
-    audit._activations(records, model, Runtime(), Places.read(records))  # cached from now on
+    audit._activations(records, model, Runtime())  # cached from now on
     folder = FOLDER / name
     options = {"records": str(records.folder), "model": model}
     options |= {"metrics": str(folder / "audit.json"), "outputs": str(folder / "audit")}
@@ -162,7 +162,7 @@ def planted(name: str) -> dict[str, Any]:
 
     records, model = prepared(name)
     places = Places.read(records)
-    vectors = audit._activations(records, model, Runtime(), places)
+    vectors = audit._activations(records, model, Runtime())
     true, chosen, classes = places.labels, places.of(["train", "val"]), len(records.class_names)
     if (each := PLANTED[name]) is not None:
         train = places.of(["train"])
