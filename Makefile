@@ -58,7 +58,7 @@ golden: setup $(VENV)/dev.done  ## write the golden test's numbers again
 accept: setup $(VENV)/dev.done  ## record in dvc.lock that a change of code changed no number, without a rerun
 	$(RUN) python scripts/accept.py
 
-docs: setup  ## fill in the generated parts of all pages: numbers, params, commands
+docs: setup  ## write the generated parts of every page (numbers, params, commands)
 	$(RUN) python scripts/pages.py
 	$(RUN) python bench/page.py
 	$(RUN) python studies/cifar100/results.py

@@ -68,7 +68,7 @@ class Run:
     shared: frozenset[str]
 
     def file(self, suffix: str) -> Path:
-        """A file that the sweep keeps for the run: the log of all attempts, or json, where its numbers come from."""
+        """The run's file with this suffix: log, of all attempts, or json, which says where its numbers come from."""
         return FOLDER / f"{self.name}.{suffix}"
 
 

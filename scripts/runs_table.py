@@ -97,7 +97,7 @@ def is_result(column: str) -> bool:
 
 
 def read_origin(run: Run, ref: str) -> dict[str, Any]:
-    """ORIGIN of an experiment, `unknown` where another checkout made it, and the seconds of all attempts."""
+    """An experiment's ORIGIN, `unknown` if another checkout made it, and the seconds that all attempts took."""
     written = files.read_json(run.file("json")) if run.file("json").exists() else {}
     commit = output("git", "rev-parse", "--short=7", f"{ref}^").strip()
     records = json.loads(output("git", "show", f"{ref}:metrics/prepare.json"))["digest"][:12]

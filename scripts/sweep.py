@@ -164,7 +164,10 @@ def finish(worker: Worker) -> bool:
 
 
 def end(worker: Worker) -> float:
-    """End all processes of a run; a training's saved state is complete at any time. The seconds of all its attempts."""
+    """End all processes of a run, and return the seconds that all its attempts took.
+
+    A training's saved state is complete at any time.
+    """
     with worker.process, contextlib.suppress(ProcessLookupError):
         os.killpg(worker.process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

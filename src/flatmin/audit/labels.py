@@ -65,8 +65,8 @@ def suspects(probabilities: np.ndarray, labels: np.ndarray) -> Suspects:
     """The images off the diagonal of the confident joint (section 3.1), unless their own class is the most probable.
 
     An image counts as of a class if its probability is at least the mean one of the images with that label; of several
-    such classes it is the most probable of all. An image whose own class its classifier has not seen is not judged, and
-    counts for no mean.
+    such classes, as of the most probable one. An image whose own class its classifier has not seen is not judged, and
+    no mean includes it.
 
     Args:
         probabilities: float [n, classes], out of fold. labels: int [n].

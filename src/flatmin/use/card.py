@@ -146,7 +146,7 @@ def _quicker(made: Made) -> list[str]:
     """What spares a file that takes any size much of its resizing."""
     if made.stored.side is None or not made.format.any_size:
         return []
-    lines = ["", "Before `pixels`, this makes large images smaller, which is quicker and gives the same answer:", ""]
+    lines = ["", "To save time with large images, make them smaller before `pixels`. The answer stays the same:", ""]
     return [*lines, "```python", *_stored_size(made.stored), "```"]
 
 
